@@ -1,0 +1,30 @@
+# Two commands do everything: `make demo` and `make test`. Both make the virtual environment when there is none.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: test demo check tables clean
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+demo: .venv/installed
+	$(BIN)/python benchmarks/demo/run.py
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Write the tables of README.md anew from the results in benchmarks/.
+tables: .venv/installed
+	$(BIN)/python scripts/tables.py
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "layershare needs Python 3.10 or newer: make PYTHON=/path/to/python3 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,52 @@
+"""Make Hugging Face causal language models smaller by letting their layers share weights.
+
+The public interface is what `__all__` lists; everything is imported when it is first used, so that importing the
+package, as the command line's `--help` does, does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layershare.api import compress, make_plan, measure
+    from layershare.errors import LayershareError, UnsupportedModelError
+    from layershare.evaluate.divergence import Evaluation
+    from layershare.model.arch import Spec, describe
+    from layershare.model.hub import load, save
+    from layershare.plan.edits import Plan, Share
+
+_HOME = {
+    "compress": "api",
+    "measure": "api",
+    "make_plan": "api",
+    "Evaluation": "evaluate.divergence",
+    "LayershareError": "errors",
+    "UnsupportedModelError": "errors",
+    "Spec": "model.arch",
+    "describe": "model.arch",
+    "load": "model.hub",
+    "save": "model.hub",
+    "Plan": "plan.edits",
+    "Share": "plan.edits",
+}
+
+__all__ = [
+    "Evaluation",
+    "LayershareError",
+    "Plan",
+    "Share",
+    "Spec",
+    "UnsupportedModelError",
+    "compress",
+    "describe",
+    "load",
+    "make_plan",
+    "measure",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"layershare.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'layershare' has no attribute '{name}'")

@@ -1,0 +1,144 @@
+"""The Python interface: what the command line does, on models in memory."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from layershare.calibrate.text import Source, load_text
+from layershare.errors import LayershareError
+from layershare.evaluate.divergence import Evaluation, evaluate
+from layershare.methods import make_method, plan_with
+from layershare.model.arch import describe
+from layershare.model.hub import load
+from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.plan.edits import Plan
+from layershare.recipe import Recipe, make_recipe
+from layershare.report.results import environment
+from layershare.run import Report, default_length, device_of, load_test, run, silent
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    method: str = "basis-sharing",
+    keep: float | str = 0.8,
+    of: str = "all",
+    text: Source = "wikitext2",
+    blocks: int = 256,
+    length: int | None = None,
+    seed: int = 2023,
+    batch_size: int = 4,
+    stats: str | Path | None = None,
+    plan: str | Path | None = None,
+    folder: str | Path | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A smaller model; the given one is not changed.
+
+    `keep`: a fraction (`0.8`), parameters (`"5.4B"`) or bytes (`"11GB"`), counted `of="all"` parameters or of the
+    `"targets"` alone. `text`: what to compress for, as `load_text` takes it, in `blocks` blocks of `length` tokens
+    (`None`: the model's context, at most 2048). `stats`: a folder in which the measured statistics are kept for further
+    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `folder`: where
+    to leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `options` are the
+    method's own, such as `group_size=4`. The result is what `from_pretrained` gives for the folder: it saves with
+    `save_pretrained` and trains like any model.
+
+    Raises `LayershareError` for what cannot be done, before anything is computed.
+    """
+    recipe = make_recipe(
+        {
+            "model": model.name_or_path or model.config.model_type,
+            "method": method,
+            "options": options,
+            "keep": keep,
+            "of": of,
+            "plan": None if plan is None else str(plan),
+            "calibration": {
+                "text": str(text) if isinstance(text, str | Path) else f"strings {_digest(text)}",
+                "blocks": blocks,
+                "length": length,
+                "seed": seed,
+                "batch_size": batch_size,
+                "stats": None if stats is None else str(stats),
+            },
+        }
+    )
+    with TemporaryDirectory(prefix="layershare-") as temporary:
+        out = Path(temporary) / "model" if folder is None else Path(folder)
+        run(recipe, out, model=model, tokenizer=tokenizer, text=text)
+        return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
+
+
+def make_plan(
+    model: PreTrainedModel | PreTrainedConfig,
+    *,
+    method: str = "basis-sharing",
+    keep: float | str = 0.8,
+    of: str = "all",
+    **options: Any,
+) -> Plan:
+    """What `compress` would do, from the config alone: groups, ranks and exact sizes.
+
+    Raises `LayershareError` as `compress` does.
+    """
+    return plan_with(describe(model), method, make_method(method, options), keep, of)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: Source = "wikitext2",
+    original: PreTrainedModel | None = None,
+    blocks: int | None = None,
+    length: int | None = None,
+    batch_size: int = 1,
+) -> Evaluation:
+    """Perplexity on the text's held-out part and, given the original, its perplexity, KL divergence, top-1 agreement.
+
+    Raises `LayershareError` for texts that cannot be read, and for models of different vocabularies.
+    """
+    tokens = load_text(text, tokenizer, split="test", blocks=blocks, length=length or default_length(model))
+    return evaluate(model, tokens, original, batch_size=batch_size)
+
+
+def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: Report = silent) -> dict[str, Any]:
+    """Measure the model in a folder as the recipe's evaluation says; returns what `eval` writes as JSON.
+
+    Raises `LayershareError` as `measure`, and if there is no model.
+    """
+    assert recipe.evaluation is not None
+    options, device = recipe.evaluation, device_of(recipe)
+    config = read_config(folder)
+    tokens = load_test(options, read_tokenizer(folder), default_length(config))
+    model = load(resolve(folder), dtype=options.dtype, device_map=device)
+    reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
+    evaluation = evaluate(model, tokens, reference, batch_size=options.batch_size, progress=report("evaluate"))
+    return {"model": folder, "original": original, "evaluation": asdict(evaluation), **environment()}
+
+
+def export_dense(folder: str, out: Path) -> None:
+    """Write the model in `folder` as an ordinary dense checkpoint to `out`, which appears whole or not at all.
+
+    Raises `LayershareError` if there is no model in `folder` or something in `out`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LayershareError(f"The output folder '{out}' is not empty; delete it or name another folder.")
+    tokenizer = read_tokenizer(folder)
+    model = load(resolve(folder), dense=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
+        staging = Path(temporary) / "model"
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.replace(out)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:16]

@@ -1,0 +1,291 @@
+"""The command line: a verb is a function. Nothing heavy is imported before a verb runs."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from layershare.errors import LayershareError
+
+if TYPE_CHECKING:
+    from layershare.recipe import Recipe
+    from layershare.run import Report
+
+app = typer.Typer(
+    help="Make Hugging Face causal language models smaller by letting their layers share weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+complaints = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, or `sample`, the small model that comes with layershare.")]
+Folder = Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")]
+Out = Annotated[Path, typer.Option("-o", "--output", help="Folder for the result; must not exist or be empty.")]
+MethodName = Annotated[str, typer.Option("--method", "-m", help="basis-sharing, svd-llm or svd.")]
+KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
+Of = Annotated[str, typer.Option("--of", help="Count `all` parameters, or the compressed `targets` alone.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-O", help="An option of the method, such as group_size=4. Repeatable.")
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Set a recipe's value: calibration.blocks=64. Repeatable.")
+]
+TextName = Annotated[
+    str, typer.Option("--text", "-t", help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.")
+]
+Blocks = Annotated[int | None, typer.Option("--blocks", help="Number of text blocks.")]
+Length = Annotated[int | None, typer.Option("--length", help="Tokens per block (default: the context, up to 2048).")]
+StatsFolder = Annotated[
+    Path | None, typer.Option("--stats", help="Folder that keeps measured statistics for further runs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto (an accelerator if there is one), cpu, cuda, …")]
+
+
+def main() -> None:
+    """Entry point: mistakes of the user end in one sentence and exit code 2."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app()
+        except LayershareError as error:
+            complaints.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(2)
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], output: Out, changes: Changes = None) -> None:
+    """Carry out a recipe; run again to continue an interrupted run."""
+    from layershare.recipe import read_recipe
+
+    _run(read_recipe(recipe, tuple(changes or ())), output)
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Out,
+    method: MethodName = "basis-sharing",
+    keep: KeepSize = "0.8",
+    of: Of = "all",
+    option: Options = None,
+    text: TextName = "wikitext2",
+    blocks: Blocks = None,
+    length: Length = None,
+    stats: StatsFolder = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan (edited by hand, say).")] = None,
+    test: Annotated[
+        str | None, typer.Option("--eval", help="Measure the result on the held-out part of a text.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    changes: Changes = None,
+) -> None:
+    """Compress a model into a Hugging Face folder; run again to continue an interrupted run."""
+    values = {
+        "model": model,
+        "method": method,
+        "keep": keep,
+        "of": of,
+        "plan": None if plan_file is None else str(plan_file),
+        "dtype": dtype,
+        "device": device,
+        "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
+        "evaluation": None if test is None else _given(text=test, length=length),
+    }
+    _run(_recipe(values, option, changes), output)
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: MethodName = "basis-sharing",
+    keep: KeepSize = "0.8",
+    of: Of = "all",
+    option: Options = None,
+    json: Json = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan (JSON) to this file.")] = None,
+) -> None:
+    """Show what compression would do, from the model's config alone: groups, ranks, exact sizes, needs."""
+    from layershare.plan.table import plan_table
+    from layershare.run import prepare
+    from layershare.store import write_atomically
+
+    job = prepare(_recipe({"model": model, "method": method, "keep": keep, "of": of}, option))
+    if output is not None:
+        write_atomically(output, job.plan.to_json().encode())
+    if json:
+        print(job.plan.to_json(), end="")
+    else:
+        console.print(plan_table(job.spec, job.plan, job.needs))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Out,
+    text: TextName = "wikitext2",
+    blocks: Blocks = None,
+    length: Length = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure a model's statistics on a text, once for every method and every keep (`compress --stats`)."""
+    from layershare.run import calibrate_to
+
+    calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
+    with _progress() as report:
+        folder = calibrate_to(
+            _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}), report
+        )
+    console.print(f"Statistics are in {folder}.", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Folder,
+    text: TextName = "wikitext2",
+    original: Annotated[str | None, typer.Option("--original", help="Compare with this model.")] = None,
+    blocks: Blocks = None,
+    length: Length = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the results (JSON) to this file.")
+    ] = None,
+) -> None:
+    """Measure perplexity and, against an original, KL divergence and top-1 agreement."""
+    from layershare.api import evaluate_folder
+    from layershare.store import write_json
+
+    test = _given(text=text, blocks=blocks, length=length, dtype=dtype)
+    with _progress() as report:
+        results = evaluate_folder(
+            folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
+        )
+    if output is not None:
+        write_json(output, results)
+    _print_evaluation(results["evaluation"], json)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    output: Out,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Multiply the factors out: a checkpoint for everything.")
+    ] = False,
+) -> None:
+    """Write an ordinary dense checkpoint of a compressed model, for programs that cannot load ours."""
+    from layershare.api import export_dense
+
+    _quiet()
+    if not dense:
+        raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
+    export_dense(folder, output)
+    console.print(f"The dense model is in {output}.", highlight=False, soft_wrap=True)
+
+
+@app.command("ls")
+def list_models(folder: Annotated[Path, typer.Argument(help="A folder of compressed models.")] = Path()) -> None:
+    """List the compressed models below a folder with their sizes and results."""
+    from layershare.report.listing import listing
+
+    console.print(listing(folder))
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Let a model continue a prompt."""
+    from layershare.evaluate.generate import continue_text
+
+    _quiet()
+    print(continue_text(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, dtype=dtype))
+
+
+def _run(recipe: "Recipe", output: Path) -> None:
+    from layershare.plan.table import plan_table
+    from layershare.run import prepare, run
+
+    job = prepare(recipe)
+    console.print(plan_table(job.spec, job.plan, job.needs))
+    with _progress() as report:
+        results = run(recipe, output, report=report)
+    if "evaluation" in results:
+        _print_evaluation(results["evaluation"], False)
+    console.print(f"The compressed model is in {output}.", highlight=False, soft_wrap=True)
+
+
+def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> "Recipe":
+    import yaml
+
+    from layershare.recipe import parse_recipe
+
+    prefixed = [f"options.{option}" for option in options or ()]
+    return parse_recipe(yaml.safe_dump(values), (*prefixed, *(changes or ())))
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that are not `None`, so that the recipe's defaults serve for the others."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _print_evaluation(evaluation: dict[str, Any], json: bool) -> None:
+    from layershare.report.listing import evaluation_table
+
+    if json:
+        console.print_json(data=evaluation)
+    else:
+        console.print(evaluation_table(evaluation))
+
+
+@contextmanager
+def _progress() -> "Iterator[Report]":
+    """A bar per step, with the time left."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    _quiet()
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=complaints) as bars:
+
+        def report(step: str):
+            task = bars.add_task(step, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield report
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    if issubclass(category, UserWarning):
+        complaints.print(f"Warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,24 @@
+"""Errors that a person can act on: one sentence that says what is wrong and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LayershareError(Exception):
+    """Something the user can mend. The command line prints the message and exits with code 2."""
+
+
+class UnsupportedModelError(LayershareError):
+    """The model is of a kind that cannot be compressed; the message names the reason."""
+
+
+def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
+    """The error for a name that does not exist, with the nearest known name or all of them.
+
+    `unknown("method", "basis_share", METHODS)` reads
+    "Unknown method 'basis_share'. Did you mean 'basis-sharing'?".
+    """
+    names = sorted(known)
+    near = get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
+    return LayershareError(f"Unknown {kind} '{word}'. {hint}")

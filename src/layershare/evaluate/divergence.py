@@ -1,0 +1,76 @@
+"""How far a compressed model is from its original: perplexity flatters, these do not.
+
+KL divergence D(original ‖ model) and top-1 agreement (how often both rank the same token first), averaged over the same
+positions as perplexity.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from layershare.calibrate.text import Text
+from layershare.errors import LayershareError
+from layershare.evaluate.perplexity import Perplexity, log_probabilities, negative_log_likelihood, perplexity
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a text measures; the last three only where an original is given.
+
+    `kl` in nats per token, `top1_agreement` a fraction; `text` and `dtype` say what was measured in which precision.
+    """
+
+    text: dict[str, Any]
+    dtype: str
+    perplexity: Perplexity
+    original_perplexity: Perplexity | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    text: Text,
+    original: PreTrainedModel | None = None,
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Measure a model on a text, and against its original if that is given.
+
+    Raises `LayershareError` if the two have different vocabularies.
+    """
+    if original is not None and original.config.vocab_size != model.config.vocab_size:
+        raise LayershareError(
+            f"The models have different vocabularies ({model.config.vocab_size} and {original.config.vocab_size} "
+            "tokens), so they cannot be compared."
+        )
+    model.eval()
+    nll = reference_nll = kl = agreement = 0.0
+    batches = text.tokens.split(batch_size)
+    for done, tokens in enumerate(batches):
+        progress(done, len(batches))
+        ours = log_probabilities(model, tokens)
+        nll += negative_log_likelihood(ours, tokens)
+        if original is not None:
+            theirs = log_probabilities(original.eval(), tokens).to(ours.device)
+            reference_nll += negative_log_likelihood(theirs, tokens)
+            agreement += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            kl += float(theirs.exp().mul_(theirs - ours).sum(dtype=torch.float64))
+    progress(len(batches), len(batches))
+    predicted = text.tokens.shape[0] * (text.tokens.shape[1] - 1)
+    measured = Evaluation(text.identity, str(model.dtype).removeprefix("torch."), perplexity(nll, predicted))
+    if original is None:
+        return measured
+    return Evaluation(
+        measured.text,
+        measured.dtype,
+        measured.perplexity,
+        perplexity(reference_nll, predicted),
+        kl / predicted,
+        agreement / predicted,
+    )

@@ -1,0 +1,63 @@
+"""The methods, by name. A method is one file and one line here."""
+
+from dataclasses import asdict, fields
+from math import ceil
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from layershare.errors import LayershareError, unknown
+from layershare.methods.basis_sharing import BasisSharing
+from layershare.methods.method import Method
+from layershare.methods.svd import Svd
+from layershare.methods.svd_llm import SvdLlm
+from layershare.model.arch import Spec
+from layershare.plan.budget import Budget, Keep, allowed, measure, parse_keep
+from layershare.plan.edits import Plan, Share
+
+METHODS: dict[str, type[Method]] = {"basis-sharing": BasisSharing, "svd-llm": SvdLlm, "svd": Svd}
+
+
+def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
+    """The method of this name with these options. Raises `LayershareError` for unknown names and wrong values."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    method = METHODS[name]
+    options = options or {}
+    known = [field.name for field in fields(method)]
+    for option in options:
+        if option not in known:
+            if not known:
+                raise LayershareError(f"The method '{name}' has no options, so '{option}' cannot be set.")
+            raise unknown(f"option of {name}", option, known)
+    try:
+        return TypeAdapter(method).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise LayershareError(
+            f"Option '{first['loc'][0] if first['loc'] else name}' of {name}: {first['msg']}."
+        ) from error
+
+
+def plan_with(spec: Spec, name: str, method: Method, keep: float | str, of: str) -> Plan:
+    """The method's plan for `keep`, counted of all parameters or `of="targets"`; never over budget.
+
+    Raises `LayershareError` if `keep` cannot be met.
+    """
+    wanted = parse_keep(keep)
+    before = measure(spec, ())
+    itemsize = before.targets.bytes / before.targets.parameters
+    budget = allowed(spec, wanted, of)
+    edits = method.plan(spec, budget)
+    while (excess := _excess_bytes(spec, edits, wanted, of)) > 0:  # the file's header depends on the plan itself
+        parameters = budget.parameters - ceil(excess / itemsize)
+        budget = Budget(budget.fraction * parameters / budget.parameters, parameters)
+        edits = method.plan(spec, budget)
+    return Plan(spec.model_type, name, asdict(method), keep, of, before, measure(spec, edits), edits)
+
+
+def _excess_bytes(spec: Spec, edits: tuple[Share, ...], keep: Keep, of: str) -> int:
+    if keep.bytes is None:
+        return 0
+    after = measure(spec, edits)
+    return (after.all if of == "all" else after.targets).bytes - keep.bytes

@@ -1,0 +1,98 @@
+"""Basis Sharing: one basis per group of layers, own coefficients per layer.
+
+Paper: Wang, Chen, Lin, Li, Zhang, "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model
+Compression", ICLR 2025, arXiv 2410.03765. In its symbols: with S from SᵀS = ΣXᵢᵀXᵢ over the n layers of a group,
+S[W⁽¹⁾ … W⁽ⁿ⁾] = UΣVᵀ, the basis is B″ = S⁻¹U_kΣ_k and layer i keeps the coefficients C⁽ⁱ⁾, its columns of V_kᵀ; the
+rank is k = ⌊x·d₁·d₂·n / (d₁ + n·d₂)⌋. W_Q, W_K, W_V, W_Up and W_Gate are shared by consecutive layers; W_O and W_Down
+stay private (a group of one). From 40 % removed on, coefficients are fitted again to the inputs that compressed layers
+give.
+
+Where this differs
+- from paper and code: S comes from an eigendecomposition with a relative ridge, not from a Cholesky, which fails on
+  rank-deficient Grams; the product B″C⁽ⁱ⁾ is the same. U_k comes from the eigenproblem of S(ΣWᵢWᵢᵀ)Sᵀ, which is n·d₂/d₁
+  times smaller than the SVD. Basis and coefficients get equal norms, not all of Σ in the basis, so that both fit half
+  precision. A private matrix is solved on its smaller side, which has the same optimum.
+- from the code: a remainder group gets the rank of its own size; the code gives it that of a full group and exceeds the
+  budget. In small models, where rounding down leaves more than 0.5 % of the budget, single ranks are added.
+- from the code: the refit is run by default from 40 % removed on (the published code never calls it), layer after layer
+  with each layer's own Gram G′ᵢ of deviated inputs, C⁽ⁱ⁾ = (BᵀG′ᵢB + λ1)⁻¹BᵀG′ᵢWᵢ, as the paper says of SVD-LLM's
+  update. The code pools the Grams of a group and takes all of them from one pass of the unrefitted model.
+- the defaults follow the code where the paper is silent: with grouped-query attention k and v are private too (its
+  Mistral setting), and GPT-2 shares c_attn, c_fc and attn.c_proj (its GPT-2 setting, though the paper keeps W_O
+  private).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from layershare.errors import LayershareError, unknown
+from layershare.methods.method import Method
+from layershare.methods.private import natural_side, solve_private
+from layershare.model.arch import READERS, ROLES, Spec
+from layershare.plan.budget import Budget
+from layershare.plan.edits import Share
+from layershare.plan.ranks import Group, consecutive, uniform
+from layershare.solve.linalg import Factors, share_input, share_output
+
+REFIT_AT = 0.6
+"""Refit when at most this fraction of the targets is kept."""
+
+
+@dataclass(frozen=True)
+class BasisSharing(Method):
+    """Options of Basis Sharing.
+
+    `group_size`: layers per group (n). `shared`: roles whose basis is shared, `None` for the authors' choice for the
+    model's family. `refit`: fit the coefficients again to deviated inputs; `None` does so from 40 % removed on.
+    """
+
+    group_size: Annotated[int, Field(ge=1)] = 2
+    shared: tuple[str, ...] | None = None
+    refit: bool | None = None
+
+    def shared_roles(self, spec: Spec) -> tuple[str, ...]:
+        """The roles that share, for this model. Raises `LayershareError` for a role that it does not have."""
+        if self.shared is None:
+            return default_shared_roles(spec)
+        for role in self.shared:
+            if role not in ROLES:
+                raise unknown("role", role, ROLES)
+            if role not in spec.roles:
+                raise LayershareError(
+                    f"A '{spec.model_type}' model has no role '{role}'; it has {', '.join(spec.roles)}."
+                )
+        return self.shared
+
+    def plan(self, spec: Spec, budget: Budget) -> tuple[Share, ...]:
+        """Groups of `group_size` consecutive layers for the shared roles, groups of one for the others."""
+        shared = self.shared_roles(spec)
+        groups = []
+        for role, linears in spec.by_role.items():
+            sharing = role in shared and self.group_size > 1
+            side = "input" if sharing else natural_side(role)
+            layers = consecutive(linears, self.group_size if sharing else 1)
+            groups += [Group(role, group, side) for group in layers]
+        return uniform(spec, groups, budget)
+
+    def solve(self, share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
+        """The basis of the group and the coefficients of its layers."""
+        if len(weights) == 1:
+            return solve_private(share, weights[0], grams[0])
+        solve = share_input if share.side == "input" else share_output
+        return solve(weights, grams, share.rank)
+
+    def refits(self, fraction: float) -> bool:
+        """From 40 % removed on, unless the option says otherwise."""
+        return fraction <= REFIT_AT if self.refit is None else self.refit
+
+
+def default_shared_roles(spec: Spec) -> tuple[str, ...]:
+    """The authors' choice: the readers; without k and v under grouped-query attention; GPT-2 with c_proj."""
+    if spec.model_type == "gpt2":
+        return ("qkv", "up", "o")
+    private = ("k", "v") if spec.grouped_query else ()
+    return tuple(role for role in spec.roles if role in READERS and role not in private)

@@ -1,0 +1,241 @@
+"""Describe a causal language model: its blocks, its linears, who reads what. No weights, no per-family code."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from layershare.errors import UnsupportedModelError
+
+READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
+"""Roles that read the residual stream; their natural shared side is the input."""
+WRITERS = ("o", "down")
+"""Roles that write the residual stream; their natural shared side is the output."""
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+
+# Last part of a linear's name -> role. What attention and MLP both use, `role_of` tells apart by the parent.
+_ROLE_NAMES = {
+    "q": ("q_proj", "wq"),
+    "k": ("k_proj", "wk"),
+    "v": ("v_proj", "wv"),
+    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack"),
+    "o": ("o_proj", "wo"),
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h"),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"),
+}
+_ROLE_OF_NAME = {name: role for role, names in _ROLE_NAMES.items() for name in names}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a block, y = xW + b with W of shape d_in × d_out.
+
+    `name` is relative to the base model (`layers.0.self_attn.q_proj`); `site` is the name of the first linear of the
+    block that reads the same input tensor, so linears with one site share one Gram matrix; `conv1d` says that the
+    stored weight is d_in × d_out (transformers' `Conv1D`) and not d_out × d_in.
+    """
+
+    name: str
+    layer: int
+    role: str
+    site: str
+    d_in: int
+    d_out: int
+    bias: bool
+    conv1d: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, without the bias."""
+        return self.d_in * self.d_out
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What compression needs to know of a model; made by `describe`.
+
+    `base_prefix` leads from a name in the causal LM's state dict to one in the base model (`model.`), `blocks` names
+    the stack of blocks relative to the base model, `tensors` has shape and dtype of every tensor that a checkpoint
+    stores (tied ones once, under full names), `buffers` the names among them that are no parameters.
+    """
+
+    model_type: str
+    base_prefix: str
+    blocks: str
+    n_layers: int
+    linears: tuple[Linear, ...]
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    buffers: frozenset[str]
+    head_multiplications: int
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters, embeddings included, tied ones counted once."""
+        return sum(prod(shape) for name, (shape, _) in self.tensors.items() if name not in self.buffers)
+
+    @cached_property
+    def by_role(self) -> dict[str, tuple[Linear, ...]]:
+        """Role -> its linears in layer order, roles in the order in which data flows through a block."""
+        roles = [role for role in ROLES if any(linear.role == role for linear in self.linears)]
+        return {role: tuple(x for x in self.linears if x.role == role) for role in roles}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that this model has."""
+        return tuple(self.by_role)
+
+    @property
+    def grouped_query(self) -> bool:
+        """Whether several query heads share a key head (GQA), so that k and v are narrower than q."""
+        first = {role: linears[0] for role, linears in self.by_role.items()}
+        return "k" in first and "q" in first and first["k"].d_out < first["q"].d_out
+
+    def linear(self, role: str, layer: int) -> Linear:
+        """The linear of one role in one layer. Raises `KeyError` if that layer has none."""
+        for linear in self.by_role.get(role, ()):
+            if linear.layer == layer:
+                return linear
+        raise KeyError(f"layer {layer} has no {role}")
+
+    def weight_name(self, linear: Linear) -> str:
+        """Full state-dict name of a linear's weight."""
+        return f"{self.base_prefix}{linear.name}.weight"
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The stack of blocks: the longest outermost ModuleList of the base model, with its name relative to that.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.base_model.named_modules():  # parents come before their children
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
+            stacks[name] = module
+    if not stacks:
+        raise UnsupportedModelError(f"{type(model).__name__} has no stack of blocks to share weights between.")
+    return max(stacks.items(), key=lambda item: len(item[1]))
+
+
+def role_of(name: str) -> str | None:
+    """The role of a linear by its name, `None` if the name is not a known one.
+
+    >>> role_of("layers.3.self_attn.q_proj"), role_of("h.0.mlp.c_proj"), role_of("h.0.attn.c_proj")
+    ('q', 'down', 'o')
+    """
+    parent, _, last = name.rpartition(".")
+    in_attention = re.search("att(n|ention)", parent) is not None
+    if last == "c_proj":
+        return "o" if in_attention else "down"
+    if last in ("dense", "out_proj"):
+        return "o" if in_attention else None
+    return _ROLE_OF_NAME.get(last)
+
+
+def describe(model: PreTrainedModel | PreTrainedConfig) -> Spec:
+    """Describe a model from its config alone: builds it without memory and runs its blocks once on shapes.
+
+    Raises `UnsupportedModelError`, with the reason, for models that are not dense decoders (encoder-decoder,
+    mixture-of-experts, state-space and convolutional ones), and for already compressed models.
+    """
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    dtype = model.dtype if isinstance(model, PreTrainedModel) else (config.dtype or torch.float32)
+    _refuse_config(config)
+    with FakeTensorMode() as fake:
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    stack, blocks = find_blocks(skeleton)
+    _refuse_blocks(config.model_type, blocks)
+    sites = _sites(skeleton, blocks, stack, fake)
+
+    linears = []
+    for layer, block in enumerate(blocks):
+        for name, module in block.named_modules(prefix=f"{stack}.{layer}"):
+            role = role_of(name)
+            if role is None or not isinstance(module, nn.Linear | Conv1D):
+                continue
+            conv1d = isinstance(module, Conv1D)
+            d_in, d_out = module.weight.shape if conv1d else module.weight.shape[::-1]
+            linears.append(Linear(name, layer, role, sites[name], d_in, d_out, module.bias is not None, conv1d))
+    roles = {linear.role for linear in linears}
+    if "down" not in roles or not roles & {"q", "qkv"}:
+        raise UnsupportedModelError(
+            f"The blocks of a '{config.model_type}' model are not those of an attention decoder "
+            f"(linear layers found by name: {', '.join(sorted(roles)) or 'none'})."
+        )
+
+    tensors, seen = {}, set()
+    for name, value in skeleton.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            tensors[name] = (tuple(value.shape), value.dtype)
+    parameters = {name for name, _ in skeleton.named_parameters()}
+    head = skeleton.get_output_embeddings()
+    return Spec(
+        model_type=config.model_type,
+        base_prefix=f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else "",
+        blocks=stack,
+        n_layers=len(blocks),
+        linears=tuple(linears),
+        tensors=tensors,
+        buffers=frozenset(tensors) - parameters,
+        head_multiplications=head.weight.numel() if isinstance(head, nn.Linear) else 0,
+    )
+
+
+def _refuse_config(config: PreTrainedConfig) -> None:
+    kind = config.model_type
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        if method == "layershare":
+            raise UnsupportedModelError("This model is already compressed by layershare; start from the original.")
+        raise UnsupportedModelError(
+            f"This model is quantized with '{method}'; start from the unquantized weights and quantize afterwards."
+        )
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"'{kind}' is an encoder-decoder model; only decoder-only models are supported.")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(f"'{kind}' is not a causal language model that transformers can build.")
+    if config.get_text_config(decoder=True) is not config:
+        raise UnsupportedModelError(f"'{kind}' is a multimodal model; give its text model alone.")
+
+
+def _refuse_blocks(kind: str, blocks: nn.ModuleList) -> None:
+    for name, module in blocks.named_modules():
+        if isinstance(module, nn.Conv1d):
+            raise UnsupportedModelError(
+                f"'{kind}' is a state-space or convolutional model ('{name}' is a convolution); "
+                "only attention decoders are supported."
+            )
+        if name.rpartition(".")[2] == "experts":
+            raise UnsupportedModelError(
+                f"'{kind}' is a mixture-of-experts model ('{name}' holds the experts); only dense models are supported."
+            )
+
+
+def _sites(model: PreTrainedModel, blocks: nn.ModuleList, stack: str, fake: FakeTensorMode) -> dict[str, str]:
+    """Linear's name -> name of the first linear that is given the same tensor. Runs the blocks on shapes alone."""
+    first_reader: dict[int, str] = {}
+    alive: list[torch.Tensor] = []  # a freed tensor's id could be taken by another
+    sites: dict[str, str] = {}
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            alive.append(args[0])
+            sites[name] = first_reader.setdefault(id(args[0]), name)
+
+        return hook
+
+    for name, module in blocks.named_modules(prefix=stack):
+        if isinstance(module, nn.Linear | Conv1D):
+            module.register_forward_pre_hook(watch(name))
+    with fake, torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    return sites

@@ -1,0 +1,329 @@
+"""Compressed models as Hugging Face checkpoints: the one file that knows transformers' quantizer hooks.
+
+A compressed folder is an ordinary one whose `config.json` has a `quantization_config` with our name. Because of it
+transformers asks `LayershareQuantizer` to swap the modules of the empty skeleton and does the rest itself: shards,
+dtypes, device maps, parallelism. Importing this module registers the quantizer; `autoload.py` serves programs that
+do not import it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as installed
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from layershare.errors import LayershareError, unknown
+from layershare.model.layers import SIDES, FactorLinear, Side
+from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "layershare"
+SHIM = "modeling_layershare"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share one basis, the owner first; `members` are module names relative to the base model.
+
+    Raises `LayershareError` for a side, rank or member list that cannot be.
+    """
+
+    role: str
+    side: Side
+    rank: int
+    members: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise unknown("side", str(self.side), SIDES)
+        object.__setattr__(self, "members", tuple(self.members))
+        if not self.members or not all(isinstance(name, str) for name in self.members):
+            raise LayershareError(f"A group of role '{self.role}' lists no member layers: repair its 'members'.")
+        if type(self.rank) is not int or self.rank < 1:
+            raise LayershareError(
+                f"The group of '{self.members[0]}' has rank {self.rank!r}: give a whole number from 1 up."
+            )
+
+
+class LayershareConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    `groups`: `Group`s or their JSON form. `compression`: free notes for people (method, keep, ...). Both, and
+    whatever other tools add, are written again on a re-save.
+
+    Raises `LayershareError` for a newer format or malformed groups.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group | dict[str, Any]] = (),
+        compression: dict[str, Any] | None = None,
+        version: int = FORMAT_VERSION,
+        layershare_version: str | None = None,
+        quant_method: str = QUANT_METHOD,
+        **more: Any,
+    ) -> None:
+        if version > FORMAT_VERSION:
+            raise LayershareError(
+                f"This checkpoint has format version {version}, this layershare reads up to {FORMAT_VERSION}: "
+                "run `pip install --upgrade layershare`."
+            )
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]  # the enum is closed
+        self.version = version
+        self.layershare_version = layershare_version or installed("layershare")
+        try:
+            self.groups = tuple(group if isinstance(group, Group) else Group(**group) for group in groups)
+        except TypeError as error:
+            raise LayershareError(f"Malformed group in quantization_config of config.json ({error}).") from error
+        names = list(chain.from_iterable(group.members for group in self.groups))
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one group only.")
+        self.compression = dict(compression or {})
+        self.__dict__.update(more)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, as it stands in `config.json`."""
+        groups = [{**asdict(group), "members": list(group.members)} for group in self.groups]
+        return {**super().to_dict(), "groups": groups}
+
+
+class LayershareQuantizer(HfQuantizer):
+    """What transformers calls while it loads, saves and densifies a compressed model."""
+
+    requires_calibration = True  # a dense model cannot become one of ours through from_pretrained
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of the model."""
+        return cast(LayershareConfig, self.quantization_config).groups
+
+    @property
+    def is_trainable(self) -> Any:
+        """Factors are plain tensors: whatever can be done with weights can be done with them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> Any:
+        """Without adapters, too."""
+        return True
+
+    @property
+    def is_compileable(self) -> Any:
+        """By torch.compile."""
+        return True
+
+    def is_serializable(self, *_: Any, **__: Any) -> Any:
+        """Factors are plain tensors."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        swap_modules(model, self.groups)
+        _refuse_incomplete(model, checkpoint_files or ())
+        adapt_sharding(model)
+        if self.groups:
+            guard = re.escape(guard_name(self.groups, "")) + "$"
+            model._keys_to_ignore_on_load_unexpected.add(guard)
+        return model
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Adapt a tensor-parallel plan to the factored layers."""
+        adapt_tensor_plan(model, plan)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> PreTrainedModel:
+        # Factors are ordinary weights: casts and full fine-tuning, which quantized models refuse, are fine. (Saving
+        # goes by `hf_quantizer`, not by this flag.)
+        model.is_quantized = False
+        # The shim's file is not copied on a re-save unless the model was loaded through it.
+        auto_map = getattr(model.config, "auto_map", None) or {}
+        if not model.is_remote_code() and auto_map.get("AutoModelForCausalLM", "").startswith(SHIM):
+            del model.config.auto_map
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """The tensors to save: the model's and the guard."""
+        state = model.state_dict()
+        if self.groups:
+            state[guard_name(self.groups, _base_prefix(model))] = torch.zeros(0, dtype=torch.uint8)
+        return state, {}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Make `model` an ordinary dense one in place; without `dtype` every layer keeps its own."""
+        factored = {name: module for name, module in model.named_modules() if isinstance(module, FactorLinear)}
+        for module in factored.values():
+            module.require_plain_factors()
+        for name, module in factored.items():
+            model.set_submodule(name, module.to_dense())
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
+
+
+register_quantization_config(QUANT_METHOD)(LayershareConfig)
+register_quantizer(QUANT_METHOD)(LayershareQuantizer)
+
+
+def swap_modules(model: PreTrainedModel, groups: Sequence[Group]) -> None:
+    """Replace the members of every group by `FactorLinear`s, in place: on a meta skeleton or a real model.
+
+    Biases are kept; factors are left uninitialised on the device and in the dtype of the dense weight.
+    Raises `LayershareError`, with the model unchanged, for unknown or unfit members and impossible ranks.
+    """
+    base = model.base_model
+    modules = dict(base.named_modules())
+    for group in groups:
+        _check(group, modules)
+    for group in groups:
+        owner = None
+        for name in group.members:
+            dense = modules[name]
+            factored = FactorLinear(
+                *_dims(dense),
+                group.rank,
+                bias=dense.bias is not None,
+                side=group.side,
+                conv1d=isinstance(dense, Conv1D),
+                owner=owner,
+                device=dense.weight.device,  # pyright: ignore[reportArgumentType]
+                dtype=dense.weight.dtype,  # pyright: ignore[reportArgumentType]
+            )
+            factored.bias = dense.bias  # pyright: ignore[reportAttributeAccessIssue]
+            base.set_submodule(name, factored.train(dense.training))
+            owner = owner or factored
+
+
+def adopt(model: Any, config: LayershareConfig) -> PreTrainedModel:
+    """Make a live dense `PreTrainedModel` look like a compressed one that was loaded; the caller fills the factors.
+
+    Raises as `swap_modules`.
+    """
+    quantizer = LayershareQuantizer(config)
+    quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = False
+    model.config.quantization_config = config
+    return model
+
+
+def guard_name(groups: Sequence[Group], base_prefix: str) -> str:
+    """The dense weight of the first member, under which a checkpoint stores a tensor of size zero.
+
+    A load without this package finds a weight of the wrong shape and fails, instead of finding none and initialising
+    the compressed layers at random. `base_prefix` is "model." or the like, or "" if the base model itself is stored.
+    """
+    return f"{base_prefix}{groups[0].members[0]}.weight"
+
+
+def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
+    """Load a causal LM, compressed or not, from a folder or hub id; `dense=True` multiplies the factors out.
+
+    `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model.
+    """
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise LayershareError(f"'{folder}' has no config.json: give the folder of a model.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise LayershareError(f"A weight file of '{folder}' is damaged ({error}): fetch or write it again.") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LayershareError(f"'{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    factored = any(isinstance(module, FactorLinear) for module in model.modules())
+    return model.dequantize() if dense and factored else model
+
+
+def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """`save_pretrained` with the shim of `write_shim`, and the tokenizer."""
+    model.save_pretrained(folder)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    write_shim(folder, config)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def write_shim(folder: str | Path, config: dict[str, Any]) -> None:
+    """Write the module that `trust_remote_code=True` imports, and enter it in `config` (the content of config.json).
+
+    It serves installations in which the autoload entry point is switched off.
+    """
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
+    code = (
+        '"""Registers layershare, then hands over to transformers."""\n\n'
+        "import layershare.model.hub  # noqa: F401\n"
+        "import transformers\n\n\n"
+        f"class {name}(transformers.{name}):\n"
+        '    """The same class, from a module that imports layershare."""\n'
+    )
+    (Path(folder) / f"{SHIM}.py").write_text(code, "utf-8")
+    config.setdefault("auto_map", {})["AutoModelForCausalLM"] = f"{SHIM}.{name}"
+
+
+def _base_prefix(model: PreTrainedModel) -> str:
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def _dims(dense: nn.Module) -> tuple[int, int]:
+    """`(d_in, d_out)` of a dense layer."""
+    assert isinstance(dense, nn.Linear | Conv1D)
+    d_out, d_in = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
+    return d_in, d_out
+
+
+def _check(group: Group, modules: dict[str, nn.Module]) -> None:
+    """Raise where `group` does not fit the model's `modules`."""
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    for name in group.members:
+        if isinstance(modules.get(name), FactorLinear):
+            raise LayershareError(f"Layer '{name}' is compressed already: start from the original model.")
+        if name not in linears:
+            raise unknown("linear layer", name, linears)
+    dims = [_dims(modules[name]) for name in group.members]
+    shared, private = (0, 1) if group.side == "input" else (1, 0)
+    if len({each[shared] for each in dims}) > 1:
+        raise LayershareError(
+            f"The members of the group of '{group.members[0]}' differ in their {group.side} width: they cannot share."
+        )
+    limit = min(dims[0][shared], sum(each[private] for each in dims))
+    if group.rank > limit:
+        raise LayershareError(
+            f"The group of '{group.members[0]}' has rank {group.rank}: its matrices allow {limit} at most."
+        )
+
+
+def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
+    """Raise where the safetensors `files` lack a tensor of a factored layer or hold it in another shape.
+
+    transformers would initialise a missing one at random, with no more than a warning. Only headers are read.
+    """
+    shapes: dict[str, list[int]] = {}
+    if not files or not all(path.endswith(".safetensors") for path in files):
+        return
+    for path in files:
+        with safe_open(path, "pt") as file:
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a mapping
+    stored = {key.removeprefix(f"{model.base_model_prefix}."): shape for key, shape in shapes.items()}
+    factored = {name: m for name, m in model.base_model.named_modules() if isinstance(m, FactorLinear)}
+    for key, tensor in ((f"{n}.{k}", t) for n, module in factored.items() for k, t in module.named_parameters()):
+        if key not in stored:
+            raise LayershareError(f"The checkpoint lacks the tensor '{key}': fetch or write it again.")
+        if stored[key] != list(tensor.shape):
+            raise LayershareError(
+                f"'{key}' is {stored[key]} in the checkpoint, but config.json makes it {list(tensor.shape)}: "
+                "config.json and weights are of different models."
+            )

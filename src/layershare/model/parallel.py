@@ -1,0 +1,86 @@
+"""How transformers' own tensor parallelism and FSDP split factored layers.
+
+A transformers plan names layers with wildcards (`layers.*.self_attn.q_proj`), so one entry covers the dense and the
+factored layers of a partly compressed model, on either side. Each style below therefore decides per module.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,  # pyright: ignore[reportPrivateImportUsage]  # its place in every supported version
+    TensorParallelLayer,
+)
+
+from layershare.model.layers import FactorLinear, SharedBasis
+
+# The style of a dense layer -> the styles of the factor that meets the input and of the one that makes the output
+# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width.
+_FACTOR_STYLES: dict[str, tuple[str | None, str]] = {
+    "colwise": (None, "colwise"),
+    "colwise_gather_output": (None, "colwise_gather_output"),
+    "rowwise": ("rowwise", "colwise_gather_output"),
+    "rowwise_split_input": ("rowwise_split_input", "colwise_gather_output"),
+}
+_PREFIX = "layershare_"
+
+
+class FactorStyle(TensorParallelLayer):
+    """The dense style for dense layers, its counterpart on both factors for factored ones."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dense: TensorParallelLayer = ALL_PARALLEL_STYLES[name]
+
+    def should_use_local_tensors(self, module) -> Any:
+        """A factored layer adds its slice of the bias to its slice of the output, both as plain tensors."""
+        return True
+
+    def shard_param(self, module, param, mesh) -> None:
+        """Shard one parameter of `module` itself; of a factored layer that is the bias."""
+        if not isinstance(module, FactorLinear) or self.name == "colwise":
+            self.dense.shard_param(module, param, mesh)
+
+    def install_forward(self, module, mesh):
+        """Shard and hook the factors that `module` registers: a shared basis once, by its owner."""
+        if not isinstance(module, FactorLinear):
+            return self.dense.install_forward(module, mesh)
+        registered = set(module.children())
+        for factor, name in zip(module.factors(), _FACTOR_STYLES[self.name], strict=True):
+            if name is not None and factor in registered:
+                style = ALL_PARALLEL_STYLES[name]
+                style.shard_param(factor, "weight", mesh)
+                style.install_forward(factor, mesh)
+        return super().install_forward(module, mesh)
+
+
+# Empty where torch was built without its distributed package.
+for _name in _FACTOR_STYLES.keys() & set(ALL_PARALLEL_STYLES):
+    ALL_PARALLEL_STYLES.register(_PREFIX + _name, FactorStyle(_name))  # pyright: ignore[reportArgumentType]
+
+
+def _pattern(name: str) -> str:
+    """The plan entry that covers a module: `layers.3.mlp` becomes `layers.*.mlp`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def adapt_tensor_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
+    """Give the entries of `plan` that cover a factored layer the matching style, in place."""
+    factored = {_pattern(name) for name, module in model.named_modules() if isinstance(module, FactorLinear)}
+    for key in plan.keys() & factored:
+        if plan[key] in _FACTOR_STYLES:
+            plan[key] = _PREFIX + plan[key]
+
+
+def adapt_sharding(model: PreTrainedModel) -> None:
+    """Make each shared basis an FSDP unit of its own, because layers outside its owner's block use it as well."""
+    if plan := model._fsdp_plan:
+        names = [name for name, module in model.named_modules() if isinstance(module, SharedBasis)]
+        plan.update({_pattern(name): "free_full_weight" for name in names})
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            whole = part._no_split_modules or set()
+            part._no_split_modules = type(whole)([*whole, *({SharedBasis.__name__} - set(whole))])

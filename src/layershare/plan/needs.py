@@ -1,0 +1,52 @@
+"""What a run will need of the machine, known before a weight is read."""
+
+from dataclasses import dataclass
+from math import prod
+
+from layershare.model.arch import Linear, Spec
+from layershare.plan.edits import Plan
+
+GRAM_ITEMSIZE = 4
+"""Grams are float32."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes: `memory` beside the interpreter and its libraries, and disk for `stats` and for the `output`."""
+
+    memory: int
+    stats: int
+    output: int
+
+
+def estimate_needs(spec: Spec, plan: Plan, *, blocks: int, length: int, batch_size: int, calibrated: bool) -> Needs:
+    """Estimate memory and disk for calibrating on `blocks` × `length` tokens, `batch_size` at a time, and compressing.
+
+    Memory is the larger of calibration (a block, its Grams, a batch) and of solving the largest group in float64.
+    """
+    stack = f"{spec.base_prefix}{spec.blocks}."
+    block = [0] * spec.n_layers
+    for name, (shape, dtype) in spec.tensors.items():
+        if name.startswith(stack):
+            block[int(name[len(stack) :].partition(".")[0])] += prod(shape) * dtype.itemsize
+    grams = [0] * spec.n_layers
+    for site in {linear.site: linear for linear in spec.linears}.values():
+        grams[site.layer] += site.d_in**2 * GRAM_ITEMSIZE
+    width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
+    widest = max(max(linear.d_in, linear.d_out) for linear in spec.linears)
+    itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
+    batch = batch_size * length * (4 * width + 3 * widest) * max(itemsize, 4)
+    states = 2 * blocks * length * width * itemsize
+    solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit.rank) for edit in plan.edits), default=0)
+    refit = max(block) // 2
+    return Needs(
+        memory=max(max(block) + max(grams) + batch + refit, solving) if calibrated else solving,
+        stats=sum(grams) if calibrated else 0,
+        output=2 * plan.after.all.bytes + (states if calibrated else 0),
+    )
+
+
+def _solving(linear: Linear, rank: int) -> int:
+    """Float64 matrices while a group is solved: the eigenproblem and its work space, one weight, its factors."""
+    width = min(linear.d_in, linear.d_out)
+    return 8 * (5 * width**2 + linear.parameters + 2 * rank * (linear.d_in + linear.d_out))

@@ -1,0 +1,86 @@
+"""A plan for the eyes: groups, ranks, sizes before and after, and what the run will need."""
+
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from layershare.model.arch import Spec
+from layershare.plan.budget import share_parameters
+from layershare.plan.edits import Plan, Share
+from layershare.plan.needs import Needs
+
+
+def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> RenderableType:
+    """The plan as tables for a terminal: a line per role and run of equal groups, then totals."""
+    groups = Table(title=f"{plan.method} on {spec.model_type}, keep {plan.keep} of {plan.of}", title_justify="left")
+    for column in ("role", "layers", "shape"):
+        groups.add_column(column)
+    for column in ("groups", "rank", "parameters", "after", "kept"):
+        groups.add_column(column, justify="right")
+    compressed = {(edit.role, layer) for edit in plan.edits for layer in edit.layers}
+    for role, linears in spec.by_role.items():
+        edits = [edit for edit in plan.edits if edit.role == role]
+        for _, run in groupby(edits, key=lambda edit: (len(edit.layers), edit.side, edit.rank)):
+            _add_groups(groups, spec, list(run))
+        dense = [linear for linear in linears if (role, linear.layer) not in compressed]
+        if dense:
+            count = sum(linear.parameters for linear in dense)
+            shape = f"{dense[0].d_in} × {dense[0].d_out}"
+            groups.add_row(role, _range([x.layer for x in dense]), shape, "", "dense", *_kept(count, count))
+    totals = Table()
+    totals.add_column("")
+    for column in ("parameters", "bytes", "multiplications per token"):
+        totals.add_column(column, justify="right")
+    for part in ("all", "targets"):
+        before, after = getattr(plan.before, part), getattr(plan.after, part)
+        totals.add_row(f"{part} before", f"{before.parameters:,}", f"{before.bytes:,}", f"{before.multiplications:,}")
+        totals.add_row(
+            f"{part} after",
+            *(
+                f"{new:,} ({new / old:.1%})"
+                for new, old in (
+                    (after.parameters, before.parameters),
+                    (after.bytes, before.bytes),
+                    (after.multiplications, before.multiplications),
+                )
+            ),
+        )
+    if needs is None:
+        return Group(groups, totals)
+    words = f"The run needs about {size(needs.memory)} of memory beside its libraries and {size(needs.output)} of disk"
+    return Group(groups, totals, f"{words}, and {size(needs.stats)} of disk for statistics.")
+
+
+def size(count: int) -> str:
+    """Bytes for people: `3.2 GB`."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def _add_groups(table: Table, spec: Spec, edits: list[Share]) -> None:
+    linear = spec.linear(edits[0].role, edits[0].layers[0])
+    before = sum(spec.linear(edit.role, layer).parameters for edit in edits for layer in edit.layers)
+    after = sum(share_parameters(spec, edit) for edit in edits)
+    n = len(edits[0].layers)
+    table.add_row(
+        edits[0].role,
+        _range([layer for edit in edits for layer in edit.layers]),
+        f"{linear.d_in} × {linear.d_out}",
+        f"{len(edits)} × {n} ({edits[0].side})" if n > 1 else f"{len(edits)} × 1",
+        f"{edits[0].rank:,}",
+        *_kept(before, after),
+    )
+
+
+def _kept(before: int, after: int) -> tuple[str, str, str]:
+    return f"{before:,}", f"{after:,}", f"{after / before:.1%}"
+
+
+def _range(layers: list[int]) -> str:
+    consecutive = layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}–{layers[-1]}" if consecutive and len(layers) > 1 else ", ".join(map(str, layers))

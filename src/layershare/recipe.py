@@ -1,0 +1,122 @@
+"""A recipe says all that a run needs, in strict YAML: unknown keys and wrong values are errors with a suggestion."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from layershare.errors import LayershareError, unknown
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a model is compressed for: name or path, number and length of blocks (`None`: what fits, ≤ 2048).
+
+    `stats`: a folder to keep the measured statistics in; runs with the same model and text share it.
+    """
+
+    __pydantic_config__ = _STRICT
+    text: str = "wikitext2"
+    blocks: Annotated[int, Field(ge=1)] = 256
+    length: Annotated[int, Field(ge=2)] | None = None
+    seed: int = 2023
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    stats: str | None = None
+
+
+@dataclass(frozen=True)
+class Test:
+    """The text that original and compressed model are measured on; `blocks` `None` takes all of it."""
+
+    __test__ = False
+    __pydantic_config__ = _STRICT
+    text: str = "wikitext2"
+    blocks: Annotated[int, Field(ge=1)] | None = None
+    length: Annotated[int, Field(ge=2)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One compression: what, how, how small, on which text, measured on which.
+
+    `keep`: `0.8`, `5.4B` or `11GB`, counted `of` all parameters or of the targets. `plan`: a plan file to carry out
+    in place of the method's own. `dtype`: in which the model is run and stored, `auto` for the checkpoint's.
+    """
+
+    __pydantic_config__ = _STRICT
+    model: str
+    method: str = "basis-sharing"
+    options: dict[str, Any] = field(default_factory=dict)
+    keep: float | str = 0.8
+    of: Literal["all", "targets"] = "all"
+    plan: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    max_shard_size: str = "5GB"
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Test | None = None
+
+    def to_yaml(self) -> str:
+        """The recipe with all its values, as copied into every output."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe, with changes such as `calibration.blocks=32` applied.
+
+    Raises `LayershareError`, with a suggestion, for what is not a recipe.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LayershareError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise LayershareError("The recipe must be a mapping of keys to values, at least `model`.")
+    for change in changes:
+        path, equals, value = change.partition("=")
+        if not equals:
+            raise LayershareError(f"'{change}' is not a change; write --set key=value.")
+        _put(values, path.split("."), yaml.safe_load(value))
+    return make_recipe(values)
+
+
+def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file. Raises as `parse_recipe`, and if there is no such file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise LayershareError(f"The recipe '{path}' cannot be read: {error.strerror}.") from error
+    return parse_recipe(text, changes)
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from plain values. Raises as `parse_recipe`."""
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        # A misspelt key is both unknown and missing; its own name is the better hint.
+        first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
+        *section, key = [str(part) for part in first["loc"]] or ["recipe"]
+        if first["type"] == "unexpected_keyword_argument":
+            known = {"": Recipe, "calibration": Calibration, "evaluation": Test}[".".join(section)]
+            where = f"key in {section[0]}" if section else "key"
+            raise unknown(where, key, [each.name for each in fields(known)]) from error
+        if first["type"] == "missing":
+            raise LayershareError(f"The recipe lacks the key '{key}'.") from error
+        raise LayershareError(f"'{'.'.join([*section, key])}' in the recipe: {first['msg']}.") from error
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    *sections, key = path
+    for section in sections:
+        inner = values.get(section)
+        if inner is not None and not isinstance(inner, dict):
+            raise LayershareError(f"'{section}' is a value, so it has no '{key}' to set.")
+        values = values.setdefault(section, {}) if inner is None else inner
+    values[key] = value

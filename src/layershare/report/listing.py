@@ -1,0 +1,54 @@
+"""Results for the terminal: tables of evaluations and of compressed models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from layershare.errors import LayershareError
+from layershare.plan.table import size
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """One evaluation, as in `results.json`, as a table."""
+    text = evaluation["text"]
+    table = Table(title=f"{text['source']}, {text['blocks']} blocks of {text['length']} tokens", title_justify="left")
+    table.add_column("")
+    table.add_column("model", justify="right")
+    original = evaluation["original_perplexity"]
+    if original is not None:
+        table.add_column("original", justify="right")
+    table.add_row("perplexity", *(f"{each['value']:.4g}" for each in (evaluation["perplexity"], original) if each))
+    if original is not None:
+        table.add_row("KL from the original (nats per token)", f"{evaluation['kl']:.4g}", "0")
+        table.add_row("top-1 agreement", f"{evaluation['top1_agreement']:.1%}", "100%")
+    return table
+
+
+def listing(folder: Path) -> Table:
+    """The finished models below a folder, one line each. Raises `LayershareError` if there is no such folder."""
+    if not folder.is_dir():
+        raise LayershareError(f"There is no folder '{folder}'.")
+    table = Table()
+    for column in ("folder", "model", "method"):
+        table.add_column(column)
+    for column in ("keep", "of", "parameters", "bytes", "perplexity"):
+        table.add_column(column, justify="right")
+    for path in sorted(folder.rglob("results.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if "method" not in results or ".run" in path.parts:
+            continue
+        after, before = results["after"]["all"], results["before"]["all"]
+        perplexity = results.get("evaluation", {}).get("perplexity", {}).get("value")
+        table.add_row(
+            str(path.parent.relative_to(folder)),
+            results["model"],
+            results["method"],
+            str(results["keep"]),
+            results["of"],
+            f"{after['parameters']:,} ({after['parameters'] / before['parameters']:.1%})",
+            size(after["bytes"]),
+            "" if perplexity is None else f"{perplexity:.4g}",
+        )
+    return table

@@ -1,0 +1,364 @@
+"""One run: calibrate, plan, solve, refit, write, measure, publish. Killed anywhere, the same call continues.
+
+While a run is unfinished, its output folder holds nothing but `.run`: the recipe, statistics, solved groups and the
+checkpoint in the making. The finished files are moved out of it as the last step, `config.json` last of all, so that
+the folder is a whole model or none.
+"""
+
+import copy
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from layershare.calibrate.stats import Progress, calibrate
+from layershare.calibrate.text import Source, Text, load_text
+from layershare.errors import LayershareError
+from layershare.evaluate.divergence import Evaluation, evaluate
+from layershare.methods import make_method, plan_with
+from layershare.methods.method import Method
+from layershare.model.arch import Spec, describe
+from layershare.model.hub import LayershareConfig, load, write_shim
+from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.weights import Weights
+from layershare.plan.edits import Plan
+from layershare.plan.needs import Needs, estimate_needs
+from layershare.plan.table import size
+from layershare.recipe import Recipe, Test
+from layershare.report.results import environment
+from layershare.solve.apply import Factored, groups_of, refit_coefficients, solve, write_weights
+from layershare.solve.linalg import RIDGE
+from layershare.store import write_atomically, write_json
+
+WORK = ".run"
+LENGTH = 2048
+"""Tokens per block where the model's context allows it, as in the papers."""
+
+Report = Callable[[str], Progress]
+"""Announces a step and gives the function that takes its progress."""
+
+
+def silent(step: str) -> Progress:
+    """Report nothing."""
+    return lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe checked against its model: everything that can be known before a weight is read."""
+
+    recipe: Recipe
+    spec: Spec
+    method: Method
+    plan: Plan
+    needs: Needs
+    length: int
+
+    @property
+    def refits(self) -> bool:
+        """Whether coefficients will be fitted again to what the compressed layers put out."""
+        kept = self.plan.after.targets.parameters / self.plan.before.targets.parameters
+        return bool(self.plan.edits) and self.method.refits(kept)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the run needs a text."""
+        return bool(self.plan.edits) and (self.method.uses_grams or self.refits)
+
+
+def prepare(recipe: Recipe, config: PreTrainedModel | PreTrainedConfig | None = None) -> Job:
+    """Check a recipe and plan it, from the model's config alone (read by name if it is not given).
+
+    Raises `LayershareError` for everything that is wrong with it.
+    """
+    method = make_method(recipe.method, recipe.options)
+    source = read_config(recipe.model) if config is None else config
+    spec = describe(source)
+    if recipe.plan is None:
+        plan = plan_with(spec, recipe.method, method, recipe.keep, recipe.of)
+    else:
+        plan = Plan.read(recipe.plan, spec)
+    length = recipe.calibration.length or default_length(source)
+    needs = estimate_needs(
+        spec,
+        plan,
+        blocks=recipe.calibration.blocks,
+        length=length,
+        batch_size=recipe.calibration.batch_size,
+        calibrated=method.uses_grams,
+    )
+    return Job(recipe, spec, method, plan, needs, length)
+
+
+def default_length(model: PreTrainedModel | PreTrainedConfig) -> int:
+    """Tokens per block: 2048, or the model's whole context if that is shorter."""
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    return min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: Source | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
+
+    A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
+    changed. The same call continues an interrupted run, and returns at once if the run is finished. Raises
+    `LayershareError` for bad input, before anything is written.
+    """
+    out = Path(out)
+    if _finished(out, recipe):
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if model is not None and Weights.of(model).fingerprint != results["model_fingerprint"]:
+            raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return results
+    job = prepare(recipe, model)
+    needs_text = job.calibrated or recipe.evaluation is not None
+    if tokenizer is None and (needs_text or model is None):
+        tokenizer = read_tokenizer(recipe.model)
+    calibration = test = None
+    if job.calibrated:
+        assert tokenizer is not None
+        options = recipe.calibration
+        calibration = load_text(
+            options.text if text is None else text,
+            tokenizer,
+            split="train",
+            blocks=options.blocks,
+            length=job.length,
+            seed=options.seed,
+        )
+    if recipe.evaluation is not None:
+        assert tokenizer is not None
+        test = load_test(recipe.evaluation, tokenizer, job.length)
+        if calibration is not None and calibration.text_sha256 == test.text_sha256:
+            warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
+    _require_disk(out, job.needs.output)
+    _require_disk(Path(recipe.calibration.stats or out), job.needs.stats)
+
+    with _work_folder(out, recipe) as work:
+        return _carry_out(job, out, work, model, tokenizer, calibration, test, _Clock(report))
+
+
+def _carry_out(
+    job: Job,
+    out: Path,
+    work: Path,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Text | None,
+    test: Text | None,
+    clock: "_Clock",
+) -> dict[str, Any]:
+    """The steps of a run whose input has been checked."""
+    recipe = job.recipe
+    scratch, staging = work / "scratch", work / "model"
+    for folder in (scratch, staging):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    if model is None:
+        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device_of(recipe))
+    else:
+        weights = Weights.of(model)
+    stats = None
+    identity = {"model": weights.fingerprint, "method": recipe.method, "options": asdict(job.method)}
+    passes: dict[str, Any] = {
+        "batch_size": recipe.calibration.batch_size,
+        "scratch": scratch if model is None else None,
+    }
+    if calibration is not None:
+        identity["text"] = calibration.identity
+        if job.method.uses_grams:
+            with clock.step("calibrate") as progress:
+                folder = Path(recipe.calibration.stats or work / "stats")
+                stats = calibrate(weights, job.spec, calibration, folder, progress=progress, **passes)
+    factored = Factored(job.spec, job.plan, weights, work, identity)
+    with clock.step("solve") as progress:
+        solve(factored, job.method, stats, progress)
+    if job.refits:
+        assert calibration is not None
+        with clock.step("refit") as progress:
+            refit_coefficients(factored, calibration, progress=progress, **passes)
+    with clock.step("write"):
+        write_model(factored, recipe, tokenizer, staging)
+    results = {
+        "model": recipe.model,
+        "model_fingerprint": weights.fingerprint,
+        "method": recipe.method,
+        "options": asdict(job.method),
+        "keep": recipe.keep,
+        "of": recipe.of,
+        "before": asdict(job.plan.before),
+        "after": asdict(job.plan.after),
+        "calibration": calibration and {**calibration.identity, "seed": recipe.calibration.seed},
+        "ridge": RIDGE,
+        "refit": job.refits,
+        "relative_errors": factored.relative_errors(),
+    }
+    if test is not None:
+        with clock.step("evaluate") as progress:
+            results["evaluation"] = asdict(_measure(recipe, staging, test, model, progress))
+    results |= {"seconds": clock.seconds, **environment()}
+    write_json(staging / "results.json", results)
+    _publish(staging, out)
+    return results
+
+
+def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
+    """Measure the statistics of a recipe's model and keep them in its `calibration.stats` folder, which is returned.
+
+    Raises `LayershareError` as `run` does.
+    """
+    options = recipe.calibration
+    assert options.stats is not None
+    folder = Path(options.stats)
+    config = read_config(recipe.model)
+    spec = describe(config)
+    length = options.length or default_length(config)
+    text = load_text(
+        options.text,
+        read_tokenizer(recipe.model),
+        split="train",
+        blocks=options.blocks,
+        length=length,
+        seed=options.seed,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
+        scratch = Path(temporary)
+        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device_of(recipe))
+        progress = report("calibrate")
+        calibrate(weights, spec, text, folder, batch_size=options.batch_size, scratch=scratch, progress=progress)
+    return folder
+
+
+def load_test(test: Test, tokenizer: PreTrainedTokenizerBase, length: int) -> Text:
+    """The text of an evaluation, in blocks of `length` where it does not say otherwise."""
+    return load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=test.length or length)
+
+
+def device_of(recipe: Recipe) -> str:
+    """The device that a recipe's model runs on; `auto` is the accelerator if there is one."""
+    if recipe.device != "auto":
+        return recipe.device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the whole Hugging Face folder of a solved plan: weights, config, tokenizer, shim, plan and recipe."""
+    write_weights(factored, folder, recipe.max_shard_size)
+    model, plan = factored.weights.model, factored.plan
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if plan.edits:
+        notes = {
+            "method": plan.method,
+            "options": plan.options,
+            "keep": plan.keep,
+            "of": plan.of,
+            "model": recipe.model,
+        }
+        config.quantization_config = LayershareConfig(groups_of(factored.spec, plan), compression=notes)
+    config.save_pretrained(folder)
+    if plan.edits:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_shim(folder, values)
+        write_json(folder / "config.json", values)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_atomically(folder / "plan.json", plan.to_json().encode())
+    write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
+
+
+def _finished(out: Path, recipe: Recipe) -> bool:
+    """Whether `out` holds this very run, finished. Raises `LayershareError` if it holds something else."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise LayershareError(f"The output '{out}' is a file; name a folder.")
+    for place, finished in ((out, (out / "config.json").is_file()), (out / WORK, False)):
+        if (place / "recipe.yaml").is_file() and (finished or place != out):
+            if (place / "recipe.yaml").read_text(encoding="utf-8") == recipe.to_yaml():
+                return finished
+            state = "a finished" if finished else "an unfinished"
+            raise LayershareError(
+                f"The folder '{out}' holds {state} run of another recipe; delete it or name another folder."
+            )
+    if any(out.iterdir()):
+        raise LayershareError(f"The output folder '{out}' is not empty; delete it or name another folder.")
+    return False
+
+
+@contextmanager
+def _work_folder(out: Path, recipe: Recipe) -> Iterator[Path]:
+    """The folder for an unfinished run. If the input proves bad, what this call made is removed again."""
+    work, made = out / WORK, [path for path in (out, out / WORK) if not path.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(work / "recipe.yaml", recipe.to_yaml().encode())
+    try:
+        yield work
+    except LayershareError:
+        for path in made[:1]:
+            shutil.rmtree(path)
+        raise
+
+
+def _require_disk(folder: Path, needed: int) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise LayershareError(
+            f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
+            "free some or name another folder."
+        )
+
+
+def _measure(
+    recipe: Recipe, staging: Path, text: Text, model: PreTrainedModel | None, progress: Progress
+) -> Evaluation:
+    assert recipe.evaluation is not None
+    dtype, device = recipe.evaluation.dtype, device_of(recipe)
+    original = load(resolve(recipe.model), dtype=dtype, device_map=device) if model is None else model
+    small = load(staging, dtype=original.dtype, device_map=original.device)
+    return evaluate(small, text, original, batch_size=recipe.evaluation.batch_size, progress=progress)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Move the finished files out of the work folder, `config.json` last, then delete what is left of it."""
+    files = sorted(staging.iterdir(), key=lambda file: file.name == "config.json")
+    for file in files:
+        file.replace(out / file.name)
+    shutil.rmtree(out / WORK)
+
+
+class _Clock:
+    """Announces steps and keeps their wall time in seconds."""
+
+    def __init__(self, report: Report) -> None:
+        self.seconds: dict[str, float] = {}
+        self._report = report
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Progress]:
+        start = time.perf_counter()
+        yield self._report(name)
+        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,206 @@
+"""Carry out a plan: solve group by group, fit coefficients again where the method asks for it, write the checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from layershare.calibrate.stats import Progress, Stats, measuring, site_modules
+from layershare.calibrate.stream import Stream
+from layershare.calibrate.text import Text
+from layershare.errors import LayershareError
+from layershare.methods.method import Method
+from layershare.model.arch import Linear, Spec
+from layershare.model.checkpoint import write_checkpoint
+from layershare.model.hub import Group, guard_name
+from layershare.model.layers import FactorLinear
+from layershare.model.weights import Weights, require_finite
+from layershare.plan.budget import checkpoint_tensors
+from layershare.plan.edits import Plan, Share
+from layershare.solve.linalg import refit
+from layershare.store import Store
+
+
+class Factored:
+    """The solved groups of a plan on disk: factors by the name under which the checkpoint stores them."""
+
+    def __init__(self, spec: Spec, plan: Plan, weights: Weights, folder: Path, identity: dict[str, Any]) -> None:
+        self.spec, self.plan, self.weights = spec, plan, weights
+        self.groups = Store(folder / "groups", identity)
+        self.refits = Store(folder / "refit", {**identity, "edits": [unit_name(edit) for edit in plan.edits]})
+        self._unit_of = {name: unit_name(edit) for edit in plan.edits for name in factor_names(spec, edit)}
+        self._refit_of: dict[str, str] = {}
+
+    def refitted(self, layer: int) -> bool:
+        """Whether a layer's refit is there; if so, its tensors come from it from now on."""
+        unit = f"layer-{layer:03d}"
+        if unit in self.refits:
+            self._refit_of.update(dict.fromkeys(self.refits.names(unit), unit))
+        return unit in self.refits
+
+    def write_refit(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Store what a layer's refit changed."""
+        self.refits.write(f"layer-{layer:03d}", tensors)
+        self.refitted(layer)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the compressed checkpoint, by its full name."""
+        if name in self._refit_of:
+            return self.refits.read(self._refit_of[name], name)
+        if name in self._unit_of:
+            return self.groups.read(self._unit_of[name], name)
+        return self.weights.tensor(name)
+
+    def relative_errors(self) -> dict[str, float]:
+        """Group -> Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit."""
+        return {edit.id: self.groups.facts(unit_name(edit))["error"] for edit in self.plan.edits}
+
+
+def solve(
+    factored: Factored, method: Method, stats: Stats | None, progress: Progress = lambda done, total: None
+) -> None:
+    """Solve every group that is not solved yet, one at a time, each stored as soon as it is done.
+
+    Raises `LayershareError` if a weight or a factor is not finite, naming the place.
+    """
+    spec, weights = factored.spec, factored.weights
+    total = sum(spec.linear(edit.role, edit.layers[0]).parameters * len(edit.layers) for edit in factored.plan.edits)
+    done = 0
+    for edit in factored.plan.edits:
+        progress(done, total)
+        linears = members(spec, edit)
+        if unit_name(edit) not in factored.groups:
+            names = [spec.weight_name(linear) for linear in linears]
+            require_finite((name, weights.tensor(name)) for name in names)
+            dense = [_row_convention(weights.tensor(name), linear) for name, linear in zip(names, linears, strict=True)]
+            grams = [None if stats is None else stats.gram(linear) for linear in linears]
+            factors = method.solve(edit, dense, grams)
+            dtype = dense[0].dtype
+            tensors = [tensor.T.to(dtype) for tensor in (factors.basis, *factors.coefs)]
+            if not all(tensor.isfinite().all() for tensor in tensors):
+                raise LayershareError(f"The factors of group '{edit.id}' do not fit {dtype}; use a wider dtype.")
+            named = dict(zip(factor_names(spec, edit), tensors, strict=True))
+            factored.groups.write(unit_name(edit), named, {"error": factors.error})
+        done += sum(linear.parameters for linear in linears)
+    progress(total, total)
+
+
+def refit_coefficients(
+    factored: Factored,
+    text: Text,
+    *,
+    batch_size: int,
+    scratch: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Fit the coefficients of each layer again to the inputs that the compressed layers before it really produce.
+
+    Block after block: one pass of the compressed block measures G′ᵢ = X′ᵢᵀX′ᵢ at its sites, its private factors are
+    solved for anew with their bases fixed, and a second pass gives the next block's inputs. Of a pair y = (xF)L the
+    second factor L is fitted; if it is shared (output side), A = WBᵀ(BBᵀ)⁻¹ does not depend on the inputs and stays.
+    """
+    spec = factored.spec
+    by_layer: dict[int, list[tuple[Linear, Share]]] = {layer: [] for layer in range(spec.n_layers)}
+    for edit in factored.plan.edits:
+        for linear in members(spec, edit):
+            by_layer[linear.layer].append((linear, edit))
+    stream = Stream(factored.weights, text.tokens, batch_size, scratch)
+    for layer, block in stream:
+        progress(layer, spec.n_layers)
+        with _compressed(block, by_layer[layer], factored) as modules:
+            if not factored.refitted(layer):
+                with measuring(block, site_modules(spec, layer)) as grams:
+                    stream.run()
+                fitted = [pair for pair in by_layer[layer] if pair[1].side == "input" or len(pair[1].layers) == 1]
+                new = {}
+                for linear, edit in fitted:
+                    dense, module = modules[linear.name]
+                    first, second = module.factors()
+                    weight = _row_convention(dense.weight, linear)
+                    second.weight.copy_(refit(first.weight.T, grams[linear.site], weight).T)
+                    new[_second_factor(spec, linear, edit)] = second.weight
+                factored.write_refit(layer, new)
+            stream.run()
+    progress(spec.n_layers, spec.n_layers)
+
+
+def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
+    """Write the compressed model's safetensors into `folder`. Raises `LayershareError` if a tensor is not finite."""
+    tensors = checkpoint_tensors(factored.spec, factored.plan.edits)
+    guard = (
+        guard_name(groups_of(factored.spec, factored.plan), factored.spec.base_prefix) if factored.plan.edits else ""
+    )
+
+    def read(name: str) -> Tensor:
+        if name == guard:
+            return torch.zeros(0, dtype=torch.uint8)
+        tensor = factored.tensor(name)
+        require_finite([(name, tensor)])
+        return tensor
+
+    write_checkpoint(folder, tensors, read, max_shard_size)
+
+
+def groups_of(spec: Spec, plan: Plan) -> list[Group]:
+    """The plan as the groups that the checkpoint's config lists."""
+    return [
+        Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(spec, edit)))
+        for edit in plan.edits
+    ]
+
+
+def members(spec: Spec, edit: Share) -> list[Linear]:
+    """The linears of a group, its owner first."""
+    return [spec.linear(edit.role, layer) for layer in edit.layers]
+
+
+def factor_names(spec: Spec, edit: Share) -> list[str]:
+    """Names of a group's tensors in the checkpoint: the basis, then each layer's coefficients."""
+    names = [f"{spec.base_prefix}{linear.name}" for linear in members(spec, edit)]
+    return [f"{names[0]}.basis.weight", *(f"{name}.coef.weight" for name in names)]
+
+
+def unit_name(edit: Share) -> str:
+    """The name of a solved group's file."""
+    return f"{edit.id}.{edit.side}.{edit.rank}"
+
+
+def _second_factor(spec: Spec, linear: Linear, edit: Share) -> str:
+    return f"{spec.base_prefix}{linear.name}.{'coef' if edit.side == 'input' else 'basis'}.weight"
+
+
+def _row_convention(weight: Tensor, linear: Linear) -> Tensor:
+    """A stored weight as W: d_in × d_out."""
+    return weight if linear.conv1d else weight.T
+
+
+@contextmanager
+def _compressed(
+    block: nn.Module, pairs: list[tuple[Linear, Share]], factored: Factored
+) -> Iterator[dict[str, tuple[nn.Linear | Conv1D, FactorLinear]]]:
+    """The block with its linears replaced by their factors, each with a basis of its own, for the duration.
+
+    Yields linear's name -> (dense module, its replacement).
+    """
+    spec = factored.spec
+    replaced = {}
+    for linear, edit in pairs:
+        name = linear.name.removeprefix(f"{spec.blocks}.{linear.layer}.")
+        dense = cast(nn.Linear | Conv1D, block.get_submodule(name))
+        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        module = FactorLinear(linear.d_in, linear.d_out, edit.rank, False, edit.side, linear.conv1d, **place)
+        basis, *_ = factor_names(spec, edit)
+        coef = f"{spec.base_prefix}{linear.name}.coef.weight"
+        module.load_state_dict({"basis.weight": factored.tensor(basis), "coef.weight": factored.tensor(coef)})
+        module.bias = dense.bias
+        replaced[linear.name] = (dense, module.requires_grad_(False))
+        block.set_submodule(name, module)
+    try:
+        yield replaced
+    finally:
+        for name, (dense, _) in replaced.items():
+            block.set_submodule(name.removeprefix(f"{spec.blocks}.").partition(".")[2], dense)

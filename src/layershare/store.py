@@ -1,0 +1,103 @@
+"""Finished units of work on disk: safetensors files with checksums, written so that a kill leaves no half of one."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layershare.errors import LayershareError
+
+MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Store:
+    """A folder of finished units, each one safetensors file, and a manifest of what they are and their checksums.
+
+    `identity` says what the units are made from (model, text, seed, …). Units of another identity, and files whose
+    checksum does not match, count as not there: they are computed again and never used.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.identity = json.loads(json.dumps(identity))
+        self._units: dict[str, dict[str, Any]] = {}
+        self._verified: set[str] = set()
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return
+        if manifest["identity"] == self.identity:
+            self._units = manifest["units"]
+
+    def __contains__(self, unit: str) -> bool:
+        """Whether the unit is there, whole and unchanged."""
+        if unit not in self._units:
+            return False
+        path = self._path(unit)
+        if unit not in self._verified and path.is_file() and checksum(path) == self._units[unit]["sha256"]:
+            self._verified.add(unit)
+        return unit in self._verified
+
+    def write(self, unit: str, tensors: dict[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+        """Store a finished unit with some facts about it."""
+        path = self._path(unit)
+        temporary = path.with_name(path.name + ".part")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        self._units[unit] = {"sha256": checksum(temporary), "facts": dict(facts or {})}
+        temporary.replace(path)
+        write_json(self.folder / MANIFEST, {"identity": self.identity, "units": self._units})
+        self._verified.add(unit)
+
+    def read(self, unit: str, name: str) -> Tensor:
+        """One tensor of a unit, backed by the file. Raises `LayershareError` if the unit is not there whole."""
+        if unit not in self:
+            raise LayershareError(
+                f"'{self._path(unit)}' is missing or damaged; run the command that made it again to compute it anew."
+            )
+        with safe_open(self._path(unit), framework="pt") as file:
+            return file.get_tensor(name)
+
+    def names(self, unit: str) -> list[str]:
+        """Names of the tensors of a unit that is there."""
+        with safe_open(self._path(unit), framework="pt") as file:
+            return list(file.keys())
+
+    def facts(self, unit: str) -> dict[str, Any]:
+        """What was noted about a unit when it was written."""
+        return self._units[unit]["facts"]
+
+    def _path(self, unit: str) -> Path:
+        return self.folder / f"{unit}.safetensors"

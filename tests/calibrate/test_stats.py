@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from layershare.calibrate.stats import calibrate
+from layershare.calibrate.text import load_text
+from layershare.errors import LayershareError
+from layershare.model.arch import describe
+from layershare.model.weights import Weights
+from tests.families import tiny_model
+
+
+@pytest.fixture
+def text(tokenizer, words):
+    return load_text(words, tokenizer, split="train", blocks=12, length=32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "phi3", "falcon"])
+def test_grams_are_the_sums_over_the_models_own_inputs(family, text, tmp_path):
+    model = tiny_model(family)
+    spec = describe(model)
+    stats = calibrate(Weights.of(model), spec, text, tmp_path, batch_size=5)
+    expected = {}
+
+    def watch(name):
+        def hook(module, args):
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            expected[name] = expected.get(name, 0) + x.T @ x
+
+        return hook
+
+    for linear in spec.linears:
+        model.get_submodule(spec.base_prefix + linear.name).register_forward_pre_hook(watch(linear.name))
+    with torch.no_grad():
+        model(text.tokens)
+    for linear in spec.linears:
+        gram = stats.gram(linear)
+        assert gram.dtype == torch.float32
+        torch.testing.assert_close(gram.double(), expected[linear.name], rtol=1e-4, atol=1e-3)
+
+
+def test_finished_layers_are_reused_damaged_ones_measured_again_to_the_same_bits(text, tmp_path):
+    model = tiny_model("llama")
+    spec, weights = describe(model), Weights.of(model)
+    calibrate(weights, spec, text, tmp_path, batch_size=4)
+    (folder,) = tmp_path.iterdir()
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == spec.n_layers
+    original = [file.read_bytes() for file in files]
+    times = [file.stat().st_mtime_ns for file in files]
+    files[1].write_bytes(original[1][:-10])
+    files[2].write_bytes(original[2][:-1] + bytes([original[2][-1] ^ 1]))
+    calibrate(weights, spec, text, tmp_path, batch_size=4)
+    assert [file.read_bytes() for file in files] == original
+    assert [file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_another_model_or_text_has_statistics_of_its_own(text, tokenizer, words, tmp_path):
+    model = tiny_model("llama")
+    spec = describe(model)
+    calibrate(Weights.of(model), spec, text, tmp_path, batch_size=4)
+    calibrate(Weights.of(tiny_model("llama", seed=1)), spec, text, tmp_path, batch_size=4)
+    other = load_text(words, tokenizer, split="train", blocks=11, length=32)
+    calibrate(Weights.of(model), spec, other, tmp_path, batch_size=4)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_fewer_tokens_than_inputs_warn(tokenizer, words, tmp_path):
+    model = tiny_model("llama")
+    short = load_text(words, tokenizer, split="train", blocks=1, length=40)
+    with pytest.warns(UserWarning, match="40 tokens, fewer than the 56 inputs of 'layers.0.mlp.down_proj'"):
+        calibrate(Weights.of(model), describe(model), short, tmp_path, batch_size=4)
+
+
+def test_weights_and_inputs_that_are_not_finite_are_named(text, tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.mlp.up_proj.weight")[3, 4] = torch.nan
+    with pytest.raises(LayershareError, match=r"'model.layers.2.mlp.up_proj.weight' contain NaN"):
+        calibrate(Weights.of(model), describe(model), text, tmp_path, batch_size=4)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1e38)
+    with pytest.raises(LayershareError, match=r"inputs of 'layers.1.mlp.down_proj' overflow"):
+        calibrate(Weights.of(model), describe(model), text, tmp_path, batch_size=4)

@@ -1,0 +1,51 @@
+"""Run a recipe in child processes that are killed at random points, until one finishes. Its arguments: recipe, output
+of the interrupted runs, output of an uninterrupted one, number of kills, seed."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from layershare.recipe import read_recipe
+from layershare.run import run
+
+torch.set_num_threads(1)
+recipe = read_recipe(sys.argv[1])
+interrupted, whole, kills = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(int(sys.argv[5]))
+
+
+def start(out: Path) -> int:
+    """Fork a child that carries out the recipe; its process id."""
+    child = os.fork()
+    if child == 0:
+        run(recipe, out)
+        os._exit(0)
+    return child
+
+
+begin = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+duration = time.monotonic() - begin
+
+seen = set()
+for attempt in range(kills):
+    child = start(interrupted)
+    if attempt % 2:
+        # In the middle of writing: as soon as a file of the checkpoint in the making is there.
+        while not list(interrupted.glob(".run/model/*.safetensors*")) and os.waitpid(child, os.WNOHANG)[0] == 0:
+            time.sleep(0.0005)
+    else:
+        time.sleep(chance.uniform(0.1, 0.9) * duration)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen |= {path.parent.name for path in interrupted.rglob("*.safetensors")}
+    if (interrupted / "config.json").exists():
+        break
+else:
+    assert os.waitpid(start(interrupted), 0)[1] == 0
+print(" ".join(sorted(seen)))

@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from layershare.solve.linalg import low_rank, refit, share_input, share_output, whitening
+
+
+def random_inputs(n, d, tokens=200, scale=True):
+    inputs = [torch.randn(tokens, d, dtype=torch.float64) @ torch.randn(d, d, dtype=torch.float64) for _ in range(n)]
+    return inputs, [x.T @ x for x in inputs]
+
+
+def products(factors, side):
+    return [factors.basis @ c if side == "input" else c @ factors.basis for c in factors.coefs]
+
+
+def loss(inputs, weights, approximations):
+    return sum(float((x @ (w - a)).square().sum()) for x, w, a in zip(inputs, weights, approximations, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 40), (40, 24), (32, 32)])
+def test_input_side_equals_the_svd_of_the_whitened_concatenation(n, d_in, d_out):
+    _, grams = random_inputs(n, d_in)
+    weights = [torch.randn(d_in, d_out, dtype=torch.float64) for _ in range(n)]
+    rank = 10
+    root = torch.linalg.cholesky(sum(grams)).T  # S with SᵀS = G, as published
+    u, s, vh = torch.linalg.svd(root @ torch.cat(weights, dim=1), full_matrices=False)
+    published = torch.linalg.inv(root) @ (u[:, :rank] * s[:rank]) @ vh[:rank]
+    factors = share_input(weights, grams, rank)
+    ours = torch.cat(products(factors, "input"), dim=1)
+    assert factors.basis.shape == (d_in, rank)
+    assert (ours - published).norm() / published.norm() < 1e-7
+    assert factors.error == pytest.approx(float(s[rank:].square().sum() / s.square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_output_side_equals_the_pca_of_the_outputs_and_its_error_is_the_measured_one(n):
+    inputs, grams = random_inputs(n, 24)
+    weights = [torch.randn(24, 40, dtype=torch.float64) for _ in range(n)]
+    factors = share_output(weights, grams, 9)
+    outputs = torch.cat([x @ w for x, w in zip(inputs, weights, strict=True)])
+    _, s, vh = torch.linalg.svd(outputs, full_matrices=False)
+    projector = vh[:9].T @ vh[:9]
+    for ours, weight in zip(products(factors, "output"), weights, strict=True):
+        torch.testing.assert_close(ours, weight @ projector, rtol=0, atol=1e-8)
+    measured = loss(inputs, weights, products(factors, "output")) / float(outputs.square().sum())
+    assert factors.error == pytest.approx(measured, rel=1e-8)
+    assert measured == pytest.approx(float(s[9:].square().sum() / s.square().sum()), rel=1e-8)
+
+
+def test_the_input_side_error_is_the_measured_one_where_all_layers_read_the_same():
+    inputs, grams = random_inputs(1, 24)
+    weights = [torch.randn(24, 30, dtype=torch.float64) for _ in range(2)]
+    factors = share_input(weights, [grams[0] / 2] * 2, 12)
+    total = sum(float((inputs[0] @ w).square().sum()) for w in weights)
+    measured = loss(inputs * 2, weights, products(factors, "input")) / total
+    assert factors.error == pytest.approx(measured, rel=1e-7)
+
+
+def test_two_layers_built_on_one_input_basis_are_lossless_on_that_side_alone():
+    basis = torch.randn(32, 6, dtype=torch.float64)
+    weights = [basis @ torch.randn(6, 32, dtype=torch.float64) for _ in range(2)]
+    _, grams = random_inputs(2, 32)
+    assert share_input(weights, grams, 6).error < 1e-12
+    assert share_output(weights, grams, 6).error > 0.1
+    transposed = [weight.T.contiguous() for weight in weights]
+    assert share_output(transposed, grams, 6).error < 1e-12
+    assert share_input(transposed, grams, 6).error > 0.1
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(20, 36), (36, 20), (28, 28)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_one_matrix_has_the_same_optimum_on_either_side(d_in, d_out, weighted):
+    _, (gram,) = random_inputs(1, d_in)
+    given = gram if weighted else None
+    weight = torch.randn(d_in, d_out, dtype=torch.float64)
+    root = torch.linalg.cholesky(gram).T if weighted else torch.eye(d_in, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(root @ weight, full_matrices=False)
+    best = torch.linalg.solve(root, (u[:, :7] * s[:7]) @ vh[:7])
+    left, right, error = low_rank(weight, given, 7)
+    torch.testing.assert_close(left @ right, best, rtol=0, atol=1e-7)
+    assert error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("solve", [share_input, share_output])
+def test_full_rank_reproduces_the_weights(solve):
+    weights = [torch.randn(24, 16, dtype=torch.float64) for _ in range(2)]
+    _, grams = random_inputs(2, 24)
+    factors = solve(weights, grams, 24 if solve is share_input else 16)
+    for ours, weight in zip(products(factors, "input" if solve is share_input else "output"), weights, strict=True):
+        torch.testing.assert_close(ours, weight, rtol=0, atol=1e-7)
+
+
+def test_basis_and_coefficients_have_equal_norms():
+    weights = [torch.randn(24, 40, dtype=torch.float64) for _ in range(3)]
+    _, grams = random_inputs(3, 24)
+    factors = share_input(weights, [1e6 * gram for gram in grams], 8)
+    coefs = torch.stack([coef.norm(dim=1) for coef in factors.coefs]).square().mean(0).sqrt()
+    torch.testing.assert_close(factors.basis.norm(dim=0), coefs)
+
+
+def test_a_rank_deficient_gram_and_a_zero_one_do_no_harm():
+    weights = [torch.randn(24, 16, dtype=torch.float64) for _ in range(2)]
+    inputs, grams = random_inputs(2, 24, tokens=5)
+    factors = share_input(weights, grams, 10)
+    assert factors.error < 1e-6
+    assert loss(inputs, weights, products(factors, "input")) < 1e-6 * loss(inputs, weights, [0 * w for w in weights])
+    for solve in (share_input, share_output):
+        assert all(x.isfinite().all() for x in solve(weights, [torch.zeros(24, 24)] * 2, 4).coefs)
+
+
+def test_whitening_gives_back_the_gram():
+    _, (gram,) = random_inputs(1, 24)
+    roots, axes = whitening(gram)
+    s = roots[:, None] * axes.T
+    torch.testing.assert_close(s.T @ s, gram, rtol=1e-6, atol=1e-6 * float(gram.abs().max()))
+
+
+def test_refit_is_the_least_squares_solution_for_the_layers_own_inputs():
+    inputs, (gram,) = random_inputs(1, 24)
+    basis = torch.randn(24, 6, dtype=torch.float64)
+    weight = torch.randn(24, 30, dtype=torch.float64)
+    coef = refit(basis, gram, weight)
+    expected = torch.linalg.lstsq(inputs[0] @ basis, inputs[0] @ weight).solution
+    torch.testing.assert_close(coef, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_floating_type_is_solved_in_float64_panel_by_panel(dtype):
+    weights = [torch.randn(40, 1500).to(dtype) for _ in range(2)]
+    _, grams = random_inputs(2, 40)
+    ours = share_input(weights, [gram.float() for gram in grams], 8)
+    wide = share_input([w.double() for w in weights], [gram.float().double() for gram in grams], 8)
+    assert ours.basis.dtype == torch.float64
+    torch.testing.assert_close(ours.basis.abs(), wide.basis.abs())
+    tall = torch.randn(1500, 40).to(dtype)
+    _, (gram,) = random_inputs(1, 1500)
+    torch.testing.assert_close(low_rank(tall, gram, 5)[2], low_rank(tall.double(), gram, 5)[2])

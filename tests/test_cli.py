@@ -1,0 +1,189 @@
+"""The command line as a person meets it: what it prints, how it ends, what it leaves behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from layershare.cli import main
+from layershare.store import write_json
+from tests.families import tiny_model, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+
+
+@pytest.fixture
+def here(tmp_path, tokenizer, words, monkeypatch):
+    """A folder with a tiny model and a text, which is the working directory."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n".join(words))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def layershare(monkeypatch, capfd):
+    """Call the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capfd.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+COMPRESS = ("compress", "dense", "-o", "small", "--text", "text.txt", "--blocks", "24", "--length", "64")
+
+
+def test_help_does_not_import_torch():
+    script = (
+        "import sys; sys.argv = ['layershare', '--help']\n"
+        "from layershare.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    for verb in ("run", "plan", "calibrate", "compress", "eval", "export", "ls", "generate"):
+        assert f"  {verb} " in shown
+
+
+def test_plan_from_a_config_alone(layershare, here):
+    (here / "dense" / "model.safetensors").unlink()
+    code, out, _ = layershare("plan", "dense", "--keep", "0.7", "--of", "targets", "-O", "group_size=4")
+    assert code == 0
+    assert "1 × 4 (input)" in out
+    assert "of memory" in out
+    code, out, _ = layershare("plan", "dense", "--json", "-o", "plan.json")
+    plan = json.loads(out)
+    assert plan == json.loads((here / "plan.json").read_text())
+    assert plan["after"]["all"]["parameters"] <= 0.8 * plan["before"]["all"]["parameters"]
+
+
+def test_compress_list_evaluate_generate_export(layershare, here):
+    code, out, err = layershare(*COMPRESS, "--eval", "stdlib", "--set", "evaluation.blocks=2")
+    assert code == 0, err
+    assert "top-1 agreement" in out
+    small = AutoModelForCausalLM.from_pretrained(here / "small")
+
+    code, out, _ = layershare("ls", ".")
+    assert code == 0
+    assert "basis-sharing" in out
+    assert out.count("small") == 1
+
+    code, out, _ = layershare("eval", "small", "--text", "text.txt", "--original", "dense", "--json", "-o", "e.json")
+    assert code == 0
+    assert json.loads(out) == json.loads((here / "e.json").read_text())["evaluation"]
+
+    code, out, _ = layershare("generate", "small", "hello", "--tokens", "5")
+    assert code == 0
+    assert out.startswith("hello")
+
+    code, out, _ = layershare("export", "small", "-o", "wide", "--dense")
+    assert code == 0
+    dense = AutoModelForCausalLM.from_pretrained(here / "wide")
+    assert {type(m).__name__ for m in dense.modules()}.isdisjoint({"FactorLinear", "SharedBasis"})
+    assert "quantization_config" not in json.loads((here / "wide" / "config.json").read_text())
+    with torch.no_grad():
+        torch.testing.assert_close(dense(tokens()).logits, small(tokens()).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_calibrate_once_run_a_recipe_with_it(layershare, here):
+    code, out, _ = layershare(
+        "calibrate", "dense", "-o", "stats", "--text", "text.txt", "--blocks", "24", "--length", "64"
+    )
+    assert code == 0
+    assert "stats" in out
+    measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
+    assert len(measured) == 4
+    recipe = "model: dense\nmethod: svd-llm\ncalibration: {text: text.txt, blocks: 24, length: 64, stats: stats}\n"
+    (here / "recipe.yaml").write_text(recipe)
+    code, _, err = layershare("run", "recipe.yaml", "-o", "small", "--set", "keep=0.7")
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")} == measured
+    assert "keep: 0.7" in (here / "small" / "recipe.yaml").read_text()
+
+
+def spoil_weights(here):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.gate_proj.weight")[0, 0] = torch.inf
+    model.save_pretrained(here / "dense")
+
+
+def newer_format(here):
+    path = here / "dense" / "config.json"
+    config = json.loads(path.read_text())
+    write_json(path, config | {"quantization_config": {"quant_method": "layershare", "version": 99, "groups": []}})
+
+
+MISTAKES = {
+    "method": (("-m", "basis_share"), None, "Unknown method 'basis_share'. Did you mean 'basis-sharing'?"),
+    "option": (("-O", "groupsize=2"), None, "Unknown option of basis-sharing 'groupsize'. Did you mean 'group_size'?"),
+    "no options": (("-m", "svd", "-O", "rank=2"), None, "The method 'svd' has no options"),
+    "option value": (("-O", "group_size=0"), None, "Option 'group_size' of basis-sharing"),
+    "role": (("-O", "shared=[quary]"), None, "Unknown role 'quary'."),
+    "absent role": (("-O", "shared=[qkv]"), None, "A 'llama' model has no role 'qkv'"),
+    "key": (("--set", "calibration.block=3"), None, "Unknown key in calibration 'block'. Did you mean 'blocks'?"),
+    "text": (("--text", "wikitxt"), None, "Unknown text 'wikitxt'. Did you mean 'wikitext2'?"),
+    "short text": (("--length", "100000"), None, "less than one block of 100000"),
+    "keep 0": (("--keep", "0"), None, "keep=0 must be above 0 and at most 1"),
+    "keep 2": (("--keep", "2"), None, "keep=2 must be above 0 and at most 1"),
+    "keep too small": (("--keep", "0.1"), None, "smaller than what cannot be compressed"),
+    "nan": ((), spoil_weights, "The weights of 'model.layers.1.mlp.gate_proj.weight' contain NaN or infinity"),
+    "config": ((), lambda here: (here / "dense" / "config.json").unlink(), "is not a model: it has no config.json"),
+    "weights": ((), lambda here: (here / "dense" / "model.safetensors").unlink(), "Cannot open the model 'dense'"),
+    "output": (
+        (),
+        lambda here: write_json(here / "small.json", {}) or (here / "small").mkdir() or (here / "small" / "x").touch(),
+        "is not empty",
+    ),
+    "newer": ((), newer_format, "already compressed"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(mistake, layershare, here):
+    arguments, spoil, message = MISTAKES[mistake]
+    if spoil is not None:
+        spoil(here)
+    before = set(here.rglob("*"))
+    code, _, err = layershare(*COMPRESS, *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+    assert set(here.rglob("*")) == before
+
+
+def test_mistakes_with_models(layershare, here):
+    for arguments, message in {
+        ("plan", "sampel"): "Did you mean 'sample'?",
+        ("plan", "./nowhere"): "There is no model folder './nowhere'",
+        ("eval", "nowhere/at/all"): "There is no model folder",
+        ("generate", "text.txt", "x"): "'text.txt' is a file",
+        ("export", "dense", "-o", "out"): "add --dense",
+        ("export", "dense", "-o", ".", "--dense"): "is not empty",
+        ("ls", "nowhere"): "There is no folder 'nowhere'",
+        ("run", "nowhere.yaml", "-o", "out"): "cannot be read",
+    }.items():
+        code, _, err = layershare(*arguments)
+        assert code == 2
+        assert message in err, err
+        assert "Traceback" not in err
+
+
+def test_a_checkpoint_from_a_newer_version_says_so(layershare, here):
+    newer_format(here)
+    code, _, err = layershare("generate", "dense", "x")
+    assert code == 2
+    assert "pip install --upgrade layershare" in err

@@ -1,0 +1,78 @@
+"""Every method on every family: from a model to a checkpoint that plain transformers loads."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import layershare
+from layershare.methods import METHODS
+from tests.families import CONFIGS, tiny_model, tokens
+
+
+@pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options: dict[str, Any] = {"refit": True} if method == "basis-sharing" else {}
+    small = layershare.compress(
+        model,
+        tokenizer,
+        method=method,
+        keep=0.6,
+        of="targets",
+        text=words,
+        blocks=24,
+        length=32,
+        folder=tmp_path / "small",
+        **options,
+    )
+    assert not small.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    plan = json.loads((tmp_path / "small" / "plan.json").read_text())
+    assert sum(p.numel() for p in small.parameters()) == plan["after"]["all"]["parameters"]
+    file = tmp_path / "small" / "model.safetensors"
+    assert file.stat().st_size == plan["after"]["all"]["bytes"]
+    kept = plan["after"]["targets"]["parameters"] / plan["before"]["targets"]["parameters"]
+    assert 0.597 <= kept <= 0.6
+
+    with torch.no_grad():
+        expected = small(tokens()).logits
+        assert not torch.equal(expected, model(tokens()).logits)
+    small.save_pretrained(tmp_path / "again")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, expected)
+    first, second = load_file(file), load_file(tmp_path / "again" / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with safe_open(file, framework="pt") as opened:
+        bases = [name for name in opened.keys() if name.endswith("basis.weight")]  # noqa: SIM118
+    assert len(bases) == len(plan["edits"])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_full_rank_and_keep_1_reproduce_the_model(family, tmp_path, tokenizer, words):
+    model = tiny_model(family)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    same = layershare.compress(model, tokenizer, keep=1, text=words)
+    with torch.no_grad():
+        assert torch.equal(same(tokens()).logits, expected)
+
+    plan = json.loads(layershare.make_plan(model, method="svd", keep=0.5, of="targets").to_json())
+    spec = layershare.describe(model)
+    for edit in plan["edits"]:
+        linear = spec.linear(edit["role"], edit["layers"][0])
+        edit["rank"] = min(linear.d_in, linear.d_out)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    full = layershare.compress(model, method="svd", plan=tmp_path / "plan.json")
+    with torch.no_grad():
+        torch.testing.assert_close(full(tokens()).logits, expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,202 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import layershare
+from layershare.calibrate.text import load_text
+from layershare.errors import LayershareError
+from layershare.recipe import Recipe, make_recipe
+from layershare.run import WORK, run
+from layershare.store import Store
+from tests.families import tiny_model, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer, words) -> Path:
+    """A tiny model's folder with a tokenizer, and beside it a text."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n".join(words))
+    return tmp_path / "dense"
+
+
+SECOND_FACTORS = (
+    *(f"{role}_proj.coef.weight" for role in ("q", "k", "v", "gate", "up")),
+    *(f"{role}_proj.basis.weight" for role in ("o", "down")),
+)
+
+
+def recipe_for(folder: Path, **changes) -> Recipe:
+    values = {
+        "model": str(folder),
+        "keep": 0.5,
+        "of": "targets",
+        "max_shard_size": "40KB",
+        "calibration": {"text": str(folder.parent / "text.txt"), "blocks": 32, "length": 64, "batch_size": 2},
+    }
+    return make_recipe(values | changes)
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "results.json"}
+
+
+def test_from_disk_and_in_memory_give_the_same_bits(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    run(recipe_for(folder), tmp_path / "disk")
+    run(recipe_for(folder), tmp_path / "memory", model=tiny_model("llama"), tokenizer=tokenizer)
+    disk, memory = weights_of(tmp_path / "disk"), weights_of(tmp_path / "memory")
+    assert disk.keys() == memory.keys()
+    assert sum(name.endswith(".safetensors") for name in disk) > 3
+    assert [name for name in disk if disk[name] != memory[name]] == []
+
+
+def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_has(folder, tokenizer, tmp_path, words):
+    models = {}
+    for chosen in (False, True):
+        run(recipe_for(folder, options={"refit": chosen}), tmp_path / str(chosen))
+        models[chosen] = AutoModelForCausalLM.from_pretrained(tmp_path / str(chosen))
+    before, after = (models[chosen].state_dict() for chosen in (False, True))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    # A basis is fixed in a refit; of a private pair on the output side it is the second factor and is fitted.
+    assert changed == {name for name in before if name.endswith(SECOND_FACTORS)}
+
+    text = load_text(str(tmp_path / "text.txt"), tokenizer, split="train", blocks=32, length=64)
+    for name in ("model.layers.3.self_attn.q_proj", "model.layers.2.self_attn.v_proj"):
+        inputs = []
+        module = models[True].get_submodule(name)
+        hook = module.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            models[True](text.tokens)
+        hook.remove()
+        x = torch.cat(inputs).double()
+        basis, coef = (factor.weight.T for factor in module.factors())
+        weight = tiny_model("llama").get_parameter(f"{name}.weight").T
+        expected = torch.linalg.lstsq(x @ basis.double(), x @ weight.double()).solution
+        torch.testing.assert_close(coef.double(), expected, rtol=0, atol=1e-3)
+        assert not torch.allclose(before[f"{name}.coef.weight"].T.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_results_say_where_they_come_from(folder, tmp_path):
+    results = run(recipe_for(folder, evaluation={"text": "stdlib", "blocks": 2}), tmp_path / "out")
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["machine"]["cores"]
+    assert results["calibration"]["seed"] == 2023
+    assert len(results["calibration"]["tokens_sha256"]) == 64
+    assert results["after"]["targets"]["parameters"] <= 0.5 * results["before"]["targets"]["parameters"]
+    assert set(results["seconds"]) == {"calibrate", "solve", "refit", "write", "evaluate"}
+    assert 0 < results["relative_errors"]["q.00-01"] < 1
+
+
+def test_statistics_are_shared_by_methods_and_sizes(folder, tmp_path):
+    stats = {**vars(recipe_for(folder).calibration), "stats": str(tmp_path / "stats")}
+    run(recipe_for(folder, calibration=stats), tmp_path / "a")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "stats").rglob("*.safetensors")}
+    assert len(times) == 4
+    run(recipe_for(folder, calibration=stats, method="svd-llm", keep=0.7), tmp_path / "b")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "stats").rglob("*.safetensors")} == times
+
+
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(folder, tmp_path):
+    first = run(recipe_for(folder), tmp_path / "out")
+    assert run(recipe_for(folder), tmp_path / "out") == first
+    with pytest.raises(LayershareError, match="a finished run of another recipe"):
+        run(recipe_for(folder, keep=0.6), tmp_path / "out")
+
+
+def test_a_finished_run_of_another_model_in_memory_is_not_taken_for_ours(tmp_path, tokenizer, words):
+    options = {"method": "svd", "folder": tmp_path / "out"}
+    layershare.compress(tiny_model("llama"), **options)
+    layershare.compress(tiny_model("llama"), **options)
+    with pytest.raises(LayershareError, match="a finished run of another model"):
+        layershare.compress(tiny_model("llama", seed=1), **options)
+
+
+def test_measuring_on_the_calibration_text_warns(folder, tmp_path):
+    text = recipe_for(folder).calibration.text
+    with pytest.warns(UserWarning, match="the very text that it is compressed for"):
+        run(recipe_for(folder, evaluation={"text": text, "blocks": 2}), tmp_path / "out")
+
+
+def test_an_unfinished_run_of_another_recipe_and_a_full_folder_are_refused(folder, tmp_path):
+    work = tmp_path / "out" / WORK
+    work.mkdir(parents=True)
+    (work / "recipe.yaml").write_text("model: other\n")
+    with pytest.raises(LayershareError, match="an unfinished run of another recipe"):
+        run(recipe_for(folder), tmp_path / "out")
+    shutil.rmtree(work)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(LayershareError, match="is not empty"):
+        run(recipe_for(folder), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    with pytest.raises(LayershareError, match="is a file"):
+        run(recipe_for(folder), tmp_path / "text.txt")
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(folder, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(LayershareError, match="where 1 kB are free"):
+        run(recipe_for(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_factors_are_solved_again(tmp_path):
+    store = Store(tmp_path, {"model": "m"})
+    store.write("a", {"x": torch.ones(3)}, {"error": 0.5})
+    store.write("b", {"x": torch.zeros(3)})
+    (tmp_path / "a.safetensors").write_bytes(b"short")
+    again = Store(tmp_path, {"model": "m"})
+    assert ("a" in again, "b" in again, "c" in again) == (False, True, False)
+    with pytest.raises(LayershareError, match="missing or damaged"):
+        again.read("a", "x")
+    again.write("a", {"x": torch.ones(3)}, {"error": 0.5})
+    assert torch.equal(Store(tmp_path, {"model": "m"}).read("a", "x"), torch.ones(3))
+    assert "b" not in Store(tmp_path, {"model": "another"})
+    (tmp_path / "manifest.json").write_text('{"identity": ')
+    assert "b" not in Store(tmp_path, {"model": "m"})
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, seed):
+    (tmp_path / "recipe.yaml").write_text(recipe_for(folder).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", str(seed)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "groups" in done.stdout  # the kills came in the middle of the work
+    killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
+    model = tiny_model("llama")
+    plan = json.loads(layershare.make_plan(model, keep=0.5, of="targets").to_json())
+    plan["edits"] = [
+        {"role": "o", "layers": [0, 2, 3], "rank": 20, "side": "output"},
+        {"role": "q", "layers": [1], "rank": 9, "side": "output"},
+        {"role": "gate", "layers": [0, 1, 2, 3], "rank": 20, "side": "input"},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json"), options={"refit": True}), tmp_path / "out")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
+    base = small.model.layers
+    assert base[2].self_attn.o_proj.factors()[1] is base[0].self_attn.o_proj.basis
+    with torch.no_grad():
+        assert small(tokens()).logits.isfinite().all()
