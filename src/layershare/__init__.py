@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from layershare.evaluate.divergence import Evaluation
     from layershare.model.arch import Spec, describe
     from layershare.model.hub import load, save
-    from layershare.plan.edits import Plan, Share
+    from layershare.plan.edits import Share
+    from layershare.plan.plan import Plan
 
 _HOME = {
     "compress": "api",
@@ -26,7 +27,7 @@ _HOME = {
     "describe": "model.arch",
     "load": "model.hub",
     "save": "model.hub",
-    "Plan": "plan.edits",
+    "Plan": "plan.plan",
     "Share": "plan.edits",
 }
 

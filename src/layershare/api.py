@@ -16,7 +16,7 @@ from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
-from layershare.plan.edits import Plan
+from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import environment
 from layershare.run import Report, default_length, device_of, load_test, run, silent

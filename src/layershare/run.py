@@ -30,8 +30,8 @@ from layershare.model.arch import Spec, describe
 from layershare.model.hub import LayershareConfig, load, write_shim
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
-from layershare.plan.edits import Plan
 from layershare.plan.needs import Needs, estimate_needs
+from layershare.plan.plan import Plan
 from layershare.plan.table import size
 from layershare.recipe import Recipe, Test
 from layershare.report.results import environment

@@ -7,8 +7,8 @@ from rich.console import Console
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
-from layershare.plan.edits import Plan
 from layershare.plan.needs import estimate_needs
+from layershare.plan.plan import Plan
 from layershare.plan.table import plan_table, size
 from tests.families import CONFIGS
 

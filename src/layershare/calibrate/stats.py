@@ -20,6 +20,8 @@ from layershare.store import Store
 
 Progress = Callable[[int, int], None]
 """Called with the amount of work done and the amount there is."""
+_ROWS = 512
+"""Tokens that are widened to float32 at once."""
 
 
 class Stats:
@@ -96,10 +98,12 @@ def measuring(block: nn.Module, sites: dict[str, str]) -> Iterator[dict[str, Ten
 
     def watch(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
             if site not in grams:
                 grams[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            grams[site].addmm_(x.T, x)
+            for rows in x.split(_ROWS):
+                wide = rows.float()
+                grams[site].addmm_(wide.T, wide)
 
         return add
 

@@ -13,7 +13,8 @@ from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, Keep, allowed, measure, parse_keep
-from layershare.plan.edits import Plan, Share
+from layershare.plan.edits import Share
+from layershare.plan.plan import Plan
 
 METHODS: dict[str, type[Method]] = {"basis-sharing": BasisSharing, "svd-llm": SvdLlm, "svd": Svd}
 

@@ -1,19 +1,52 @@
-"""Write a safetensors checkpoint tensor by tensor, so that no more than one tensor of it is ever in memory."""
+"""The safetensors format: exact sizes beforehand, and a writer that never holds more than one tensor in memory."""
 
+import json
 import os
 import struct
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from layershare.plan.budget import Tensors, header_bytes
 from layershare.store import write_json
 
+Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of every tensor of a file, by name."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""How safetensors names the dtypes."""
 Read = Callable[[str], Tensor]
 """Gives a tensor by its name in the checkpoint."""
+
+
+def header_bytes(tensors: Tensors) -> bytes:
+    """The header of a safetensors file that holds these tensors in this order: JSON, padded to eight bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in tensors.items():
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def file_bytes(tensors: Tensors) -> int:
+    """Size in bytes of a safetensors file that holds these tensors: length field, header, data."""
+    data = sum(prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    return 8 + len(header_bytes(tensors)) + data
 
 
 def write_checkpoint(folder: Path, tensors: Tensors, read: Read, max_shard_size: str | int = "5GB") -> None:

@@ -1,38 +1,20 @@
 """Exact accounting: parameters, bytes and multiplications of a model under edits, and what `keep` allows."""
 
-from __future__ import annotations
-
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor, prod
-from typing import TYPE_CHECKING, Any
+from math import floor
 
 import torch
 
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
-
-if TYPE_CHECKING:
-    from layershare.plan.edits import Share
-
-Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+from layershare.model.checkpoint import Tensors, file_bytes
+from layershare.plan.edits import Share
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""How safetensors names the dtypes."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +103,6 @@ def checkpoint_tensors(spec: Spec, edits: Iterable[Share]) -> Tensors:
     if guard:
         tensors[guard] = ((0,), torch.uint8)
     return tensors
-
-
-def header_bytes(tensors: Tensors) -> bytes:
-    """The header of a safetensors file that holds these tensors in this order: JSON, padded to eight bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (shape, dtype) in tensors.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-def file_bytes(tensors: Tensors) -> int:
-    """Size in bytes of a safetensors file that holds these tensors: length field, header, data."""
-    data = sum(prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
-    return 8 + len(header_bytes(tensors)) + data
 
 
 def measure(spec: Spec, edits: Iterable[Share]) -> Sizes:

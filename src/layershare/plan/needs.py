@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from layershare.model.arch import Linear, Spec
-from layershare.plan.edits import Plan
+from layershare.plan.plan import Plan
 
 GRAM_ITEMSIZE = 4
 """Grams are float32."""

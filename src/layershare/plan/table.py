@@ -7,8 +7,9 @@ from rich.table import Table
 
 from layershare.model.arch import Spec
 from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Plan, Share
+from layershare.plan.edits import Share
 from layershare.plan.needs import Needs
+from layershare.plan.plan import Plan
 
 
 def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> RenderableType:

@@ -20,7 +20,8 @@ from layershare.model.hub import Group, guard_name
 from layershare.model.layers import FactorLinear
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.budget import checkpoint_tensors
-from layershare.plan.edits import Plan, Share
+from layershare.plan.edits import Share
+from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
 from layershare.store import Store
 
@@ -113,19 +114,32 @@ def refit_coefficients(
         progress(layer, spec.n_layers)
         with _compressed(block, by_layer[layer], factored) as modules:
             if not factored.refitted(layer):
-                with measuring(block, site_modules(spec, layer)) as grams:
-                    stream.run()
                 fitted = [pair for pair in by_layer[layer] if pair[1].side == "input" or len(pair[1].layers) == 1]
-                new = {}
-                for linear, edit in fitted:
-                    dense, module = modules[linear.name]
-                    first, second = module.factors()
-                    weight = _row_convention(dense.weight, linear)
-                    second.weight.copy_(refit(first.weight.T, grams[linear.site], weight).T)
-                    new[_second_factor(spec, linear, edit)] = second.weight
-                factored.write_refit(layer, new)
+                factored.write_refit(layer, _refit_layer(layer, block, modules, fitted, factored, stream))
             stream.run()
+        del modules  # or they would stay until the next layer's are there
     progress(spec.n_layers, spec.n_layers)
+
+
+def _refit_layer(
+    layer: int,
+    block: nn.Module,
+    modules: dict[str, tuple[nn.Linear | Conv1D, FactorLinear]],
+    fitted: list[tuple[Linear, Share]],
+    factored: Factored,
+    stream: Stream,
+) -> dict[str, Tensor]:
+    """Run the compressed block, set the second factors of the `fitted` linears and return them by name."""
+    spec = factored.spec
+    with measuring(block, site_modules(spec, layer)) as grams:
+        stream.run()
+    new = {}
+    for linear, edit in fitted:
+        dense, module = modules[linear.name]
+        first, second = module.factors()
+        second.weight.copy_(refit(first.weight.T, grams[linear.site], _row_convention(dense.weight, linear)).T)
+        new[_second_factor(spec, linear, edit)] = second.weight
+    return new
 
 
 def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
