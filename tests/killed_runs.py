@@ -32,12 +32,13 @@ begin = time.monotonic()
 assert os.waitpid(start(whole), 0)[1] == 0
 duration = time.monotonic() - begin
 
+# What shows that a child is in the middle of calibrating, of solving, of refitting, of writing.
+signs = (".run/stats/*/layer-001*", ".run/groups/*.safetensors", ".run/refit/layer-001*", ".run/model/*.safetensors*")
 seen = set()
 for attempt in range(kills):
     child = start(interrupted)
-    if attempt % 2:
-        # In the middle of writing: as soon as a file of the checkpoint in the making is there.
-        while not list(interrupted.glob(".run/model/*.safetensors*")) and os.waitpid(child, os.WNOHANG)[0] == 0:
+    if attempt < len(signs):
+        while not list(interrupted.glob(signs[attempt])) and os.waitpid(child, os.WNOHANG)[0] == 0:
             time.sleep(0.0005)
     else:
         time.sleep(chance.uniform(0.1, 0.9) * duration)

@@ -108,7 +108,8 @@ def test_statistics_are_shared_by_methods_and_sizes(folder, tmp_path):
 
 def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(folder, tmp_path):
     first = run(recipe_for(folder), tmp_path / "out")
-    assert run(recipe_for(folder), tmp_path / "out") == first
+    with pytest.warns(UserWarning, match="nothing was done"):
+        assert run(recipe_for(folder), tmp_path / "out") == first
     with pytest.raises(LayershareError, match="a finished run of another recipe"):
         run(recipe_for(folder, keep=0.6), tmp_path / "out")
 
@@ -116,7 +117,8 @@ def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(folder, tm
 def test_a_finished_run_of_another_model_in_memory_is_not_taken_for_ours(tmp_path, tokenizer, words):
     options = {"method": "svd", "folder": tmp_path / "out"}
     layershare.compress(tiny_model("llama"), **options)
-    layershare.compress(tiny_model("llama"), **options)
+    with pytest.warns(UserWarning, match="nothing was done"):
+        layershare.compress(tiny_model("llama"), **options)
     with pytest.raises(LayershareError, match="a finished run of another model"):
         layershare.compress(tiny_model("llama", seed=1), **options)
 
@@ -178,7 +180,7 @@ def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, seed):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "groups" in done.stdout  # the kills came in the middle of the work
+    assert {"groups", "refit", "model"} <= set(done.stdout.split())  # the kills came in the middle of the work
     killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
     assert killed.keys() == whole.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []
@@ -200,3 +202,61 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     assert base[2].self_attn.o_proj.factors()[1] is base[0].self_attn.o_proj.basis
     with torch.no_grad():
         assert small(tokens()).logits.isfinite().all()
+
+
+def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_path):
+    whole = recipe_for(folder, options={"refit": True})
+    run(whole, tmp_path / "whole")
+
+    def stop(step: str):
+        def progress(done: int, total: int) -> None:
+            if step == "refit" and done == 2:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        run(whole, tmp_path / "stopped", report=stop)
+    run(whole, tmp_path / "stopped")
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_model_is_stored_in_the_dtype_that_is_asked_for(folder, tmp_path, dtype):
+    results = run(recipe_for(folder, method="svd", dtype=dtype), tmp_path / "out")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert small.dtype == getattr(torch, dtype)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert size == pytest.approx(results["after"]["all"]["bytes"], rel=0.01)
+
+
+def test_tensors_keep_the_dtypes_that_they_really_have(tokenizer, words):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    model.model.norm.float()
+    small = layershare.compress(model, method="svd", keep=0.8)
+    assert small.model.layers[0].mlp.up_proj.coef.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(small.model.norm.weight.float(), model.model.norm.weight)
+
+
+def test_a_checkpoint_that_contradicts_its_config_on_tied_weights_is_refused(tmp_path):
+    model = tiny_model("gemma")
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with pytest.raises(LayershareError, match="set tie_word_embeddings to false"):
+        layershare.compress(model, method="svd", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_longer_than_the_context_and_unknown_devices_are_refused(folder, tmp_path):
+    with pytest.raises(LayershareError, match="Blocks of 4096 tokens do not fit: this model takes 2 to 128"):
+        run(recipe_for(folder, calibration={"length": 4096}), tmp_path / "out")
+    with pytest.raises(LayershareError, match="There is no device 'gpu9'"):
+        run(recipe_for(folder, device="gpu9"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
+    plan = layershare.make_plan(tiny_model("llama"), method="svd", keep=0.7, of="targets")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+    assert (results["method"], results["keep"], results["calibration"]) == ("svd", 0.7, None)

@@ -19,7 +19,7 @@ from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import environment
-from layershare.run import Report, default_length, device_of, load_test, run, silent
+from layershare.run import Report, block_length, device_of, load_test, run, silent
 
 
 def compress(
@@ -104,7 +104,7 @@ def measure(
 
     Raises `LayershareError` for texts that cannot be read, and for models of different vocabularies.
     """
-    tokens = load_text(text, tokenizer, split="test", blocks=blocks, length=length or default_length(model))
+    tokens = load_text(text, tokenizer, split="test", blocks=blocks, length=block_length(model, length))
     return evaluate(model, tokens, original, batch_size=batch_size)
 
 
@@ -114,9 +114,9 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     Raises `LayershareError` as `measure`, and if there is no model.
     """
     assert recipe.evaluation is not None
-    options, device = recipe.evaluation, device_of(recipe)
-    config = read_config(folder)
-    tokens = load_test(options, read_tokenizer(folder), default_length(config))
+    options, device = recipe.evaluation, device_of(recipe.device)
+    length = block_length(read_config(folder), options.length)
+    tokens = load_test(options, read_tokenizer(folder), length)
     model = load(resolve(folder), dtype=options.dtype, device_map=device)
     reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
     evaluation = evaluate(model, tokens, reference, batch_size=options.batch_size, progress=report("evaluate"))

@@ -113,13 +113,16 @@ def plan(
     of: Of = "all",
     option: Options = None,
     json: Json = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan (JSON) to this file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the plan (JSON) to this file.")
+    ] = None,
 ) -> None:
     """Show what compression would do, from the model's config alone: groups, ranks, exact sizes, needs."""
     from layershare.plan.table import plan_table
     from layershare.run import prepare
     from layershare.store import write_atomically
 
+    _require_parent(output)
     job = prepare(_recipe({"model": model, "method": method, "keep": keep, "of": of}, option))
     if output is not None:
         write_atomically(output, job.plan.to_json().encode())
@@ -168,6 +171,7 @@ def evaluate(
     from layershare.api import evaluate_folder
     from layershare.store import write_json
 
+    _require_parent(output)
     test = _given(text=text, blocks=blocks, length=length, dtype=dtype)
     with _progress() as report:
         results = evaluate_folder(
@@ -208,8 +212,10 @@ def list_models(folder: Annotated[Path, typer.Argument(help="A folder of compres
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", help="Tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token each time.")] = 0.0,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to add.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     dtype: Dtype = "auto",
 ) -> None:
@@ -277,6 +283,11 @@ def _progress() -> "Iterator[Report]":
             return lambda done, total: bars.update(task, completed=done, total=total)
 
         yield report
+
+
+def _require_parent(file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise LayershareError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
 
 
 def _quiet() -> None:

@@ -58,7 +58,7 @@ class Recipe:
     plan: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    max_shard_size: str = "5GB"
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Test | None = None
 
@@ -81,8 +81,11 @@ def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
-            raise LayershareError(f"'{change}' is not a change; write --set key=value.")
-        _put(values, path.split("."), yaml.safe_load(value))
+            raise LayershareError(f"'{change.removeprefix('options.')}' is not a setting; write key=value.")
+        try:
+            _put(values, path.split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise LayershareError(f"The value in '{change}' is not YAML.") from error
     return make_recipe(values)
 
 
@@ -90,8 +93,8 @@ def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file. Raises as `parse_recipe`, and if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise LayershareError(f"The recipe '{path}' cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayershareError(f"The recipe '{path}' cannot be read ({type(error).__name__}).") from error
     return parse_recipe(text, changes)
 
 
@@ -115,8 +118,9 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     *sections, key = path
     for section in sections:
-        inner = values.get(section)
-        if inner is not None and not isinstance(inner, dict):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
             raise LayershareError(f"'{section}' is a value, so it has no '{key}' to set.")
-        values = values.setdefault(section, {}) if inner is None else inner
     values[key] = value

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,7 +61,6 @@ class Job:
     spec: Spec
     method: Method
     plan: Plan
-    needs: Needs
     length: int
 
     @property
@@ -74,35 +74,49 @@ class Job:
         """Whether the run needs a text."""
         return bool(self.plan.edits) and (self.method.uses_grams or self.refits)
 
+    @property
+    def needs(self) -> Needs:
+        """What the run will need of the machine."""
+        options = self.recipe.calibration
+        return estimate_needs(
+            self.spec,
+            self.plan,
+            blocks=options.blocks,
+            length=self.length,
+            batch_size=options.batch_size,
+            calibrated=self.calibrated,
+        )
 
-def prepare(recipe: Recipe, config: PreTrainedModel | PreTrainedConfig | None = None) -> Job:
+
+def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = None) -> Job:
     """Check a recipe and plan it, from the model's config alone (read by name if it is not given).
 
-    Raises `LayershareError` for everything that is wrong with it.
+    A plan file is carried out with the method and the options that it names. Raises `LayershareError` for everything
+    that is wrong with the recipe.
     """
     method = make_method(recipe.method, recipe.options)
-    source = read_config(recipe.model) if config is None else config
-    spec = describe(source)
+    source = read_config(recipe.model) if model is None else model
+    spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
     if recipe.plan is None:
         plan = plan_with(spec, recipe.method, method, recipe.keep, recipe.of)
     else:
         plan = Plan.read(recipe.plan, spec)
-    length = recipe.calibration.length or default_length(source)
-    needs = estimate_needs(
-        spec,
-        plan,
-        blocks=recipe.calibration.blocks,
-        length=length,
-        batch_size=recipe.calibration.batch_size,
-        calibrated=method.uses_grams,
-    )
-    return Job(recipe, spec, method, plan, needs, length)
+        method = make_method(plan.method, plan.options)
+    return Job(recipe, spec, method, plan, block_length(source, recipe.calibration.length))
 
 
-def default_length(model: PreTrainedModel | PreTrainedConfig) -> int:
-    """Tokens per block: 2048, or the model's whole context if that is shorter."""
+def block_length(model: PreTrainedModel | PreTrainedConfig, length: int | None) -> int:
+    """Tokens per block: as asked, or 2048, or the model's whole context if that is shorter.
+
+    Raises `LayershareError` if more is asked for than the context holds.
+    """
     config = model.config if isinstance(model, PreTrainedModel) else model
-    return min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+    context = getattr(config, "max_position_embeddings", None)  # models with ALiBi have no limit
+    if length is None:
+        return min(LENGTH, context or LENGTH)
+    if length < 2 or length > (context or length):
+        raise LayershareError(f"Blocks of {length} tokens do not fit: this model takes 2 to {context or 'any number'}.")
+    return length
 
 
 def run(
@@ -126,7 +140,9 @@ def run(
         if model is not None and Weights.of(model).fingerprint != results["model_fingerprint"]:
             raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
         shutil.rmtree(out / WORK, ignore_errors=True)
+        warnings.warn(f"'{out}' holds this very run, finished {results['date']}: nothing was done.", stacklevel=2)
         return results
+    device = device_of(recipe.device)
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
@@ -145,41 +161,51 @@ def run(
         )
     if recipe.evaluation is not None:
         assert tokenizer is not None
-        test = load_test(recipe.evaluation, tokenizer, job.length)
+        source = read_config(recipe.model) if model is None else model
+        test = load_test(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
         if calibration is not None and calibration.text_sha256 == test.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
-    _require_disk(out, job.needs.output)
-    _require_disk(Path(recipe.calibration.stats or out), job.needs.stats)
+    stats = out if recipe.calibration.stats is None else _folder(recipe.calibration.stats)
+    _require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
     with _work_folder(out, recipe) as work:
-        return _carry_out(job, out, work, model, tokenizer, calibration, test, _Clock(report))
+        if model is None:
+            scratch = work / "scratch"
+            shutil.rmtree(scratch, ignore_errors=True)
+            weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
+        else:
+            weights = Weights.of(model)
+        weights.require_sound()
+        job = prepare(recipe, weights.model)  # with the dtypes that the weights really have
+        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, _Clock(report))
 
 
 def _carry_out(
     job: Job,
     out: Path,
     work: Path,
+    weights: Weights,
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Text | None,
     test: Text | None,
     clock: "_Clock",
 ) -> dict[str, Any]:
-    """The steps of a run whose input has been checked."""
-    recipe = job.recipe
-    scratch, staging = work / "scratch", work / "model"
-    for folder in (scratch, staging):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    if model is None:
-        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device_of(recipe))
-    else:
-        weights = Weights.of(model)
+    """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
+    recipe, plan = job.recipe, job.plan
+    staging = work / "model"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     stats = None
-    identity = {"model": weights.fingerprint, "method": recipe.method, "options": asdict(job.method)}
+    identity = {
+        "layershare": version("layershare"),
+        "model": weights.fingerprint,
+        "method": plan.method,
+        "options": asdict(job.method),
+    }
     passes: dict[str, Any] = {
         "batch_size": recipe.calibration.batch_size,
-        "scratch": scratch if model is None else None,
+        "scratch": work / "scratch" if model is None else None,
     }
     if calibration is not None:
         identity["text"] = calibration.identity
@@ -199,12 +225,12 @@ def _carry_out(
     results = {
         "model": recipe.model,
         "model_fingerprint": weights.fingerprint,
-        "method": recipe.method,
+        "method": plan.method,
         "options": asdict(job.method),
-        "keep": recipe.keep,
-        "of": recipe.of,
-        "before": asdict(job.plan.before),
-        "after": asdict(job.plan.after),
+        "keep": plan.keep,
+        "of": plan.of,
+        "before": asdict(plan.before),
+        "after": asdict(plan.after),
         "calibration": calibration and {**calibration.identity, "seed": recipe.calibration.seed},
         "ridge": RIDGE,
         "refit": job.refits,
@@ -226,10 +252,11 @@ def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
     """
     options = recipe.calibration
     assert options.stats is not None
-    folder = Path(options.stats)
+    folder = _folder(options.stats)
+    device = device_of(recipe.device)
     config = read_config(recipe.model)
     spec = describe(config)
-    length = options.length or default_length(config)
+    length = block_length(config, options.length)
     text = load_text(
         options.text,
         read_tokenizer(recipe.model),
@@ -241,23 +268,28 @@ def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
-        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device_of(recipe))
+        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
+        weights.require_sound()
         progress = report("calibrate")
         calibrate(weights, spec, text, folder, batch_size=options.batch_size, scratch=scratch, progress=progress)
     return folder
 
 
 def load_test(test: Test, tokenizer: PreTrainedTokenizerBase, length: int) -> Text:
-    """The text of an evaluation, in blocks of `length` where it does not say otherwise."""
-    return load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=test.length or length)
+    """The text of an evaluation in blocks of `length` tokens."""
+    return load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=length)
 
 
-def device_of(recipe: Recipe) -> str:
-    """The device that a recipe's model runs on; `auto` is the accelerator if there is one."""
-    if recipe.device != "auto":
-        return recipe.device
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+def device_of(name: str) -> str:
+    """The device of that name; `auto` is the accelerator if there is one. Raises `LayershareError` if there is none."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if accelerator is None else accelerator.type
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise LayershareError(f"There is no device '{name}' here; name another, or auto.") from error
+    return name
 
 
 def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -310,33 +342,43 @@ def _finished(out: Path, recipe: Recipe) -> bool:
 
 @contextmanager
 def _work_folder(out: Path, recipe: Recipe) -> Iterator[Path]:
-    """The folder for an unfinished run. If the input proves bad, what this call made is removed again."""
-    work, made = out / WORK, [path for path in (out, out / WORK) if not path.exists()]
+    """The folder for an unfinished run. If it fails before any work is finished, what this call made is removed."""
+    work = out / WORK
+    made = [path for path in (work, *work.parents) if not path.exists()]
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(work / "recipe.yaml", recipe.to_yaml().encode())
     try:
         yield work
-    except LayershareError:
-        for path in made[:1]:
-            shutil.rmtree(path)
+    except Exception:
+        if made and not any(work.rglob("*.safetensors")):  # no finished work to keep
+            shutil.rmtree(made[-1])
         raise
 
 
-def _require_disk(folder: Path, needed: int) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise LayershareError(
-            f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
-            "free some or name another folder."
-        )
+def _folder(name: str) -> Path:
+    """A folder that is there or can be made. Raises `LayershareError` if a file has its name."""
+    path = Path(name)
+    if path.is_file():
+        raise LayershareError(f"'{name}' is a file; name a folder.")
+    return path
+
+
+def _require_disk(needs: dict[Path, int]) -> None:
+    for folder, needed in needs.items():
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise LayershareError(
+                f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
+                "free some or name another folder."
+            )
 
 
 def _measure(
     recipe: Recipe, staging: Path, text: Text, model: PreTrainedModel | None, progress: Progress
 ) -> Evaluation:
     assert recipe.evaluation is not None
-    dtype, device = recipe.evaluation.dtype, device_of(recipe)
+    dtype, device = recipe.evaluation.dtype, device_of(recipe.device)
     original = load(resolve(recipe.model), dtype=dtype, device_map=device) if model is None else model
     small = load(staging, dtype=original.dtype, device_map=original.device)
     return evaluate(small, text, original, batch_size=recipe.evaluation.batch_size, progress=progress)

@@ -55,9 +55,9 @@ class Store:
         self._verified: set[str] = set()
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):  # none yet, or a damaged one
             return
-        if manifest["identity"] == self.identity:
+        if isinstance(manifest, dict) and manifest.get("identity") == self.identity:
             self._units = manifest["units"]
 
     def __contains__(self, unit: str) -> bool:

@@ -35,11 +35,12 @@ def test_measures_by_brute_force(text):
     assert measured.original_perplexity == evaluate(original, text, batch_size=3).perplexity
 
 
-def test_a_model_agrees_with_itself(text):
-    model = tiny_model("gpt2")
+def test_a_model_agrees_with_itself_and_keeps_its_mode(text):
+    model = tiny_model("gpt2").train()
     measured = evaluate(model, text, model)
     assert measured.kl == 0
     assert measured.top1_agreement == 1
+    assert model.training
     assert measured.text == text.identity
 
 

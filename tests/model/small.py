@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershare.model.hub import Group, LayershareConfig, adopt
+from layershare.model.hub import Group, LayershareConfig, LayershareQuantizer
 from layershare.model.layers import FactorLinear
 from tests.families import tiny_model, tokens
 
@@ -31,6 +31,16 @@ def some_groups(model: PreTrainedModel) -> list[Group]:
             groups.append(Group(role, "input", RANK, tuple(layers[::2])))
             groups.append(Group(role, "output", RANK, tuple(layers[1::2])))
     return groups
+
+
+def adopt(model: PreTrainedModel, config: LayershareConfig) -> PreTrainedModel:
+    """Swap a live dense model's modules and make it look like a compressed one that was loaded, factors not filled."""
+    quantizer = LayershareQuantizer(config)
+    quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = False
+    model.config.quantization_config = config
+    return model
 
 
 def compressed(family: str, **options) -> Any:

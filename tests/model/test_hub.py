@@ -16,7 +16,6 @@ from layershare.model.hub import (
     FORMAT_VERSION,
     Group,
     LayershareConfig,
-    adopt,
     guard_name,
     load,
     save,
@@ -24,7 +23,7 @@ from layershare.model.hub import (
 )
 from layershare.model.layers import FactorLinear, SharedBasis
 from tests.families import CONFIGS, tiny_model, tokens
-from tests.model.small import compressed, logits, some_groups
+from tests.model.small import adopt, compressed, logits, some_groups
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ def test_a_plan_edited_by_hand_is_measured_again(tmp_path):
         ({"role": "x", "layers": [0], "rank": 2, "side": "input"}, "x of layer 0"),
         ({"role": "q", "layers": [0, 0], "rank": 2, "side": "input"}, "twice"),
         ({"role": "q", "layers": [0], "rank": 33, "side": "input"}, "rank 33"),
+        ({"role": "down", "layers": [0, 1], "rank": 33, "side": "output"}, "rank 33"),
         ({"role": "q", "layers": [0], "rank": 0, "side": "input"}, "rank 0"),
         ({"role": "q", "layers": [0], "rank": 2, "side": "left"}, "side"),
         ({"role": "q", "layers": [], "rank": 2, "side": "input"}, "no layers"),

@@ -107,7 +107,7 @@ class Replay:
         """Make sure that the recording, which took all blocks to return what block 0 does, was right."""
         if isinstance(output, tuple) != self._in_tuple:
             raise UnsupportedModelError(
-                f"Block {self._block} returns another kind of output than block 0; ask for lock step."
+                f"Block {self._block} returns another kind of output than block 0: this model cannot be streamed."
             )
 
     def advance(self, states: Tensor) -> None:

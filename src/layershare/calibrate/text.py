@@ -31,12 +31,16 @@ SEED = 2023
 
 @dataclass(frozen=True)
 class Text:
-    """Token blocks (n × length, int64), where they come from, and the hashes of the text and of these very blocks."""
+    """Token blocks (n × length, int64), where they come from, and the hashes of the text and of these very blocks.
+
+    `bos`: whether the tokenizer put its beginning-of-sequence token before each text that it was given.
+    """
 
     tokens: Tensor
     source: str
     text_sha256: str
     tokens_sha256: str
+    bos: bool
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -46,6 +50,7 @@ class Text:
             "source": self.source,
             "blocks": blocks,
             "length": length,
+            "bos": self.bos,
             "text_sha256": self.text_sha256,
             "tokens_sha256": self.tokens_sha256,
         }
@@ -79,15 +84,16 @@ def load_text(
             f"The text '{name}' has {len(ids)} tokens, less than one block of {length}; "
             "give a longer text or a smaller length."
         )
-    tokens = ids[: count * length].view(count, length)
+    order = torch.arange(count)
     if split == "train":
-        tokens = tokens[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
-    tokens = tokens[:blocks].contiguous()
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    tokens = ids[: count * length].view(count, length)[order[:blocks]]
     return Text(
         tokens=tokens,
         source=name,
         text_sha256=text_sha256,
         tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        bos=tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
-from layershare.evaluate.perplexity import Perplexity, log_probabilities, negative_log_likelihood, perplexity
+from layershare.evaluate.perplexity import Perplexity, evaluating, logits, negative_log_likelihood, perplexity
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,21 @@ def evaluate(
             f"The models have different vocabularies ({model.config.vocab_size} and {original.config.vocab_size} "
             "tokens), so they cannot be compared."
         )
-    model.eval()
     nll = reference_nll = kl = agreement = 0.0
     batches = text.tokens.split(batch_size)
-    for done, tokens in enumerate(batches):
-        progress(done, len(batches))
-        ours = log_probabilities(model, tokens)
-        nll += negative_log_likelihood(ours, tokens)
-        if original is not None:
-            theirs = log_probabilities(original.eval(), tokens).to(ours.device)
-            reference_nll += negative_log_likelihood(theirs, tokens)
-            agreement += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            kl += float(theirs.exp().mul_(theirs - ours).sum(dtype=torch.float64))
+    with evaluating(model), evaluating(model if original is None else original):
+        for done, tokens in enumerate(batches):
+            progress(done, len(batches))
+            ours = logits(model, tokens)
+            theirs = None if original is None else logits(original, tokens).to(ours.device)
+            for row, block in enumerate(tokens.to(ours.device)):  # float32 for one block at a time
+                p = torch.log_softmax(ours[row].float(), dim=-1)
+                nll += negative_log_likelihood(p, block)
+                if theirs is not None:
+                    q = torch.log_softmax(theirs[row].float(), dim=-1)
+                    reference_nll += negative_log_likelihood(q, block)
+                    agreement += int((p.argmax(-1) == q.argmax(-1)).sum())
+                    kl += float(q.exp().mul_(q - p).sum(dtype=torch.float64))
     progress(len(batches), len(batches))
     predicted = text.tokens.shape[0] * (text.tokens.shape[1] - 1)
     measured = Evaluation(text.identity, str(model.dtype).removeprefix("torch."), perplexity(nll, predicted))

@@ -5,8 +5,11 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from layershare.errors import unknown
 from layershare.model.hub import load
 from layershare.model.source import read_tokenizer, resolve
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def continue_text(
@@ -16,6 +19,8 @@ def continue_text(
 
     Raises `LayershareError` if there is no model or tokenizer in `folder`.
     """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     tokenizer = read_tokenizer(folder)
     model = load(resolve(folder), dtype=dtype).eval()
     inputs = tokenizer(prompt, return_tensors="pt")

@@ -5,9 +5,10 @@ not over blocks, and what does not fill a block is left out (see `calibrate/text
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,16 +22,25 @@ class Perplexity:
     tokens: int
 
 
-def log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Log-probabilities, float32 [rows, length - 1, vocabulary], for the tokens after the first of each block."""
-    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits.float(), dim=-1)
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode for the duration."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
-def negative_log_likelihood(log_probs: Tensor, tokens: Tensor) -> float:
-    """Sum over the predicted tokens of a batch, in nats."""
-    picked = log_probs.gather(-1, tokens[:, 1:, None].to(log_probs.device))
-    return -float(picked.double().sum())
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits [rows, length - 1, vocabulary] for the tokens after the first of each block."""
+    return model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
+
+
+def negative_log_likelihood(log_probs: Tensor, block: Tensor) -> float:
+    """Sum over the predicted tokens of one block, in nats: log-probabilities [length - 1, vocabulary], ids [length]."""
+    return -float(log_probs.gather(-1, block[1:, None]).double().sum())
 
 
 def perplexity(nll_sum: float, tokens: int) -> Perplexity:

@@ -24,22 +24,27 @@ Where this differs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.method import Method
-from layershare.methods.private import natural_side, solve_private
+from layershare.methods.private import natural_side, solve_group
 from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
-from layershare.plan.ranks import Group, consecutive, uniform
-from layershare.solve.linalg import Factors, share_input, share_output
+from layershare.plan.ranks import LayerGroup, consecutive, uniform
+from layershare.solve.linalg import Factors
 
 REFIT_AT = 0.6
 """Refit when at most this fraction of the targets is kept."""
+
+
+def _listed(value: Any) -> Any:
+    """`q,k` as a list."""
+    return value.split(",") if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class BasisSharing(Method):
     """
 
     group_size: Annotated[int, Field(ge=1)] = 2
-    shared: tuple[str, ...] | None = None
+    shared: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
     refit: bool | None = None
 
     def shared_roles(self, spec: Spec) -> tuple[str, ...]:
@@ -75,15 +80,12 @@ class BasisSharing(Method):
             sharing = role in shared and self.group_size > 1
             side = "input" if sharing else natural_side(role)
             layers = consecutive(linears, self.group_size if sharing else 1)
-            groups += [Group(role, group, side) for group in layers]
+            groups += [LayerGroup(role, group, side) for group in layers]
         return uniform(spec, groups, budget)
 
     def solve(self, share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
         """The basis of the group and the coefficients of its layers."""
-        if len(weights) == 1:
-            return solve_private(share, weights[0], grams[0])
-        solve = share_input if share.side == "input" else share_output
-        return solve(weights, grams, share.rank)
+        return solve_group(share, weights, grams)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on, unless the option says otherwise."""

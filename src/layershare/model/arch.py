@@ -139,54 +139,71 @@ def role_of(name: str) -> str | None:
     return _ROLE_OF_NAME.get(last)
 
 
-def describe(model: PreTrainedModel | PreTrainedConfig) -> Spec:
+def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | None = None) -> Spec:
     """Describe a model from its config alone: builds it without memory and runs its blocks once on shapes.
 
-    Raises `UnsupportedModelError`, with the reason, for models that are not dense decoders (encoder-decoder,
+    Dtypes are those of the model if one is given; of a config, `dtype` or what it names. Raises
+    `UnsupportedModelError`, with the reason, for models that are not dense decoders (encoder-decoder,
     mixture-of-experts, state-space and convolutional ones), and for already compressed models.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
-    dtype = model.dtype if isinstance(model, PreTrainedModel) else (config.dtype or torch.float32)
     _refuse_config(config)
-    with FakeTensorMode() as fake:
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    stack, blocks = find_blocks(skeleton)
-    _refuse_blocks(config.model_type, blocks)
-    sites = _sites(skeleton, blocks, stack, fake)
-
-    linears = []
-    for layer, block in enumerate(blocks):
-        for name, module in block.named_modules(prefix=f"{stack}.{layer}"):
-            role = role_of(name)
-            if role is None or not isinstance(module, nn.Linear | Conv1D):
-                continue
-            conv1d = isinstance(module, Conv1D)
-            d_in, d_out = module.weight.shape if conv1d else module.weight.shape[::-1]
-            linears.append(Linear(name, layer, role, sites[name], d_in, d_out, module.bias is not None, conv1d))
-    roles = {linear.role for linear in linears}
-    if "down" not in roles or not roles & {"q", "qkv"}:
+    try:
+        with FakeTensorMode() as fake:
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
+        stack, blocks = find_blocks(skeleton)
+        _refuse_blocks(config.model_type, blocks)
+        sites = _sites(skeleton, blocks, stack, fake)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
         raise UnsupportedModelError(
-            f"The blocks of a '{config.model_type}' model are not those of an attention decoder "
-            f"(linear layers found by name: {', '.join(sorted(roles)) or 'none'})."
-        )
-
+            f"A '{config.model_type}' model of this config cannot be run on token ids alone ({type(error).__name__})."
+        ) from error
     tensors, seen = {}, set()
     for name, value in skeleton.state_dict(keep_vars=True).items():
         if id(value) not in seen:
             seen.add(id(value))
             tensors[name] = (tuple(value.shape), value.dtype)
-    parameters = {name for name, _ in skeleton.named_parameters()}
+    if isinstance(model, PreTrainedModel):
+        real = model.state_dict()
+        tensors = {name: (shape, real[name].dtype) for name, (shape, _) in tensors.items()}
     head = skeleton.get_output_embeddings()
     return Spec(
         model_type=config.model_type,
         base_prefix=f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else "",
         blocks=stack,
         n_layers=len(blocks),
-        linears=tuple(linears),
+        linears=_linears(config.model_type, blocks, stack, sites),
         tensors=tensors,
-        buffers=frozenset(tensors) - parameters,
+        buffers=frozenset(tensors) - {name for name, _ in skeleton.named_parameters()},
         head_multiplications=head.weight.numel() if isinstance(head, nn.Linear) else 0,
     )
+
+
+def _linears(kind: str, blocks: nn.ModuleList, stack: str, sites: dict[str, str]) -> tuple[Linear, ...]:
+    """The linears that have a role and are called. Raises `UnsupportedModelError` if they are not a decoder's."""
+    linears: dict[tuple[int, str], Linear] = {}
+    for layer, block in enumerate(blocks):
+        for name, module in block.named_modules(prefix=f"{stack}.{layer}"):
+            role = role_of(name)
+            if role is None or name not in sites or not isinstance(module, nn.Linear | Conv1D):
+                continue
+            if (layer, role) in linears:
+                raise UnsupportedModelError(
+                    f"A '{kind}' block has two linears of role {role}: '{linears[layer, role].name}' and '{name}'."
+                )
+            conv1d = isinstance(module, Conv1D)
+            d_in, d_out = module.weight.shape if conv1d else module.weight.shape[::-1]
+            bias = module.bias is not None
+            linears[layer, role] = Linear(name, layer, role, sites[name], d_in, d_out, bias, conv1d)
+    roles = {role for _, role in linears}
+    if "down" not in roles or not roles & {"q", "qkv"}:
+        raise UnsupportedModelError(
+            f"The blocks of a '{kind}' model are not those of an attention decoder "
+            f"(linear layers found by name: {', '.join(sorted(roles)) or 'none'})."
+        )
+    return tuple(linears.values())
 
 
 def _refuse_config(config: PreTrainedConfig) -> None:

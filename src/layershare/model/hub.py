@@ -207,19 +207,6 @@ def swap_modules(model: PreTrainedModel, groups: Sequence[Group]) -> None:
             owner = owner or factored
 
 
-def adopt(model: Any, config: LayershareConfig) -> PreTrainedModel:
-    """Make a live dense `PreTrainedModel` look like a compressed one that was loaded; the caller fills the factors.
-
-    Raises as `swap_modules`.
-    """
-    quantizer = LayershareQuantizer(config)
-    quantizer.preprocess_model(model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = False
-    model.config.quantization_config = config
-    return model
-
-
 def guard_name(groups: Sequence[Group], base_prefix: str) -> str:
     """The dense weight of the first member, under which a checkpoint stores a tensor of size zero.
 

@@ -93,6 +93,22 @@ class Weights:
             return self._stored[name]
         return self.model.get_parameter_or_buffer(name).detach()
 
+    def require_sound(self) -> None:
+        """Raise LayershareError, naming the tensor, for NaN or infinity, and for a weight that is not tied as said.
+
+        A config can say that two weights are tied while the checkpoint stores two different ones, and transformers then
+        keeps both; counting and storing them once would change the model.
+        """
+        for name, source in self.model.all_tied_weights_keys.items():
+            ours, theirs = self.tensor(name), self.tensor(source)
+            both_known = not (ours.is_meta or theirs.is_meta)
+            if both_known and ours.data_ptr() != theirs.data_ptr() and not torch.equal(ours, theirs):
+                raise LayershareError(
+                    f"The config ties '{name}' to '{source}', but the checkpoint stores two different tensors; "
+                    "set tie_word_embeddings to false in its config.json."
+                )
+        require_finite((name, self.tensor(name)) for name in self.names())
+
     def block_name(self, index: int) -> str:
         """Full name of a block, for example "model.layers.3"."""
         return f"{self.blocks_name}.{index}"
@@ -155,7 +171,7 @@ class Weights:
         digest = hashlib.sha256(json.dumps(_architecture(self.model.config.to_dict()), sort_keys=True).encode())
         for name in sorted(self.names()):
             tensor = self.tensor(name)
-            sample = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLED)].contiguous().cpu()
+            sample = tensor.flatten()[:: tensor.numel() // _SAMPLED | 1].contiguous().cpu()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -46,5 +46,6 @@ def check(spec: Spec, edits: Sequence[Share]) -> None:
             first = spec.linear(edit.role, edit.layers[0])
             if (linear.d_in, linear.d_out) != (first.d_in, first.d_out):
                 raise LayershareError(f"The plan shares {where} with a layer of another shape.")
-            if not 1 <= edit.rank <= min(linear.d_in, linear.d_out * len(edit.layers)):
+            shared, private = (linear.d_in, linear.d_out) if edit.side == "input" else (linear.d_out, linear.d_in)
+            if not 1 <= edit.rank <= min(shared, private * len(edit.layers)):
                 raise LayershareError(f"The plan gives {where} rank {edit.rank}, which its shape does not allow.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from layershare.model.arch import Linear, Spec
+from layershare.plan.edits import Share
 from layershare.plan.plan import Plan
 
 GRAM_ITEMSIZE = 4
@@ -37,7 +38,7 @@ def estimate_needs(spec: Spec, plan: Plan, *, blocks: int, length: int, batch_si
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
     batch = batch_size * length * (4 * width + 3 * widest) * max(itemsize, 4)
     states = 2 * blocks * length * width * itemsize
-    solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit.rank) for edit in plan.edits), default=0)
+    solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in plan.edits), default=0)
     refit = max(block) // 2
     return Needs(
         memory=max(max(block) + max(grams) + batch + refit, solving) if calibrated else solving,
@@ -46,7 +47,9 @@ def estimate_needs(spec: Spec, plan: Plan, *, blocks: int, length: int, batch_si
     )
 
 
-def _solving(linear: Linear, rank: int) -> int:
-    """Float64 matrices while a group is solved: the eigenproblem and its work space, one weight, its factors."""
-    width = min(linear.d_in, linear.d_out)
-    return 8 * (5 * width**2 + linear.parameters + 2 * rank * (linear.d_in + linear.d_out))
+def _solving(linear: Linear, edit: Share) -> int:
+    """Float64 matrices while a group is solved: the eigenproblem and its work space, one weight, the factors."""
+    n = len(edit.layers)
+    shared, private = (linear.d_in, linear.d_out) if edit.side == "input" else (linear.d_out, linear.d_in)
+    width = shared if n > 1 else min(shared, private)
+    return 8 * (5 * width**2 + linear.parameters + edit.rank * (shared + n * private))

@@ -48,7 +48,7 @@ class Plan:
         """
         try:
             plan = cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise LayershareError(f"There is no plan at '{path}'.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise LayershareError(f"There is no plan that can be read at '{path}'.") from error
         check(spec, plan.edits)
         return replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))

@@ -15,7 +15,7 @@ TOLERANCE = Fraction(1, 200)
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Layers that will share a basis for a role, before a rank is chosen."""
 
     role: str
@@ -43,7 +43,7 @@ def consecutive(linears: Sequence[Linear], size: int) -> list[tuple[int, ...]]:
     return groups
 
 
-def uniform(spec: Spec, groups: Sequence[Group], budget: Budget) -> tuple[Share, ...]:
+def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[Share, ...]:
     """Give every group the published rank for its own size; spend on single ranks what rounding down left over.
 
     The groups cover all targets. The published ranks stand as they are when they use the budget up to `TOLERANCE`, as

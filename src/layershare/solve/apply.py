@@ -78,7 +78,8 @@ def solve(
             names = [spec.weight_name(linear) for linear in linears]
             require_finite((name, weights.tensor(name)) for name in names)
             dense = [_row_convention(weights.tensor(name), linear) for name, linear in zip(names, linears, strict=True)]
-            grams = [None if stats is None else stats.gram(linear) for linear in linears]
+            device = dense[0].device
+            grams = [None if stats is None else stats.gram(linear).to(device) for linear in linears]
             factors = method.solve(edit, dense, grams)
             dtype = dense[0].dtype
             tensors = [tensor.T.to(dtype) for tensor in (factors.basis, *factors.coefs)]
@@ -112,8 +113,9 @@ def refit_coefficients(
     stream = Stream(factored.weights, text.tokens, batch_size, scratch)
     for layer, block in stream:
         progress(layer, spec.n_layers)
+        done = factored.refitted(layer)
         with _compressed(block, by_layer[layer], factored) as modules:
-            if not factored.refitted(layer):
+            if not done:
                 fitted = [pair for pair in by_layer[layer] if pair[1].side == "input" or len(pair[1].layers) == 1]
                 factored.write_refit(layer, _refit_layer(layer, block, modules, fitted, factored, stream))
             stream.run()

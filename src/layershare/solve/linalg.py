@@ -85,9 +85,10 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     `basis`: d_in × k, `gram`: d_in × d_in of the inputs that the compressed model really produces, `weight`:
     d_in × d_out. λ is `RIDGE` relative to the mean eigenvalue of BᵀGB. Returns k × d_out. (Basis Sharing, §3.3.)
     """
-    weighted = torch.cat([panel @ basis.double() for panel in _row_panels(gram)])  # GB: d_in × k, G is symmetric
-    normal = basis.double().T @ weighted
-    normal.diagonal().add_(RIDGE * normal.diagonal().mean())
+    wide = basis.double()
+    weighted = torch.cat([panel @ wide for panel in _row_panels(gram)])  # GB: d_in × k
+    normal = wide.T @ weighted
+    normal.diagonal().add_(_ridge(normal))
     return _apply_transposed(torch.linalg.solve(normal, weighted.T).T, weight)
 
 
@@ -97,8 +98,7 @@ def whitening(gram: Tensor) -> tuple[Tensor, Tensor]:
     Eigenvalues below zero, which rounding makes, count as zero before the ridge. Raises nothing for a singular G.
     """
     values, axes = torch.linalg.eigh(gram)
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return (values.clamp(min=0) + ridge).sqrt(), axes
+    return (values.clamp(min=0) + _ridge(gram)).sqrt(), axes
 
 
 def sum_of(matrices: Iterator[Tensor]) -> Tensor:
@@ -138,6 +138,11 @@ def _descending(moment: Tensor) -> tuple[Tensor, Tensor]:
     """All eigenvalues in falling order, none below zero, with their eigenvectors in columns."""
     values, vectors = torch.linalg.eigh(moment)
     return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _ridge(matrix: Tensor) -> float:
+    """What is added to the diagonal of a Gram before it is inverted; for the Gram of inputs that are all zero, 1."""
+    return RIDGE * float(matrix.diagonal().mean()) or 1.0
 
 
 def _balance(basis: Tensor, coefs: Sequence[Tensor]) -> Tensor:
