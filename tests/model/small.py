@@ -37,8 +37,7 @@ def adopt(model: PreTrainedModel, config: LayershareConfig) -> PreTrainedModel:
     """Swap a live dense model's modules and make it look like a compressed one that was loaded, factors not filled."""
     quantizer = LayershareQuantizer(config)
     quantizer.preprocess_model(model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=quantizer, is_quantized=False)
     model.config.quantization_config = config
     return model
 

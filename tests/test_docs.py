@@ -1,0 +1,68 @@
+"""The documents do what they say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layershare.methods import METHODS, make_method
+from layershare.recipe import read_recipe
+from tests.families import CONFIGS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory) -> Path:
+    """A working directory with the recipes."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def test_the_readme_s_commands_run_in_order(user):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(blocks("bash"))],
+        cwd=user,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The dense model is in small-dense." in done.stdout
+    assert (user / "from-recipe" / "results.json").is_file()
+
+
+def test_the_readme_s_python_runs(user):
+    script = "\n".join(blocks("python"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=user, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "top1_agreement" in done.stdout
+    assert "trainable params" in done.stdout
+
+
+def test_the_readme_names_every_family_and_method():
+    families = re.search(r"Tested families: (.*?)\. Mixture", README, re.DOTALL)
+    assert families is not None
+    assert set(re.split(r",\s+", families[1])) == set(CONFIGS)
+    assert all(f"| `{name}` |" in README for name in METHODS)
+
+
+def test_the_tables_are_those_of_the_results():
+    subprocess.run([sys.executable, ROOT / "scripts" / "tables.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(recipe):
+    read = read_recipe(recipe)
+    make_method(read.method, read.options)
