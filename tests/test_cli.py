@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from layershare.cli import main
@@ -31,7 +32,7 @@ def layershare(monkeypatch, capfd):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
-        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr("layershare.cli.console", Console(width=160))
         with pytest.raises(SystemExit) as end:
             main()
         captured = capfd.readouterr()

@@ -39,7 +39,7 @@ def test_what_is_wrong_is_said(text, message):
 
 
 def test_changes_that_cannot_be_applied():
-    with pytest.raises(LayershareError, match="not a change"):
+    with pytest.raises(LayershareError, match="'keep' is not a setting"):
         parse_recipe("model: x", ("keep",))
     with pytest.raises(LayershareError, match="'model' is a value"):
         parse_recipe("model: x", ("model.name=3",))
