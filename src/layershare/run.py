@@ -37,7 +37,7 @@ from layershare.plan.table import size
 from layershare.recipe import Recipe, Test
 from layershare.report.results import environment
 from layershare.solve.apply import Factored, groups_of, refit_coefficients, solve, write_weights
-from layershare.solve.linalg import RIDGE
+from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.store import write_atomically, write_json
 
 WORK = ".run"
@@ -234,6 +234,7 @@ def _carry_out(
         "calibration": calibration and {**calibration.identity, "seed": recipe.calibration.seed},
         "ridge": RIDGE,
         "refit": job.refits,
+        "refit_ridge": REFIT_RIDGE,
         "relative_errors": factored.relative_errors(),
     }
     if test is not None:

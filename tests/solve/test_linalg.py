@@ -34,8 +34,8 @@ def test_input_side_equals_the_svd_of_the_whitened_concatenation(n, d_in, d_out)
     factors = share_input(weights, grams, rank)
     ours = torch.cat(products(factors, "input"), dim=1)
     assert factors.basis.shape == (d_in, rank)
-    assert (ours - published).norm() / published.norm() < 1e-7
-    assert factors.error == pytest.approx(float(s[rank:].square().sum() / s.square().sum()), rel=1e-6)
+    assert (ours - published).norm() / published.norm() < 1e-8
+    assert factors.error == pytest.approx(float(s[rank:].square().sum() / s.square().sum()), rel=1e-8)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -59,7 +59,7 @@ def test_the_input_side_error_is_the_measured_one_where_all_layers_read_the_same
     factors = share_input(weights, [grams[0] / 2] * 2, 12)
     total = sum(float((inputs[0] @ w).square().sum()) for w in weights)
     measured = loss(inputs * 2, weights, products(factors, "input")) / total
-    assert factors.error == pytest.approx(measured, rel=1e-7)
+    assert factors.error == pytest.approx(measured, rel=1e-8)
 
 
 def test_two_layers_built_on_one_input_basis_are_lossless_on_that_side_alone():
@@ -83,8 +83,8 @@ def test_one_matrix_has_the_same_optimum_on_either_side(d_in, d_out, weighted):
     u, s, vh = torch.linalg.svd(root @ weight, full_matrices=False)
     best = torch.linalg.solve(root, (u[:, :7] * s[:7]) @ vh[:7])
     left, right, error = low_rank(weight, given, 7)
-    torch.testing.assert_close(left @ right, best, rtol=0, atol=1e-7)
-    assert error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-6)
+    torch.testing.assert_close(left @ right, best, rtol=0, atol=1e-8)
+    assert error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-8)
 
 
 @pytest.mark.parametrize("solve", [share_input, share_output])
@@ -93,7 +93,7 @@ def test_full_rank_reproduces_the_weights(solve):
     _, grams = random_inputs(2, 24)
     factors = solve(weights, grams, 24 if solve is share_input else 16)
     for ours, weight in zip(products(factors, "input" if solve is share_input else "output"), weights, strict=True):
-        torch.testing.assert_close(ours, weight, rtol=0, atol=1e-7)
+        torch.testing.assert_close(ours, weight, rtol=0, atol=1e-8)
 
 
 def test_basis_and_coefficients_have_equal_norms():

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-8
-"""Added to a Gram matrix before it is inverted, relative to its mean eigenvalue."""
+RIDGE = 1e-12
+"""Added to a Gram matrix before it is inverted, relative to its mean eigenvalue; negative eigenvalues count as 0."""
+REFIT_RIDGE = 1e-8
+"""The same for a refit, whose matrix is not freed of the rounding of float32 Grams by an eigendecomposition."""
 _PANEL = 1024
 
 
@@ -83,12 +85,12 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     """Best coefficients of one layer for a fixed basis under the layer's own Gram: (BᵀGB + λ1)⁻¹BᵀGW.
 
     `basis`: d_in × k, `gram`: d_in × d_in of the inputs that the compressed model really produces, `weight`:
-    d_in × d_out. λ is `RIDGE` relative to the mean eigenvalue of BᵀGB. Returns k × d_out. (Basis Sharing, §3.3.)
+    d_in × d_out. λ is `REFIT_RIDGE` relative to the mean eigenvalue of BᵀGB. Returns k × d_out. (Basis Sharing, §3.3.)
     """
     wide = basis.double()
     weighted = torch.cat([panel @ wide for panel in _row_panels(gram)])  # GB: d_in × k
     normal = wide.T @ weighted
-    normal.diagonal().add_(_ridge(normal))
+    normal.diagonal().add_(_ridge(normal, REFIT_RIDGE))
     return _apply_transposed(torch.linalg.solve(normal, weighted.T).T, weight)
 
 
@@ -98,7 +100,7 @@ def whitening(gram: Tensor) -> tuple[Tensor, Tensor]:
     Eigenvalues below zero, which rounding makes, count as zero before the ridge. Raises nothing for a singular G.
     """
     values, axes = torch.linalg.eigh(gram)
-    return (values.clamp(min=0) + _ridge(gram)).sqrt(), axes
+    return (values.clamp(min=0) + _ridge(gram, RIDGE)).sqrt(), axes
 
 
 def sum_of(matrices: Iterator[Tensor]) -> Tensor:
@@ -140,9 +142,9 @@ def _descending(moment: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-def _ridge(matrix: Tensor) -> float:
+def _ridge(matrix: Tensor, relative: float) -> float:
     """What is added to the diagonal of a Gram before it is inverted; for the Gram of inputs that are all zero, 1."""
-    return RIDGE * float(matrix.diagonal().mean()) or 1.0
+    return relative * float(matrix.diagonal().mean()) or 1.0
 
 
 def _balance(basis: Tensor, coefs: Sequence[Tensor]) -> Tensor:
