@@ -11,6 +11,9 @@ from layershare.errors import LayershareError, unknown
 
 _STRICT = ConfigDict(extra="forbid")
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""In which a model is run; `auto` for the checkpoint's."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -38,7 +41,7 @@ class Test:
     blocks: Annotated[int, Field(ge=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Recipe:
     keep: float | str = 0.8
     of: Literal["all", "targets"] = "all"
     plan: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     calibration: Calibration = field(default_factory=Calibration)

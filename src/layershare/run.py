@@ -34,7 +34,7 @@ from layershare.model.weights import Weights
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import size
-from layershare.recipe import Recipe, Test
+from layershare.recipe import Calibration, Recipe, Test
 from layershare.report.results import environment
 from layershare.solve.apply import Factored, groups_of, refit_coefficients, solve, write_weights
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
@@ -150,15 +150,7 @@ def run(
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None
-        options = recipe.calibration
-        calibration = load_text(
-            options.text if text is None else text,
-            tokenizer,
-            split="train",
-            blocks=options.blocks,
-            length=job.length,
-            seed=options.seed,
-        )
+        calibration = load_calibration(recipe.calibration, tokenizer, job.length, text)
     if recipe.evaluation is not None:
         assert tokenizer is not None
         source = read_config(recipe.model) if model is None else model
@@ -258,14 +250,7 @@ def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
     config = read_config(recipe.model)
     spec = describe(config)
     length = block_length(config, options.length)
-    text = load_text(
-        options.text,
-        read_tokenizer(recipe.model),
-        split="train",
-        blocks=options.blocks,
-        length=length,
-        seed=options.seed,
-    )
+    text = load_calibration(options, read_tokenizer(recipe.model), length)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
@@ -274,6 +259,14 @@ def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
         progress = report("calibrate")
         calibrate(weights, spec, text, folder, batch_size=options.batch_size, scratch=scratch, progress=progress)
     return folder
+
+
+def load_calibration(
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, text: Source | None = None
+) -> Text:
+    """The calibration text, or `text` in its place, in blocks of `length` tokens."""
+    source = options.text if text is None else text
+    return load_text(source, tokenizer, split="train", blocks=options.blocks, length=length, seed=options.seed)
 
 
 def load_test(test: Test, tokenizer: PreTrainedTokenizerBase, length: int) -> Text:

@@ -1,6 +1,7 @@
 """Let a model talk."""
 
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import set_seed
@@ -8,8 +9,7 @@ from transformers import set_seed
 from layershare.errors import unknown
 from layershare.model.hub import load
 from layershare.model.source import read_tokenizer, resolve
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from layershare.recipe import Dtype
 
 
 def continue_text(
@@ -19,8 +19,8 @@ def continue_text(
 
     Raises `LayershareError` if there is no model or tokenizer in `folder`.
     """
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    if dtype not in get_args(Dtype):
+        raise unknown("dtype", dtype, get_args(Dtype))
     tokenizer = read_tokenizer(folder)
     model = load(resolve(folder), dtype=dtype).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
