@@ -294,7 +294,7 @@ def _walking(shell: PreTrainedModel, tokens: Tensor, n_blocks: int) -> Iterator[
 
 @contextmanager
 def evaluating(block: nn.Module) -> Iterator[None]:
-    """Put a block into eval mode and every module of it back into its own mode afterwards."""
+    """Put a block or model into eval mode and every module of it back into its own mode afterwards."""
     modes = [(module, module.training) for module in block.modules()]
     block.eval()
     try:

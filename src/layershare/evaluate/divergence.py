@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
-from layershare.evaluate.perplexity import Perplexity, evaluating, logits, negative_log_likelihood, perplexity
+from layershare.evaluate.perplexity import Perplexity, logits, negative_log_likelihood, perplexity
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ not over blocks, and what does not fill a block is left out (see `calibrate/text
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,17 +18,6 @@ class Perplexity:
     value: float
     nll: float
     tokens: int
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode for the duration."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
