@@ -33,7 +33,7 @@ assert os.waitpid(start(whole), 0)[1] == 0
 duration = time.monotonic() - begin
 
 # What shows that a child is in the middle of calibrating, of solving, of refitting, of writing.
-signs = (".run/stats/*/layer-001*", ".run/groups/*.safetensors", ".run/refit/layer-001*", ".run/model/*.safetensors*")
+signs = (".run/stats/*/inputs-001*", ".run/groups/*.safetensors", ".run/refit/layer-001*", ".run/model/*.safetensors*")
 seen = set()
 for attempt in range(kills):
     child = start(interrupted)
@@ -47,6 +47,5 @@ for attempt in range(kills):
     seen |= {path.parent.name for path in interrupted.rglob("*.safetensors")}
     if (interrupted / "config.json").exists():
         break
-else:
-    assert os.waitpid(start(interrupted), 0)[1] == 0
+assert os.waitpid(start(interrupted), 0)[1] == 0  # of a finished run it clears away what the kill left
 print(" ".join(sorted(seen)))

@@ -104,7 +104,7 @@ def test_calibrate_once_run_a_recipe_with_it(layershare, here):
     assert code == 0
     assert "stats" in out
     measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
-    assert len(measured) == 4
+    assert len(measured) == 8  # two kinds for each of 4 layers
     recipe = "model: dense\nmethod: svd-llm\ncalibration: {text: text.txt, blocks: 24, length: 64, stats: stats}\n"
     (here / "recipe.yaml").write_text(recipe)
     code, _, err = layershare("run", "recipe.yaml", "-o", "small", "--set", "keep=0.7")

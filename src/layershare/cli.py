@@ -29,7 +29,7 @@ complaints = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Hub id, folder, or `sample`, the small model that comes with layershare.")]
 Folder = Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Folder for the result; must not exist or be empty.")]
-MethodName = Annotated[str, typer.Option("--method", "-m", help="basis-sharing, svd-llm or svd.")]
+MethodName = Annotated[str, typer.Option("--method", "-m", help="basis-sharing, svd-llm, svd, …: README.md lists all.")]
 KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
 Of = Annotated[str, typer.Option("--of", help="Count `all` parameters, or the compressed `targets` alone.")]
 Options = Annotated[
@@ -112,6 +112,9 @@ def plan(
     keep: KeepSize = "0.8",
     of: Of = "all",
     option: Options = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Statistics from `calibrate`, for methods that plan by them.")
+    ] = None,
     json: Json = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the plan (JSON) to this file.")
@@ -119,11 +122,16 @@ def plan(
 ) -> None:
     """Show what compression would do, from the model's config alone: groups, ranks, exact sizes, needs."""
     from layershare.plan.table import plan_table
-    from layershare.run import prepare
+    from layershare.run import plan_by_stats, prepare
     from layershare.store import write_atomically
 
     _require_parent(output)
-    job = prepare(_recipe({"model": model, "method": method, "keep": keep, "of": of}, option))
+    recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of}, option)
+    job = prepare(recipe) if stats is None else plan_by_stats(recipe, stats)
+    if job.plan is None:
+        raise LayershareError(
+            f"'{method}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
+        )
     if output is not None:
         write_atomically(output, job.plan.to_json().encode())
     if json:
@@ -227,13 +235,17 @@ def generate(
 
 
 def _run(recipe: "Recipe", output: Path) -> None:
+    from layershare.plan.plan import Plan
     from layershare.plan.table import plan_table
     from layershare.run import prepare, run
 
     job = prepare(recipe)
-    console.print(plan_table(job.spec, job.plan, job.needs))
+    if job.plan is not None:
+        console.print(plan_table(job.spec, job.plan, job.needs))
     with _progress() as report:
         results = run(recipe, output, report=report)
+    if job.plan is None:
+        console.print(plan_table(job.spec, Plan.read(output / "plan.json", job.spec)))
     if "evaluation" in results:
         _print_evaluation(results["evaluation"], False)
     console.print(f"The compressed model is in {output}.", highlight=False, soft_wrap=True)

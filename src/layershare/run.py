@@ -6,13 +6,14 @@ the folder is a whole model or none.
 """
 
 import copy
+import hashlib
 import json
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,22 +22,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import Progress, calibrate
+from layershare.calibrate.stats import Kind, Progress, Stats, calibrate
 from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.methods import make_method, plan_with
+from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
+from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, load, write_shim
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
+from layershare.plan.budget import allowed, parse_keep
+from layershare.plan.edits import Share, kept_layers
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import size
 from layershare.recipe import Calibration, Recipe, Test
 from layershare.report.results import environment
-from layershare.solve.apply import Factored, groups_of, refit_coefficients, solve, write_weights
+from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, solve, write_weights
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.store import write_atomically, write_json
 
@@ -55,24 +60,32 @@ def silent(step: str) -> Progress:
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe checked against its model: everything that can be known before a weight is read."""
+    """A recipe checked against its model: everything that can be known before a weight is read.
+
+    `plan` is `None` for a method that plans by what it measures.
+    """
 
     recipe: Recipe
     spec: Spec
     method: Method
-    plan: Plan
+    name: str
+    plan: Plan | None
     length: int
 
     @property
     def refits(self) -> bool:
         """Whether coefficients will be fitted again to what the compressed layers put out."""
-        kept = self.plan.after.targets.parameters / self.plan.before.targets.parameters
-        return bool(self.plan.edits) and self.method.refits(kept)
+        return self.plan is not None and refits(self.plan, self.method)
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The statistics that the run needs."""
+        return self.method.uses if self.plan is None or self.plan.edits else frozenset()
 
     @property
     def calibrated(self) -> bool:
         """Whether the run needs a text."""
-        return bool(self.plan.edits) and (self.method.uses_grams or self.refits)
+        return bool(self.kinds) or self.refits or (self.plan is None and self.method.searches)
 
     @property
     def needs(self) -> Needs:
@@ -88,8 +101,14 @@ class Job:
         )
 
 
+def refits(plan: Plan, method: Method) -> bool:
+    """Whether the coefficients of a plan's shares are fitted again."""
+    kept = plan.after.targets.parameters / plan.before.targets.parameters
+    return any(isinstance(edit, Share) for edit in plan.edits) and method.refits(kept)
+
+
 def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = None) -> Job:
-    """Check a recipe and plan it, from the model's config alone (read by name if it is not given).
+    """Check a recipe and, where the method can, plan it, from the config alone (read by name if no model is given).
 
     A plan file is carried out with the method and the options that it names. Raises `LayershareError` for everything
     that is wrong with the recipe.
@@ -97,12 +116,16 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
     method = make_method(recipe.method, recipe.options)
     source = read_config(recipe.model) if model is None else model
     spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
-    if recipe.plan is None:
-        plan = plan_with(spec, recipe.method, method, recipe.keep, recipe.of)
-    else:
+    method.require(spec)
+    name, plan = recipe.method, None
+    if recipe.plan is not None:
         plan = Plan.read(recipe.plan, spec)
-        method = make_method(plan.method, plan.options)
-    return Job(recipe, spec, method, plan, block_length(source, recipe.calibration.length))
+        name, method = plan.method, make_method(plan.method, plan.options)
+    elif not method.adaptive:
+        plan = plan_with(spec, name, method, recipe.keep, recipe.of)
+    else:
+        allowed(spec, parse_keep(recipe.keep), recipe.of)  # what no plan could meet is refused now
+    return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
 
 
 def block_length(model: PreTrainedModel | PreTrainedConfig, length: int | None) -> int:
@@ -184,7 +207,7 @@ def _carry_out(
     clock: "_Clock",
 ) -> dict[str, Any]:
     """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
-    recipe, plan = job.recipe, job.plan
+    recipe = job.recipe
     staging = work / "model"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -192,7 +215,7 @@ def _carry_out(
     identity = {
         "layershare": version("layershare"),
         "model": weights.fingerprint,
-        "method": plan.method,
+        "method": job.name,
         "options": asdict(job.method),
     }
     passes: dict[str, Any] = {
@@ -201,14 +224,20 @@ def _carry_out(
     }
     if calibration is not None:
         identity["text"] = calibration.identity
-        if job.method.uses_grams:
+        if job.kinds:
             with clock.step("calibrate") as progress:
                 folder = Path(recipe.calibration.stats or work / "stats")
-                stats = calibrate(weights, job.spec, calibration, folder, progress=progress, **passes)
-    factored = Factored(job.spec, job.plan, weights, work, identity)
+                stats = calibrate(weights, job.spec, calibration, folder, kinds=job.kinds, progress=progress, **passes)
+    evidence = Evidence(job.spec, weights, stats, calibration)
+    plan = job.plan
+    if plan is None:
+        with clock.step("plan"):
+            plan = _plan_once(job, evidence, work, identity)
+    factored = Factored(job.spec, plan, weights, work, identity)
     with clock.step("solve") as progress:
-        solve(factored, job.method, stats, progress)
-    if job.refits:
+        solve(factored, job.method, evidence, progress)
+    refitted = refits(plan, job.method)
+    if refitted:
         assert calibration is not None
         with clock.step("refit") as progress:
             refit_coefficients(factored, calibration, progress=progress, **passes)
@@ -225,7 +254,7 @@ def _carry_out(
         "after": asdict(plan.after),
         "calibration": calibration and {**calibration.identity, "seed": recipe.calibration.seed},
         "ridge": RIDGE,
-        "refit": job.refits,
+        "refit": refitted,
         "refit_ridge": REFIT_RIDGE,
         "relative_errors": factored.relative_errors(),
     }
@@ -236,6 +265,32 @@ def _carry_out(
     write_json(staging / "results.json", results)
     _publish(staging, out)
     return results
+
+
+def _plan_once(job: Job, evidence: Evidence, work: Path, identity: dict[str, Any]) -> Plan:
+    """The plan of a method that plans by evidence, kept in the work folder, so that a search is not repeated."""
+    recipe = job.recipe
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = work / f"plan-{digest[:16]}.json"
+    if path.is_file():
+        return Plan.read(path, job.spec)
+    plan = plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence)
+    write_atomically(path, plan.to_json().encode())
+    return plan
+
+
+def plan_by_stats(recipe: Recipe, folder: Path) -> Job:
+    """Plan a recipe by the statistics that `calibrate_to` left in a folder; a method that plans without ignores them.
+
+    Raises `LayershareError` as `prepare`, and if the method has to run the model on a text.
+    """
+    job = prepare(recipe)
+    if job.plan is not None:
+        return job
+    with TemporaryDirectory(prefix="layershare-") as scratch:
+        weights = Weights.open(resolve(recipe.model), Path(scratch), dtype=recipe.dtype)
+        evidence = Evidence(job.spec, weights, Stats.find(folder, weights.fingerprint))
+        return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
 
 
 def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
@@ -293,7 +348,11 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    if plan.edits:
+    kept = kept_layers(factored.spec.n_layers, plan.edits)
+    if len(kept) < factored.spec.n_layers:
+        cut_layers(config, kept)
+    groups, dropped = groups_of(factored), dropped_of(factored)
+    if groups or dropped:
         notes = {
             "method": plan.method,
             "options": plan.options,
@@ -301,9 +360,9 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
             "of": plan.of,
             "model": recipe.model,
         }
-        config.quantization_config = LayershareConfig(groups_of(factored.spec, plan), compression=notes)
+        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped)
     config.save_pretrained(folder)
-    if plan.edits:
+    if groups or dropped:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_shim(folder, values)
         write_json(folder / "config.json", values)

@@ -24,7 +24,8 @@ def test_grams_are_the_sums_over_the_models_own_inputs(family, text, tmp_path):
     def watch(name):
         def hook(module, args):
             x = args[0].reshape(-1, args[0].shape[-1]).double()
-            expected[name] = expected.get(name, 0) + x.T @ x
+            gram, magnitude = expected.get(name, (0, 0))
+            expected[name] = (gram + x.T @ x, magnitude + x.abs().sum(0))
 
         return hook
 
@@ -33,9 +34,50 @@ def test_grams_are_the_sums_over_the_models_own_inputs(family, text, tmp_path):
     with torch.no_grad():
         model(text.tokens)
     for linear in spec.linears:
-        gram = stats.gram(linear)
-        assert gram.dtype == torch.float32
-        torch.testing.assert_close(gram.double(), expected[linear.name], rtol=1e-4, atol=1e-3)
+        gram, magnitude = stats.gram(linear), stats.magnitude(linear)
+        assert gram.dtype == magnitude.dtype == torch.float32
+        torch.testing.assert_close(gram.double(), expected[linear.name][0], rtol=1e-4, atol=1e-3)
+        mean = expected[linear.name][1] / text.tokens.numel()
+        torch.testing.assert_close(magnitude.double(), mean, rtol=1e-4, atol=1e-6)
+
+
+def test_cosines_and_pooled_states_are_those_of_the_models_own_hidden_states(text, tmp_path):
+    model = tiny_model("llama")
+    spec = describe(model)
+    stats = calibrate(Weights.of(model), spec, text, tmp_path, batch_size=5, kinds={"blocks"})
+    with torch.no_grad():
+        states = model(text.tokens, output_hidden_states=True).hidden_states
+    entered = []
+    hook = model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: entered.append(args[0])
+    )
+    with torch.no_grad():
+        model(text.tokens)
+    hook.remove()
+    before, between, after = states[1], entered[0], states[2]
+    pairs = (before, between), (between, after), (before, after)
+    expected = [torch.cosine_similarity(x.double(), y.double(), dim=-1).mean().item() for x, y in pairs]
+    measured = stats.cosines(1)
+    assert [measured["attention"], measured["mlp"], measured["block"]] == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(stats.pooled(1), after[:, -1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fisher_rows_are_the_summed_squares_of_the_gradients(family, text, tmp_path):
+    model = tiny_model(family)
+    spec = describe(model)
+    stats = calibrate(Weights.of(model), spec, text, tmp_path, batch_size=6, kinds={"fisher"})
+    assert all(parameter.grad is None for parameter in model.parameters())
+    squares = {linear.name: torch.zeros(linear.d_in) for linear in spec.linears}
+    for tokens in text.tokens.split(6):
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        for linear in spec.linears:
+            gradient = model.get_parameter(spec.weight_name(linear)).grad
+            assert gradient is not None
+            squares[linear.name] += (gradient if linear.conv1d else gradient.T).square().sum(1) / 2
+    for linear in spec.linears:
+        torch.testing.assert_close(stats.fisher(linear), squares[linear.name], rtol=1e-4, atol=1e-12)
 
 
 def test_finished_layers_are_reused_damaged_ones_measured_again_to_the_same_bits(text, tmp_path):
@@ -43,7 +85,7 @@ def test_finished_layers_are_reused_damaged_ones_measured_again_to_the_same_bits
     spec, weights = describe(model), Weights.of(model)
     calibrate(weights, spec, text, tmp_path, batch_size=4)
     (folder,) = tmp_path.iterdir()
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("inputs-*.safetensors"))
     assert len(files) == spec.n_layers
     original = [file.read_bytes() for file in files]
     times = [file.stat().st_mtime_ns for file in files]

@@ -1,22 +1,25 @@
-"""What calibration measures: one Gram matrix per site, saved layer by layer, reused by all methods and sizes."""
+"""What calibration measures, above all one Gram per site: saved layer by layer, reused by all methods and sizes."""
 
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from layershare.calibrate.drivers import evaluating, hidden_input, hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
-from layershare.model.arch import Linear, Spec
+from layershare.model.arch import PARTS, Linear, Part, Spec
+from layershare.model.dropped import without_mlp
 from layershare.model.weights import Weights, require_finite
-from layershare.store import Store
+from layershare.store import MANIFEST, Store
 
 Progress = Callable[[int, int], None]
 """Called with the amount of work done and the amount there is."""
@@ -24,8 +27,15 @@ _ROWS = 512
 """Tokens that are widened to float32 at once."""
 
 
+Kind = Literal["inputs", "blocks", "fisher"]
+"""`inputs`: a Gram and mean magnitudes per site; `blocks`: how much each block and sub-layer changes the hidden states;
+`fisher`: squared gradients per row of each weight (needs the whole model in memory)."""
+STREAMED: tuple[Kind, ...] = ("inputs", "blocks")
+"""What one pass, block after block, measures."""
+
+
 class Stats:
-    """Gram matrices G = XᵀX (d_in × d_in, float32) of every site of a model on a text, one file per layer.
+    """What was measured of a model on a text, one file per kind and layer.
 
     `identity` names model and text; each has a folder of its own in `folder`. Damaged files count as not there.
     """
@@ -34,17 +44,53 @@ class Stats:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._store = Store(folder / digest[:16], identity)
 
-    def has(self, layer: int) -> bool:
-        """Whether a layer's Grams are there, whole and unchanged."""
-        return f"layer-{layer:03d}" in self._store
+    @classmethod
+    def find(cls, folder: Path, fingerprint: str) -> "Stats":
+        """The statistics of a model in a folder. Raises `LayershareError` if there are none, or of several texts."""
+        found = []
+        for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
+            identity = json.loads(manifest.read_text(encoding="utf-8")).get("identity", {})
+            if identity.get("model") == fingerprint:
+                found.append(identity)
+        if len(found) != 1:
+            raise LayershareError(
+                f"'{folder}' holds statistics of this model on {len(found)} texts, where one is needed; "
+                "name another folder or make them with `layershare calibrate`."
+            )
+        return cls(folder, found[0])
+
+    def has(self, kind: Kind, layer: int) -> bool:
+        """Whether a layer's statistics of a kind are there, whole and unchanged."""
+        return _unit(kind, layer) in self._store
 
     def gram(self, linear: Linear) -> Tensor:
-        """The Gram of a linear's input, summed over all tokens."""
-        return self._store.read(f"layer-{linear.layer:03d}", linear.site)
+        """G = XᵀX of a linear's input (d_in × d_in, float32), summed over all tokens."""
+        return self._store.read(_unit("inputs", linear.layer), linear.site)
 
-    def write(self, layer: int, grams: dict[str, Tensor]) -> None:
-        """Store a layer's Grams by site."""
-        self._store.write(f"layer-{layer:03d}", grams)
+    def magnitude(self, linear: Linear) -> Tensor:
+        """The mean of |x| of a linear's input (d_in, float32) over all tokens."""
+        return self._store.read(_unit("inputs", linear.layer), f"{linear.site}.magnitude")
+
+    def fisher(self, linear: Linear) -> Tensor:
+        """Σⱼ E[(∂L/∂W)²ᵢⱼ] (d_in, float32), L the mean loss of one batch of the text."""
+        return self._store.read(_unit("fisher", linear.layer), linear.name)
+
+    def cosines(self, layer: int) -> dict[Part, float]:
+        """The mean cosine, over all tokens, between what enters a block or sub-layer and what leaves it."""
+        values = self._store.read(_unit("blocks", layer), "cosines").tolist()
+        return dict(zip((*PARTS, "block"), values, strict=True))
+
+    def pooled(self, layer: int) -> Tensor:
+        """The hidden state of each text block's last token (n × width, float32) when it leaves this layer."""
+        return self._store.read(_unit("blocks", layer), "pooled")
+
+    def write(self, kind: Kind, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Store a layer's statistics of a kind."""
+        self._store.write(_unit(kind, layer), tensors)
+
+
+def _unit(kind: Kind, layer: int) -> str:
+    return f"{kind}-{layer:03d}"
 
 
 def calibrate(
@@ -54,28 +100,37 @@ def calibrate(
     folder: Path,
     *,
     batch_size: int,
+    kinds: Collection[Kind] = STREAMED,
     scratch: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Stats:
-    """Measure the Grams of all sites in one pass over the text, block after block.
+    """Measure statistics of the asked `kinds`: the streamed ones in one pass over the text, block after block.
 
     Every finished layer is stored in `folder`; the same call continues where an earlier one was stopped. With
     `scratch` the hidden states live in files there. Warns if the text has fewer tokens than a site is wide. Raises
     `LayershareError` if weights or activations contain NaN or infinity, naming the place.
     """
     stats = Stats(folder, {"model": weights.fingerprint, "text": text.identity})
-    missing = [layer for layer in range(spec.n_layers) if not stats.has(layer)]
+    if "fisher" in kinds:
+        _measure_fisher(weights, spec, text, stats, batch_size, progress)
+    streamed: list[Kind] = [kind for kind in STREAMED if kind in kinds]
+    missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
     if not missing:
         return stats
-    _warn_if_deficient(spec, text.tokens.numel())
+    if "inputs" in streamed:
+        _warn_if_deficient(spec, text.tokens.numel())
     stream = Stream(weights, text.tokens, batch_size, scratch)
     for layer, block in stream:
         progress(layer, missing[-1] + 1)
         if layer in missing:
             require_finite(block.named_parameters(weights.block_name(layer)))
-            with measuring(block, site_modules(spec, layer)) as grams:
+            if "inputs" in streamed and not stats.has("inputs", layer):
+                with measuring(block, site_modules(spec, layer), magnitudes=True) as measured:
+                    stream.run()
+                stats.write("inputs", layer, measured)
+            if "blocks" in streamed and not stats.has("blocks", layer):
                 stream.run()
-            stats.write(layer, grams)
+                stats.write("blocks", layer, _change(stream, spec, layer, block))
         if layer == missing[-1]:
             break
     progress(missing[-1] + 1, missing[-1] + 1)
@@ -89,31 +144,97 @@ def site_modules(spec: Spec, layer: int) -> dict[str, str]:
 
 
 @contextmanager
-def measuring(block: nn.Module, sites: dict[str, str]) -> Iterator[dict[str, Tensor]]:
+def measuring(block: nn.Module, sites: dict[str, str], *, magnitudes: bool = False) -> Iterator[dict[str, Tensor]]:
     """Within this context, Grams (float32, by site) of the inputs of the named modules add up in what it yields.
 
-    Raises `LayershareError` at the end if a Gram is not finite.
+    With `magnitudes` it holds afterwards also the mean of |x| (d_in) under `SITE.magnitude`. Raises `LayershareError`
+    at the end if a Gram is not finite.
     """
-    grams: dict[str, Tensor] = {}
+    measured: dict[str, Tensor] = {}
+    rows_seen = dict.fromkeys(sites, 0)
 
     def watch(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            if site not in grams:
-                grams[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            if site not in measured:
+                measured[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+                if magnitudes:
+                    measured[f"{site}.magnitude"] = torch.zeros(x.shape[1], device=x.device)
             for rows in x.split(_ROWS):
                 wide = rows.float()
-                grams[site].addmm_(wide.T, wide)
+                measured[site].addmm_(wide.T, wide)
+                if magnitudes:
+                    measured[f"{site}.magnitude"] += torch.linalg.vector_norm(wide, 1, dim=0)
+            rows_seen[site] += len(x)
 
         return add
 
     hooks = [block.get_submodule(name).register_forward_pre_hook(watch(site)) for site, name in sites.items()]
     try:
-        yield grams
+        yield measured
     finally:
         for hook in hooks:
             hook.remove()
-    _require_finite_grams(grams.items())
+    _require_finite_grams((site, measured[site]) for site in sites)
+    if magnitudes:
+        for site, rows in rows_seen.items():
+            measured[f"{site}.magnitude"] /= rows
+
+
+@torch.no_grad()
+def _change(stream: Stream, spec: Spec, layer: int, block: nn.Module) -> dict[str, Tensor]:
+    """What a block that has just been run does to the hidden states, as the statistics of kind `blocks`.
+
+    What lies between attention and MLP is what the block gives without its MLP (in a block that runs both side by side,
+    the attention's part alone).
+    """
+    start = len(f"{spec.blocks}.{layer}.")
+    total, pooled = torch.zeros(3, dtype=torch.float64), []
+    with without_mlp(block, [linear.name[start:] for linear in spec.part(layer, "mlp")]), evaluating(block):
+        for batch in range(len(stream.batches)):
+            entering = hidden_input(stream.call(batch)).float()
+            args, kwargs = stream.call(batch)
+            between = hidden_output(block(*args, **kwargs)).float()
+            leaving = stream.batches.rows(stream.outputs, batch).to(between.device).float()
+            for i, (before, after) in enumerate(((entering, between), (between, leaving), (entering, leaving))):
+                total[i] += torch.cosine_similarity(before, after, dim=-1).sum().item()
+            pooled.append(leaving[:, -1].cpu())
+    return {"cosines": total / stream.batches.tokens.numel(), "pooled": torch.cat(pooled)}
+
+
+def _measure_fisher(
+    weights: Weights, spec: Spec, text: Text, stats: Stats, batch_size: int, progress: Progress
+) -> None:
+    """Back-propagate the loss of every batch and add up squared gradients, with one gradient at a time in memory."""
+    if all(stats.has("fisher", layer) for layer in range(spec.n_layers)):
+        return
+    model = weights.whole()
+    sums = {linear: torch.zeros(linear.d_in, device=weights.device) for linear in spec.linears}
+
+    def watch(linear: Linear) -> Callable[[Tensor], None]:
+        def add(weight: Tensor) -> None:
+            assert weight.grad is not None
+            sums[linear] += weight.grad.float().square().sum(1 if linear.conv1d else 0)
+            weight.grad = None
+
+        return add
+
+    for linear in spec.linears:
+        weight = model.get_parameter(spec.weight_name(linear)).requires_grad_()
+        weight.register_post_accumulate_grad_hook(watch(linear))
+    batches = text.tokens.split(batch_size)
+    with evaluating(model), torch.enable_grad():
+        for done, tokens in enumerate(batches):
+            progress(done, len(batches))
+            tokens = tokens.to(weights.device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+    for linear, total in sums.items():
+        if not total.isfinite().all():
+            raise LayershareError(f"The gradients of '{linear.name}' overflow; run the model in a wider dtype.")
+    for layer in range(spec.n_layers):
+        own = {linear.name: sums[linear] / len(batches) for linear in spec.linears if linear.layer == layer}
+        stats.write("fisher", layer, own)
 
 
 def _require_finite_grams(grams: Iterable[tuple[str, Tensor]]) -> None:

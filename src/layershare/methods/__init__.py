@@ -8,15 +8,27 @@ from pydantic import TypeAdapter, ValidationError
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.basis_sharing import BasisSharing
+from layershare.methods.evidence import Evidence
+from layershare.methods.joint_drop import AttentionDrop, BlockDrop, JointDrop, MlpDrop
 from layershare.methods.method import Method
+from layershare.methods.shortgpt import ShortGpt
 from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, Keep, allowed, measure, parse_keep
-from layershare.plan.edits import Share
+from layershare.plan.edits import Edit, check
 from layershare.plan.plan import Plan
 
-METHODS: dict[str, type[Method]] = {"basis-sharing": BasisSharing, "svd-llm": SvdLlm, "svd": Svd}
+METHODS: dict[str, type[Method]] = {
+    "basis-sharing": BasisSharing,
+    "svd-llm": SvdLlm,
+    "svd": Svd,
+    "shortgpt": ShortGpt,
+    "joint-drop": JointDrop,
+    "attention-drop": AttentionDrop,
+    "mlp-drop": MlpDrop,
+    "block-drop": BlockDrop,
+}
 
 
 def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
@@ -40,24 +52,32 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
         ) from error
 
 
-def plan_with(spec: Spec, name: str, method: Method, keep: float | str, of: str) -> Plan:
+def plan_with(
+    spec: Spec, name: str, method: Method, keep: float | str, of: str, evidence: Evidence | None = None
+) -> Plan:
     """The method's plan for `keep`, counted of all parameters or `of="targets"`; never over budget.
 
-    Raises `LayershareError` if `keep` cannot be met.
+    Raises `LayershareError` if `keep` cannot be met, or if the method needs evidence that is not there.
     """
+    method.require(spec)
+    if method.adaptive and evidence is None:
+        raise LayershareError(
+            f"'{name}' plans by what it measures, so there is no plan before; compress, or give measured statistics."
+        )
     wanted = parse_keep(keep)
     before = measure(spec, ())
     itemsize = before.targets.bytes / before.targets.parameters
     budget = allowed(spec, wanted, of)
-    edits = method.plan(spec, budget)
+    edits = method.plan(spec, budget, evidence)
     while (excess := _excess_bytes(spec, edits, wanted, of)) > 0:  # the file's header depends on the plan itself
         parameters = budget.parameters - ceil(excess / itemsize)
         budget = Budget(budget.fraction * parameters / budget.parameters, parameters)
-        edits = method.plan(spec, budget)
+        edits = method.plan(spec, budget, evidence)
+    check(spec, edits)
     return Plan(spec.model_type, name, asdict(method), keep, of, before, measure(spec, edits), edits)
 
 
-def _excess_bytes(spec: Spec, edits: tuple[Share, ...], keep: Keep, of: str) -> int:
+def _excess_bytes(spec: Spec, edits: tuple[Edit, ...], keep: Keep, of: str) -> int:
     if keep.bytes is None:
         return 0
     after = measure(spec, edits)

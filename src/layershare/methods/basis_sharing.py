@@ -22,21 +22,18 @@ Where this differs
   private).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
 from layershare.errors import LayershareError, unknown
+from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
-from layershare.methods.private import natural_side, solve_group
 from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
-from layershare.plan.ranks import LayerGroup, consecutive, uniform
-from layershare.solve.linalg import Factors
+from layershare.plan.ranks import LayerGroup, consecutive, natural_side, uniform
 
 REFIT_AT = 0.6
 """Refit when at most this fraction of the targets is kept."""
@@ -72,7 +69,11 @@ class BasisSharing(Method):
                 )
         return self.shared
 
-    def plan(self, spec: Spec, budget: Budget) -> tuple[Share, ...]:
+    def require(self, spec: Spec) -> None:
+        """Raise `LayershareError` for roles that the model does not have."""
+        self.shared_roles(spec)
+
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """Groups of `group_size` consecutive layers for the shared roles, groups of one for the others."""
         shared = self.shared_roles(spec)
         groups = []
@@ -82,10 +83,6 @@ class BasisSharing(Method):
             layers = consecutive(linears, self.group_size if sharing else 1)
             groups += [LayerGroup(role, group, side) for group in layers]
         return uniform(spec, groups, budget)
-
-    def solve(self, share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
-        """The basis of the group and the coefficients of its layers."""
-        return solve_group(share, weights, grams)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on, unless the option says otherwise."""

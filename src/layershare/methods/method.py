@@ -3,32 +3,61 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from layershare.calibrate.stats import Kind
+from layershare.methods.evidence import Evidence, Inputs
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
-from layershare.plan.edits import Share
-from layershare.solve.linalg import Factors
+from layershare.plan.edits import Edit, Share
+from layershare.solve.linalg import Factors, low_rank, share_input, share_output
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A compression method: a frozen dataclass of its options, registered in `methods/__init__.py`."""
 
-    @property
-    def uses_grams(self) -> bool:
-        """Whether `solve` needs calibration; without it every Gram matrix is `None`."""
-        return True
+    uses: ClassVar[frozenset[Kind]] = frozenset({"inputs"})
+    """The statistics that it plans and solves with; they are measured before."""
+    adaptive: ClassVar[bool] = False
+    """Whether it plans by weights and statistics, so that there is no plan before these are there."""
+    searches: ClassVar[bool] = False
+    """Whether it runs the model on the text while it plans."""
+
+    def require(self, spec: Spec) -> None:  # noqa: B027  # most methods treat every family
+        """Raise `LayershareError` if the method cannot treat this model or its options do not fit it."""
 
     @abstractmethod
-    def plan(self, spec: Spec, budget: Budget) -> tuple[Share, ...]:
-        """Choose the edits. Never exceeds the budget; raises `LayershareError` if the options do not fit the model."""
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Edit, ...]:
+        """Choose the edits, never exceeding the budget; `evidence` is there if the method is `adaptive`.
 
-    @abstractmethod
-    def solve(self, share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
-        """The factors of one group: `weights` n of d_in × d_out, `grams` n of d_in × d_in, in layer order."""
+        Raises `LayershareError` if the budget cannot be met.
+        """
+
+    def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
+        """The factors of one group, `weights` n of d_in × d_out in layer order: the optimum under the Grams.
+
+        A shared basis lies on the group's side; a group of one is plain low rank.
+        """
+        grams = [None if each is None else each.gram for each in inputs]
+        return solve_group(share, weights, grams)
 
     def refits(self, fraction: float) -> bool:
         """Whether coefficients are fitted again to what the compressed layers put out, at this fraction of targets."""
         return False
+
+
+def solve_group(share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
+    """The optimum for a group under its Grams (`None`: every input direction counts the same)."""
+    if len(weights) > 1:
+        solve = share_input if share.side == "input" else share_output
+        return solve(weights, grams, share.rank)
+    left, right, error = low_rank(weights[0], grams[0], share.rank)
+    return as_factors(share, left, right, error)
+
+
+def as_factors(share: Share, left: Tensor, right: Tensor, error: float) -> Factors:
+    """One matrix W ≈ left · right as basis and coefficients on the side of its group of one."""
+    return Factors(left, (right,), error) if share.side == "input" else Factors(right, (left,), error)

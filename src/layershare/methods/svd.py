@@ -6,7 +6,9 @@ single ranks are added.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from layershare.calibrate.stats import Kind
 from layershare.methods.private import UniformLowRank
 
 
@@ -14,7 +16,4 @@ from layershare.methods.private import UniformLowRank
 class Svd(UniformLowRank):
     """Plain SVD has no options."""
 
-    @property
-    def uses_grams(self) -> bool:
-        """No calibration: every input direction counts the same."""
-        return False
+    uses: ClassVar[frozenset[Kind]] = frozenset()  # every input direction counts the same

@@ -1,9 +1,12 @@
 """Describe a causal language model: its blocks, its linears, who reads what. No weights, no per-family code."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from math import prod
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,6 +21,10 @@ READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
 WRITERS = ("o", "down")
 """Roles that write the residual stream; their natural shared side is the output."""
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+Part = Literal["attention", "mlp", "block"]
+"""A part of a block that can be left out: one of its two sub-layers, or all of it."""
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+"""The two sub-layers of a block."""
 
 # Last part of a linear's name -> role. What attention and MLP both use, `role_of` tells apart by the parent.
 _ROLE_NAMES = {
@@ -56,6 +63,11 @@ class Linear:
     def parameters(self) -> int:
         """Number of weights, without the bias."""
         return self.d_in * self.d_out
+
+    @property
+    def part(self) -> Part:
+        """The sub-layer that it belongs to."""
+        return "attention" if self.role in ("q", "k", "v", "qkv", "o") else "mlp"
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,41 @@ class Spec:
     def weight_name(self, linear: Linear) -> str:
         """Full state-dict name of a linear's weight."""
         return f"{self.base_prefix}{linear.name}.weight"
+
+    def part(self, layer: int, part: Part) -> tuple[Linear, ...]:
+        """The linears of one sub-layer of a block, the one that writes into the residual stream last."""
+        linears = (linear for linear in self.linears if linear.layer == layer and linear.part == part)
+        return tuple(sorted(linears, key=lambda linear: linear.role in WRITERS))
+
+    def part_tensors(self, layer: int, part: Part) -> list[str]:
+        """Full names of the tensors of a sub-layer: all of the attention module, the linears of the MLP.
+
+        (The MLP of some families is no module of its own; what there is besides its linears has no weights.)
+        """
+        names = [linear.name for linear in self.part(layer, part)]
+        prefixes = [f"{common_parent(names)}."] if part == "attention" else [f"{name}." for name in names]
+        full = tuple(f"{self.base_prefix}{prefix}" for prefix in prefixes)
+        return [name for name in self.tensors if name.startswith(full)]
+
+    def layer_of(self, name: str) -> int | None:
+        """The block that a tensor of this full name belongs to, if it does."""
+        stack = f"{self.base_prefix}{self.blocks}."
+        return int(name[len(stack) :].partition(".")[0]) if name.startswith(stack) else None
+
+    def renumbered(self, name: str, layer: int) -> str:
+        """The full name of the same tensor in another block."""
+        stack = f"{self.base_prefix}{self.blocks}."
+        return f"{stack}{layer}.{name[len(stack) :].partition('.')[2]}"
+
+
+def common_parent(names: Sequence[str]) -> str:
+    """The innermost module that holds all modules of these names.
+
+    >>> common_parent(["layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj"])
+    'layers.0.self_attn'
+    """
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(name.split(".")[:-1] for name in names), strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

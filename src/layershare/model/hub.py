@@ -28,6 +28,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layershare.errors import LayershareError, unknown
+from layershare.model.arch import PARTS, Part, common_parent, find_blocks
+from layershare.model.dropped import DroppedAttention, DroppedLinear, drop_mlp, zeroed
 from layershare.model.layers import SIDES, FactorLinear, Side
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 
@@ -60,11 +62,29 @@ class Group:
             )
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A sub-layer that one block has lost; `members` are the names of its linears, the one that writes last.
+
+    Raises `LayershareError` for a part or member list that cannot be.
+    """
+
+    part: Part
+    members: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise unknown("part", str(self.part), PARTS)
+        object.__setattr__(self, "members", tuple(self.members))
+        if not self.members or not all(isinstance(name, str) for name in self.members):
+            raise LayershareError(f"A dropped {self.part} lists no linear layers: repair its 'members'.")
+
+
 class LayershareConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
-    `groups`: `Group`s or their JSON form. `compression`: free notes for people (method, keep, ...). Both, and
-    whatever other tools add, are written again on a re-save.
+    `groups`: `Group`s or their JSON form; `dropped`: `Dropped`s likewise; `compression`: free notes for people (method,
+    keep, ...). All, and whatever other tools add, are written again on a re-save.
 
     Raises `LayershareError` for a newer format or malformed groups.
     """
@@ -75,6 +95,7 @@ class LayershareConfig(QuantizationConfigMixin):
         compression: dict[str, Any] | None = None,
         version: int = FORMAT_VERSION,
         layershare_version: str | None = None,
+        dropped: Iterable[Dropped | dict[str, Any]] = (),
         quant_method: str = QUANT_METHOD,
         **more: Any,
     ) -> None:
@@ -88,9 +109,10 @@ class LayershareConfig(QuantizationConfigMixin):
         self.layershare_version = layershare_version or installed("layershare")
         try:
             self.groups = tuple(group if isinstance(group, Group) else Group(**group) for group in groups)
+            self.dropped = tuple(each if isinstance(each, Dropped) else Dropped(**each) for each in dropped)
         except TypeError as error:
             raise LayershareError(f"Malformed group in quantization_config of config.json ({error}).") from error
-        names = list(chain.from_iterable(group.members for group in self.groups))
+        names = list(chain.from_iterable(each.members for each in (*self.groups, *self.dropped)))
         if twice := {name for name in names if names.count(name) > 1}:
             raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one group only.")
         self.compression = dict(compression or {})
@@ -98,8 +120,12 @@ class LayershareConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it stands in `config.json`."""
-        groups = [{**asdict(group), "members": list(group.members)} for group in self.groups]
-        return {**super().to_dict(), "groups": groups}
+        values = super().to_dict()
+        values["groups"] = [{**asdict(group), "members": list(group.members)} for group in self.groups]
+        del values["dropped"]
+        if self.dropped:
+            values["dropped"] = [{**asdict(each), "members": list(each.members)} for each in self.dropped]
+        return values
 
 
 class LayershareQuantizer(HfQuantizer):
@@ -111,6 +137,11 @@ class LayershareQuantizer(HfQuantizer):
     def groups(self) -> tuple[Group, ...]:
         """The groups of the model."""
         return cast(LayershareConfig, self.quantization_config).groups
+
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """The sub-layers that the model has lost."""
+        return cast(LayershareConfig, self.quantization_config).dropped
 
     @property
     def is_trainable(self) -> Any:
@@ -134,11 +165,12 @@ class LayershareQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
+        drop_modules(model, self.dropped)
         swap_modules(model, self.groups)
         _refuse_incomplete(model, checkpoint_files or ())
         adapt_sharding(model)
-        if self.groups:
-            guard = re.escape(guard_name(self.groups, "")) + "$"
+        if self.groups or self.dropped:
+            guard = re.escape(guard_name(self.groups, "", self.dropped)) + "$"
             model._keys_to_ignore_on_load_unexpected.add(guard)
         return model
 
@@ -159,8 +191,8 @@ class LayershareQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """The tensors to save: the model's and the guard."""
         state = model.state_dict()
-        if self.groups:
-            state[guard_name(self.groups, _base_prefix(model))] = torch.zeros(0, dtype=torch.uint8)
+        if self.groups or self.dropped:
+            state[guard_name(self.groups, _base_prefix(model), self.dropped)] = torch.zeros(0, dtype=torch.uint8)
         return state, {}
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -170,6 +202,7 @@ class LayershareQuantizer(HfQuantizer):
             module.require_plain_factors()
         for name, module in factored.items():
             model.set_submodule(name, module.to_dense())
+        _restore_dropped(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
@@ -207,13 +240,48 @@ def swap_modules(model: PreTrainedModel, groups: Sequence[Group]) -> None:
             owner = owner or factored
 
 
-def guard_name(groups: Sequence[Group], base_prefix: str) -> str:
-    """The dense weight of the first member, under which a checkpoint stores a tensor of size zero.
+def drop_modules(model: PreTrainedModel, dropped: Sequence[Dropped]) -> None:
+    """Put modules without weights in the place of the dropped sub-layers, in place.
+
+    Raises `LayershareError`, with the model unchanged, for members that are no linears of the model.
+    """
+    base = model.base_model
+    stack, _ = find_blocks(model)
+    modules = dict(base.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    for name in chain.from_iterable(each.members for each in dropped):
+        if name not in linears:
+            raise unknown("linear layer", name, linears)
+    for each in dropped:
+        if each.part == "attention":
+            parent = common_parent(each.members)
+            layer = int(parent.removeprefix(f"{stack}.").partition(".")[0])
+            base.set_submodule(parent, DroppedAttention(modules[parent], layer))
+        else:
+            drop_mlp(base, each.members)
+
+
+def _restore_dropped(model: Any) -> None:
+    """Give dropped sub-layers back their dense modules, with zeros for weights, in place."""
+    device = model.device
+    missing = {name: module for name, module in model.named_modules() if isinstance(module, DroppedAttention)}
+    if missing:
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+        for name in missing:
+            model.set_submodule(name, zeroed(skeleton.get_submodule(name).to(model.dtype), device))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DroppedLinear):
+            model.set_submodule(name, module.to_dense(device))
+
+
+def guard_name(groups: Sequence[Group], base_prefix: str, dropped: Sequence[Dropped] = ()) -> str:
+    """The first member's dense weight (of a group, or of a dropped sub-layer), stored as a tensor of size zero.
 
     A load without this package finds a weight of the wrong shape and fails, instead of finding none and initialising
     the compressed layers at random. `base_prefix` is "model." or the like, or "" if the base model itself is stored.
     """
-    return f"{base_prefix}{groups[0].members[0]}.weight"
+    return f"{base_prefix}{(*groups, *dropped)[0].members[0]}.weight"
 
 
 def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
@@ -229,8 +297,8 @@ def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrain
         raise LayershareError(f"A weight file of '{folder}' is damaged ({error}): fetch or write it again.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise LayershareError(f"'{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    factored = any(isinstance(module, FactorLinear) for module in model.modules())
-    return model.dequantize() if dense and factored else model
+    ours = any(isinstance(module, FactorLinear | DroppedAttention | DroppedLinear) for module in model.modules())
+    return model.dequantize() if dense and ours else model
 
 
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -136,6 +136,23 @@ class Weights:
         finally:
             block.to("meta")
 
+    def whole(self) -> PreTrainedModel:
+        """A copy of the model with all its weights on `device`, none of which requires a gradient.
+
+        Its modules and parameters are its own to change; where the weights are in memory they share their storage.
+        """
+        own = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.model.parameters()}
+        own |= {id(buffer): buffer for buffer in self.model.buffers()}
+        model = copy.deepcopy(self.model, own)
+        if self._stored is not None:
+            state = {name: self.tensor(name).to(self.device, copy=True) for name in self.names()}
+            model.load_state_dict(state, assign=True, strict=False)
+            model.tie_weights()
+            for name, buffer in model.named_buffers():
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
+        return model.requires_grad_(False)
+
     def shell(self) -> PreTrainedModel:
         """A copy of the model for running what lies outside of the blocks; let go of it to free its memory.
 

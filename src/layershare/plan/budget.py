@@ -1,17 +1,16 @@
 """Exact accounting: parameters, bytes and multiplications of a model under edits, and what `keep` allows."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
-
-import torch
+from math import floor, prod
 
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
-from layershare.model.checkpoint import Tensors, file_bytes
-from layershare.plan.edits import Share
+from layershare.model.checkpoint import file_bytes
+from layershare.plan.edits import Edit, Share, dropped_parts, kept_layers
+from layershare.plan.layout import checkpoint_tensors, origins
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -36,10 +35,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the targets may keep: a fraction of their parameters, and the count that is never exceeded."""
+    """What may be kept: of the targets a fraction and the count that is never exceeded, and what the user counts `of`.
+
+    With `of="all"` it is the whole model that must not exceed `parameters` plus what is not a target.
+    """
 
     fraction: Fraction
     parameters: int
+    of: str = "targets"
 
 
 @dataclass(frozen=True)
@@ -84,45 +87,27 @@ def unit_cost(spec: Spec, role: str, layers: Sequence[int], side: str) -> int:
     return shared + len(layers) * private
 
 
-def checkpoint_tensors(spec: Spec, edits: Iterable[Share]) -> Tensors:
-    """Shape and dtype of every tensor of the compressed checkpoint, the zero-size guard tensor included."""
-    tensors = dict(spec.tensors)
-    guard = None
-    for edit in edits:
-        for position, layer in enumerate(edit.layers):
-            linear = spec.linear(edit.role, layer)
-            dense = spec.weight_name(linear)
-            name, dtype = dense.removesuffix(".weight"), tensors.pop(dense)[1]
-            guard = guard or dense
-            basis, coef = (edit.rank, linear.d_in), (linear.d_out, edit.rank)
-            if edit.side == "output":
-                basis, coef = coef, basis
-            if position == 0:
-                tensors[f"{name}.basis.weight"] = (basis, dtype)
-            tensors[f"{name}.coef.weight"] = (coef, dtype)
-    if guard:
-        tensors[guard] = ((0,), torch.uint8)
-    return tensors
-
-
-def measure(spec: Spec, edits: Iterable[Share]) -> Sizes:
+def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     """Exact sizes of the model after the edits (none: of the dense model)."""
-    edits = tuple(edits)
-    dense = {(x.role, x.layer): x for x in spec.linears}
+    shares = [edit for edit in edits if isinstance(edit, Share)]
+    shared = {(edit.role, layer) for edit in shares for layer in edit.layers}
+    kept, dropped = set(kept_layers(spec.n_layers, edits)), set(dropped_parts(edits))
+    stays = [x for x in spec.linears if x.layer in kept and (x.layer, x.part) not in dropped]
+    dense = [x for x in stays if (x.role, x.layer) not in shared]
+    sources = [source[0][1] for source in origins(spec, edits).values()]
+    rest = sum(prod(spec.tensors[name][0]) for name in sources if name not in spec.buffers)
+    rest -= sum(linear.parameters for linear in dense)
     parameters = multiplications = data = 0
-    for edit in edits:
-        itemsize = spec.tensors[spec.weight_name(spec.linear(edit.role, edit.layers[0]))][1].itemsize
-        for layer in edit.layers:
-            linear = dense.pop((edit.role, layer))
-            multiplications += edit.rank * (linear.d_in + linear.d_out)
+    for edit in shares:
+        linear = spec.linear(edit.role, edit.layers[0])
         count = share_parameters(spec, edit)
         parameters += count
-        data += count * itemsize
-    for linear in dense.values():
+        data += count * spec.tensors[spec.weight_name(linear)][1].itemsize
+        multiplications += len(edit.layers) * edit.rank * (linear.d_in + linear.d_out)
+    for linear in dense:
         parameters += linear.parameters
         multiplications += linear.parameters
         data += linear.parameters * spec.tensors[spec.weight_name(linear)][1].itemsize
-    rest = spec.parameters - target_parameters(spec)
     return Sizes(
         all=Size(
             parameters=rest + parameters,
@@ -136,6 +121,14 @@ def measure(spec: Spec, edits: Iterable[Share]) -> Sizes:
 def target_parameters(spec: Spec) -> int:
     """Parameters of the targets, which are all linears of the blocks that have a role."""
     return sum(linear.parameters for linear in spec.linears)
+
+
+def allows(budget: Budget, spec: Spec, edits: Sequence[Edit]) -> bool:
+    """Whether the model after the edits is within the budget, in what the user counts."""
+    sizes = measure(spec, edits)
+    if budget.of == "targets":
+        return sizes.targets.parameters <= budget.parameters
+    return sizes.all.parameters <= budget.parameters + spec.parameters - target_parameters(spec)
 
 
 def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
@@ -166,4 +159,4 @@ def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
             "keep is smaller than what cannot be compressed: embeddings, norms, biases and file header take "
             f"{rest / spec.parameters:.1%} of the model ({rest:,} parameters); keep more, or count of='targets'."
         )
-    return Budget(fraction=(wanted - rest) / targets, parameters=floor(wanted - rest))
+    return Budget((wanted - rest) / targets, floor(wanted - rest), of)

@@ -1,11 +1,11 @@
-"""What can be done to a model: the edits, and whether they fit it."""
+"""What can be done to a model: the edits, and whether they fit it and each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from layershare.errors import LayershareError
-from layershare.model.arch import Spec
+from layershare.errors import LayershareError, unknown
+from layershare.model.arch import PARTS, Part, Spec
 
 Side = Literal["input", "output"]
 
@@ -21,6 +21,7 @@ class Share:
     layers: tuple[int, ...]
     rank: int
     side: Side
+    kind: Literal["share"] = "share"
 
     @property
     def id(self) -> str:
@@ -28,24 +29,103 @@ class Share:
         return f"{self.role}.{'-'.join(f'{layer:02d}' for layer in self.layers)}"
 
 
-def check(spec: Spec, edits: Sequence[Share]) -> None:
+@dataclass(frozen=True)
+class Drop:
+    """Layers that lose a part: their attention, their MLP (what is left passes the residual on), or the whole block."""
+
+    part: Part
+    layers: tuple[int, ...]
+    kind: Literal["drop"] = "drop"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One block in place of several: every tensor of block `into` becomes Σ cⱼ Tⱼ over `layers`; the others go.
+
+    `layers` are in order and hold `into`; `coefficients` are their cⱼ.
+    """
+
+    into: int
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    kind: Literal["merge"] = "merge"
+
+
+Edit = Share | Drop | Merge
+
+
+def kept_layers(n_layers: int, edits: Sequence[Edit]) -> list[int]:
+    """The blocks that are left, by their old numbers, in order."""
+    gone: set[int] = set()
+    for edit in edits:
+        if isinstance(edit, Drop) and edit.part == "block":
+            gone.update(edit.layers)
+        elif isinstance(edit, Merge):
+            gone.update(set(edit.layers) - {edit.into})
+    return [layer for layer in range(n_layers) if layer not in gone]
+
+
+def dropped_parts(edits: Sequence[Edit]) -> list[tuple[int, Part]]:
+    """The (layer, part) pairs that layers lose, in order of layers; whole blocks are not among them."""
+    return sorted(
+        (layer, edit.part) for edit in edits if isinstance(edit, Drop) and edit.part != "block" for layer in edit.layers
+    )
+
+
+def check(spec: Spec, edits: Sequence[Edit]) -> None:
     """Raise `LayershareError` if the edits do not fit the model or each other."""
     seen: set[tuple[str, int]] = set()
     for edit in edits:
         if not edit.layers:
-            raise LayershareError(f"The plan has a group of {edit.role} with no layers; give it some or delete it.")
+            raise LayershareError(f"The plan has a {edit.kind} of no layers; give it some or delete it.")
         for layer in edit.layers:
-            where = f"{edit.role} of layer {layer}"
-            try:
-                linear = spec.linear(edit.role, layer)
-            except KeyError as error:
-                raise LayershareError(f"The plan names {where}, which this model does not have.") from error
-            if (edit.role, layer) in seen:
-                raise LayershareError(f"The plan names {where} twice; each linear can belong to one group only.")
-            seen.add((edit.role, layer))
-            first = spec.linear(edit.role, edit.layers[0])
-            if (linear.d_in, linear.d_out) != (first.d_in, first.d_out):
-                raise LayershareError(f"The plan shares {where} with a layer of another shape.")
-            shared, private = (linear.d_in, linear.d_out) if edit.side == "input" else (linear.d_out, linear.d_in)
-            if not 1 <= edit.rank <= min(shared, private * len(edit.layers)):
-                raise LayershareError(f"The plan gives {where} rank {edit.rank}, which its shape does not allow.")
+            if not 0 <= layer < spec.n_layers:
+                what = f"{edit.role} of layer {layer}" if isinstance(edit, Share) else f"layer {layer}"
+                raise LayershareError(f"The plan names {what}, which this model does not have.")
+        if isinstance(edit, Share):
+            _check_share(spec, edit)
+        elif isinstance(edit, Drop):
+            if edit.part not in (*PARTS, "block"):
+                raise unknown("part", edit.part, (*PARTS, "block"))
+        else:
+            _check_merge(edit)
+        for claim in _claims(spec, edit):
+            if claim in seen:
+                raise LayershareError(f"The plan names {claim[0]} of layer {claim[1]} twice; one edit can have it.")
+            seen.add(claim)
+    kept = kept_layers(spec.n_layers, edits)
+    if not kept:
+        raise LayershareError("The plan leaves no layer of the model; keep at least one.")
+    if len(kept) < spec.n_layers and any(isinstance(edit, Share) for edit in edits):
+        raise LayershareError("A plan that removes whole layers cannot share weights as well; compress in two steps.")
+
+
+def _claims(spec: Spec, edit: Edit) -> list[tuple[str, int]]:
+    """The (role, layer) pairs that an edit changes."""
+    if isinstance(edit, Share):
+        return [(edit.role, layer) for layer in edit.layers]
+    parts = (edit.part,) if isinstance(edit, Drop) and edit.part != "block" else PARTS
+    return [(linear.role, layer) for layer in edit.layers for part in parts for linear in spec.part(layer, part)]
+
+
+def _check_merge(edit: Merge) -> None:
+    if edit.into not in edit.layers or len(edit.coefficients) != len(edit.layers):
+        raise LayershareError(
+            f"The merge into layer {edit.into} must list that layer and one coefficient for each of its layers."
+        )
+
+
+def _check_share(spec: Spec, edit: Share) -> None:
+    first = None
+    for layer in edit.layers:
+        where = f"{edit.role} of layer {layer}"
+        try:
+            linear = spec.linear(edit.role, layer)
+        except KeyError as error:
+            raise LayershareError(f"The plan names {where}, which this model does not have.") from error
+        first = first or linear
+        if (linear.d_in, linear.d_out) != (first.d_in, first.d_out):
+            raise LayershareError(f"The plan shares {where} with a layer of another shape.")
+        shared, private = (linear.d_in, linear.d_out) if edit.side == "input" else (linear.d_out, linear.d_in)
+        if not 1 <= edit.rank <= min(shared, private * len(edit.layers)):
+            raise LayershareError(f"The plan gives {where} rank {edit.rank}, which its shape does not allow.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from layershare.model.arch import Linear, Spec
+from layershare.plan.budget import measure
 from layershare.plan.edits import Share
 from layershare.plan.plan import Plan
 
@@ -20,10 +21,13 @@ class Needs:
     output: int
 
 
-def estimate_needs(spec: Spec, plan: Plan, *, blocks: int, length: int, batch_size: int, calibrated: bool) -> Needs:
+def estimate_needs(
+    spec: Spec, plan: Plan | None, *, blocks: int, length: int, batch_size: int, calibrated: bool
+) -> Needs:
     """Estimate memory and disk for calibrating on `blocks` × `length` tokens, `batch_size` at a time, and compressing.
 
     Memory is the larger of calibration (a block, its Grams, a batch) and of solving the largest group in float64.
+    Without a plan yet, every target is taken to be solved for itself, at full size.
     """
     stack = f"{spec.base_prefix}{spec.blocks}."
     block = [0] * spec.n_layers
@@ -38,12 +42,17 @@ def estimate_needs(spec: Spec, plan: Plan, *, blocks: int, length: int, batch_si
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
     batch = batch_size * length * (4 * width + 3 * widest) * max(itemsize, 4)
     states = 2 * blocks * length * width * itemsize
-    solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in plan.edits), default=0)
+    if plan is None:
+        full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
+        shares, after = list(full), measure(spec, ())
+    else:
+        shares, after = [edit for edit in plan.edits if isinstance(edit, Share)], plan.after
+    solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in shares), default=0)
     refit = max(block) // 2
     return Needs(
         memory=max(max(block) + max(grams) + batch + refit, solving) if calibrated else solving,
         stats=sum(grams) if calibrated else 0,
-        output=2 * plan.after.all.bytes + (states if calibrated else 0),
+        output=2 * after.all.bytes + (states if calibrated else 0),
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes, measure
-from layershare.plan.edits import Share, check
+from layershare.plan.edits import Edit, check
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
     of: str
     before: Sizes
     after: Sizes
-    edits: tuple[Share, ...]
+    edits: tuple[Edit, ...]
 
     def to_json(self) -> str:
         """The plan as JSON, as stored in `plan.json`."""

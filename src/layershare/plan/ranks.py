@@ -1,12 +1,12 @@
 """The same ratio everywhere: the ranks that the papers give to groups, and the exact spending of a budget."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 
 from layershare.errors import LayershareError
-from layershare.model.arch import Linear, Spec
+from layershare.model.arch import WRITERS, Linear, Spec
 from layershare.plan.budget import Budget, unit_cost
 from layershare.plan.edits import Share, Side
 
@@ -43,6 +43,22 @@ def consecutive(linears: Sequence[Linear], size: int) -> list[tuple[int, ...]]:
     return groups
 
 
+def natural_side(role: str) -> Side:
+    """The side of a role that lies in the residual stream."""
+    return "output" if role in WRITERS else "input"
+
+
+def private_groups(spec: Spec) -> list[LayerGroup]:
+    """Every target in a group of its own."""
+    return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role)) for linear in spec.linears]
+
+
+def in_order(spec: Spec, shares: Iterable[Share]) -> tuple[Share, ...]:
+    """Shares by their first layer, then in the order in which data flows through a block."""
+    order = {role: position for position, role in enumerate(spec.roles)}
+    return tuple(sorted(shares, key=lambda share: (share.layers[0], order[share.role])))
+
+
 def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[Share, ...]:
     """Give every group the published rank for its own size; spend on single ranks what rounding down left over.
 
@@ -74,6 +90,4 @@ def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[S
             raise LayershareError(
                 f"keep leaves no rank for {group.role} of layers {group.layers[0]}–{group.layers[-1]}; keep more."
             )
-    shares = [Share(g.role, g.layers, rank, g.side) for g, rank in zip(groups, ranks, strict=True)]
-    order = {role: position for position, role in enumerate(spec.roles)}
-    return tuple(sorted(shares, key=lambda share: (share.layers[0], order[share.role])))
+    return in_order(spec, (Share(g.role, g.layers, rank, g.side) for g, rank in zip(groups, ranks, strict=True)))

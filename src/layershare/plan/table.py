@@ -7,7 +7,7 @@ from rich.table import Table
 
 from layershare.model.arch import Spec
 from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share
+from layershare.plan.edits import Merge, Share, dropped_parts, kept_layers
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 
@@ -19,12 +19,19 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
         groups.add_column(column)
     for column in ("groups", "rank", "parameters", "after", "kept"):
         groups.add_column(column, justify="right")
-    compressed = {(edit.role, layer) for edit in plan.edits for layer in edit.layers}
+    shares = [edit for edit in plan.edits if isinstance(edit, Share)]
+    shared = {(edit.role, layer) for edit in shares for layer in edit.layers}
+    kept, dropped = set(kept_layers(spec.n_layers, plan.edits)), set(dropped_parts(plan.edits))
     for role, linears in spec.by_role.items():
-        edits = [edit for edit in plan.edits if edit.role == role]
+        edits = [edit for edit in shares if edit.role == role]
         for _, run in groupby(edits, key=lambda edit: (len(edit.layers), edit.side, edit.rank)):
             _add_groups(groups, spec, list(run))
-        dense = [linear for linear in linears if (role, linear.layer) not in compressed]
+        stays = [x for x in linears if x.layer in kept and (x.layer, x.part) not in dropped]
+        if gone := [x for x in linears if x not in stays]:
+            shape = f"{gone[0].d_in} × {gone[0].d_out}"
+            count = sum(linear.parameters for linear in gone)
+            groups.add_row(role, _range([x.layer for x in gone]), shape, "", "gone", *_kept(count, 0))
+        dense = [linear for linear in stays if (role, linear.layer) not in shared]
         if dense:
             count = sum(linear.parameters for linear in dense)
             shape = f"{dense[0].d_in} × {dense[0].d_out}"
@@ -47,10 +54,11 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
                 )
             ),
         )
+    merges = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
     if needs is None:
-        return Group(groups, totals)
+        return Group(groups, *merges, totals)
     words = f"The run needs about {size(needs.memory)} of memory beside its libraries and {size(needs.output)} of disk"
-    return Group(groups, totals, f"{words}, and {size(needs.stats)} of disk for statistics.")
+    return Group(groups, *merges, totals, f"{words}, and {size(needs.stats)} of disk for statistics.")
 
 
 def size(count: int) -> str:

@@ -9,31 +9,34 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layershare.calibrate.stats import Progress, Stats, measuring, site_modules
+from layershare.calibrate.stats import Progress, measuring, site_modules
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
+from layershare.methods.evidence import Evidence, row_convention
 from layershare.methods.method import Method
 from layershare.model.arch import Linear, Spec
 from layershare.model.checkpoint import write_checkpoint
-from layershare.model.hub import Group, guard_name
+from layershare.model.hub import Dropped, Group
 from layershare.model.layers import FactorLinear
 from layershare.model.weights import Weights, require_finite
-from layershare.plan.budget import checkpoint_tensors
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, dropped_parts
+from layershare.plan.layout import checkpoint_tensors, guard_of, origins
 from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
 from layershare.store import Store
 
 
 class Factored:
-    """The solved groups of a plan on disk: factors by the name under which the checkpoint stores them."""
+    """A plan carried out: solved groups on disk, and every tensor of the checkpoint by the name that it has there."""
 
     def __init__(self, spec: Spec, plan: Plan, weights: Weights, folder: Path, identity: dict[str, Any]) -> None:
         self.spec, self.plan, self.weights = spec, plan, weights
+        self.shares = [edit for edit in plan.edits if isinstance(edit, Share)]
         self.groups = Store(folder / "groups", identity)
-        self.refits = Store(folder / "refit", {**identity, "edits": [unit_name(edit) for edit in plan.edits]})
-        self._unit_of = {name: unit_name(edit) for edit in plan.edits for name in factor_names(spec, edit)}
+        self.refits = Store(folder / "refit", {**identity, "edits": [unit_name(edit) for edit in self.shares]})
+        self._unit_of = {name: unit_name(edit) for edit in self.shares for name in factor_names(spec, edit)}
+        self._origins = origins(spec, plan.edits)
         self._refit_of: dict[str, str] = {}
 
     def refitted(self, layer: int) -> bool:
@@ -54,33 +57,36 @@ class Factored:
             return self.refits.read(self._refit_of[name], name)
         if name in self._unit_of:
             return self.groups.read(self._unit_of[name], name)
-        return self.weights.tensor(name)
+        (first, source), *others = self._origins[name]
+        tensor = self.weights.tensor(source)
+        if not others:
+            return tensor
+        total = first * tensor.double()
+        for coefficient, source in others:
+            total += coefficient * self.weights.tensor(source).double()
+        return total.to(tensor.dtype)
 
     def relative_errors(self) -> dict[str, float]:
         """Group -> Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit."""
-        return {edit.id: self.groups.facts(unit_name(edit))["error"] for edit in self.plan.edits}
+        return {edit.id: self.groups.facts(unit_name(edit))["error"] for edit in self.shares}
 
 
 def solve(
-    factored: Factored, method: Method, stats: Stats | None, progress: Progress = lambda done, total: None
+    factored: Factored, method: Method, evidence: Evidence, progress: Progress = lambda done, total: None
 ) -> None:
     """Solve every group that is not solved yet, one at a time, each stored as soon as it is done.
 
     Raises `LayershareError` if a weight or a factor is not finite, naming the place.
     """
-    spec, weights = factored.spec, factored.weights
-    total = sum(spec.linear(edit.role, edit.layers[0]).parameters * len(edit.layers) for edit in factored.plan.edits)
+    spec = factored.spec
+    total = sum(spec.linear(edit.role, edit.layers[0]).parameters * len(edit.layers) for edit in factored.shares)
     done = 0
-    for edit in factored.plan.edits:
+    for edit in factored.shares:
         progress(done, total)
         linears = members(spec, edit)
         if unit_name(edit) not in factored.groups:
-            names = [spec.weight_name(linear) for linear in linears]
-            require_finite((name, weights.tensor(name)) for name in names)
-            dense = [_row_convention(weights.tensor(name), linear) for name, linear in zip(names, linears, strict=True)]
-            device = dense[0].device
-            grams = [None if stats is None else stats.gram(linear).to(device) for linear in linears]
-            factors = method.solve(edit, dense, grams)
+            dense = [evidence.weight(linear) for linear in linears]
+            factors = method.solve(edit, dense, [evidence.inputs(linear) for linear in linears])
             dtype = dense[0].dtype
             tensors = [tensor.T.to(dtype) for tensor in (factors.basis, *factors.coefs)]
             if not all(tensor.isfinite().all() for tensor in tensors):
@@ -107,7 +113,7 @@ def refit_coefficients(
     """
     spec = factored.spec
     by_layer: dict[int, list[tuple[Linear, Share]]] = {layer: [] for layer in range(spec.n_layers)}
-    for edit in factored.plan.edits:
+    for edit in factored.shares:
         for linear in members(spec, edit):
             by_layer[linear.layer].append((linear, edit))
     stream = Stream(factored.weights, text.tokens, batch_size, scratch)
@@ -139,7 +145,7 @@ def _refit_layer(
     for linear, edit in fitted:
         dense, module = modules[linear.name]
         first, second = module.factors()
-        second.weight.copy_(refit(first.weight.T, grams[linear.site], _row_convention(dense.weight, linear)).T)
+        second.weight.copy_(refit(first.weight.T, grams[linear.site], row_convention(dense.weight, linear)).T)
         new[_second_factor(spec, linear, edit)] = second.weight
     return new
 
@@ -147,9 +153,7 @@ def _refit_layer(
 def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
     """Write the compressed model's safetensors into `folder`. Raises `LayershareError` if a tensor is not finite."""
     tensors = checkpoint_tensors(factored.spec, factored.plan.edits)
-    guard = (
-        guard_name(groups_of(factored.spec, factored.plan), factored.spec.base_prefix) if factored.plan.edits else ""
-    )
+    guard = guard_of(factored.spec, factored.plan.edits)
 
     def read(name: str) -> Tensor:
         if name == guard:
@@ -161,12 +165,20 @@ def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = 
     write_checkpoint(folder, tensors, read, max_shard_size)
 
 
-def groups_of(spec: Spec, plan: Plan) -> list[Group]:
-    """The plan as the groups that the checkpoint's config lists."""
+def groups_of(factored: Factored) -> list[Group]:
+    """The shares of a plan as the groups that the checkpoint's config lists."""
     return [
-        Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(spec, edit)))
-        for edit in plan.edits
+        Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(factored.spec, edit)))
+        for edit in factored.shares
     ]
+
+
+def dropped_of(factored: Factored) -> list[Dropped]:
+    """The sub-layers that a plan leaves out, as the checkpoint's config lists them."""
+    found = []
+    for layer, part in dropped_parts(factored.plan.edits):
+        found.append(Dropped(part, tuple(linear.name for linear in factored.spec.part(layer, part))))
+    return found
 
 
 def members(spec: Spec, edit: Share) -> list[Linear]:
@@ -187,11 +199,6 @@ def unit_name(edit: Share) -> str:
 
 def _second_factor(spec: Spec, linear: Linear, edit: Share) -> str:
     return f"{spec.base_prefix}{linear.name}.{'coef' if edit.side == 'input' else 'basis'}.weight"
-
-
-def _row_convention(weight: Tensor, linear: Linear) -> Tensor:
-    """A stored weight as W: d_in × d_out."""
-    return weight if linear.conv1d else weight.T
 
 
 @contextmanager
