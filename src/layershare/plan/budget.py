@@ -9,7 +9,7 @@ from math import floor, prod
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
-from layershare.plan.edits import Edit, Share, dropped_parts, kept_layers
+from layershare.plan.edits import Edit, Share, Side, dropped_parts, kept_layers, widths
 from layershare.plan.layout import checkpoint_tensors, origins
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -80,10 +80,9 @@ def share_parameters(spec: Spec, edit: Share) -> int:
     return edit.rank * unit_cost(spec, edit.role, edit.layers, edit.side)
 
 
-def unit_cost(spec: Spec, role: str, layers: Sequence[int], side: str) -> int:
+def unit_cost(spec: Spec, role: str, layers: Sequence[int], side: Side) -> int:
     """Parameters of one unit of rank in a group."""
-    linear = spec.linear(role, layers[0])
-    shared, private = (linear.d_in, linear.d_out) if side == "input" else (linear.d_out, linear.d_in)
+    shared, private = widths(spec.linear(role, layers[0]), side)
     return shared + len(layers) * private
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layershare.errors import LayershareError, unknown
-from layershare.model.arch import PARTS, Part, Spec
+from layershare.model.arch import PARTS, Linear, Part, Spec
 
 Side = Literal["input", "output"]
 
@@ -52,6 +52,11 @@ class Merge:
 
 
 Edit = Share | Drop | Merge
+
+
+def widths(linear: Linear, side: Side) -> tuple[int, int]:
+    """The width of the shared side and that of the private one: d_in and d_out, or the other way round."""
+    return (linear.d_in, linear.d_out) if side == "input" else (linear.d_out, linear.d_in)
 
 
 def kept_layers(n_layers: int, edits: Sequence[Edit]) -> list[int]:
@@ -126,6 +131,6 @@ def _check_share(spec: Spec, edit: Share) -> None:
         first = first or linear
         if (linear.d_in, linear.d_out) != (first.d_in, first.d_out):
             raise LayershareError(f"The plan shares {where} with a layer of another shape.")
-        shared, private = (linear.d_in, linear.d_out) if edit.side == "input" else (linear.d_out, linear.d_in)
+        shared, private = widths(linear, edit.side)
         if not 1 <= edit.rank <= min(shared, private * len(edit.layers)):
             raise LayershareError(f"The plan gives {where} rank {edit.rank}, which its shape does not allow.")

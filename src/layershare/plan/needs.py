@@ -5,7 +5,7 @@ from math import prod
 
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import measure
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, widths
 from layershare.plan.plan import Plan
 
 GRAM_ITEMSIZE = 4
@@ -59,6 +59,6 @@ def estimate_needs(
 def _solving(linear: Linear, edit: Share) -> int:
     """Float64 matrices while a group is solved: the eigenproblem and its work space, one weight, the factors."""
     n = len(edit.layers)
-    shared, private = (linear.d_in, linear.d_out) if edit.side == "input" else (linear.d_out, linear.d_in)
+    shared, private = widths(linear, edit.side)
     width = shared if n > 1 else min(shared, private)
     return 8 * (5 * width**2 + linear.parameters + edit.rank * (shared + n * private))
