@@ -47,7 +47,7 @@ The hash is that of the documents joined with `<|endoftext|>`, in UTF-8.
 AdamW (peak learning rate {options[lr]}, weight decay 0.1, betas 0.9 and 0.95), 100 updates of warm-up, cosine to a
 hundredth of the peak, gradients clipped to norm 1, {batch:,} tokens per update, bfloat16 autocast.
 Seed {options[seed]}, {options[processes]} processes, {steps:,} updates, {tokens_seen:,} tokens ({epochs:.1f} epochs),
-{tokens_per_second:,} tokens/s. {machine}; {words}.
+{tokens_per_second:,} tokens/s. {machine}; {words}.{earlier}
 
 | update | million tokens | minutes | training loss | held-out perplexity |
 |---|---|---|---|---|
@@ -84,6 +84,10 @@ def card(facts: dict[str, Any]) -> str:
     return TEMPLATE.format(
         **facts,
         splits=splits,
+        earlier="".join(
+            f" Up to update {part['until_step']:,} the schedule was `{part['schedule']}`."
+            for part in facts["earlier_schedules"]
+        ),
         points=points,
         batch=facts["tokens_seen"] // facts["steps"],
         epochs=facts["tokens_seen"] / text["train"]["tokens"],

@@ -5,7 +5,8 @@
 `--minutes` spreads the learning-rate schedule over wall time, `--steps` over a number of updates. One process with
 several threads works too (`python scripts/train_sample.py …`), but two processes with one thread each wait for each
 other once per update instead of in every operation. After a crash the same command continues from the checkpoint in
-`--work`, which also holds the model as of the last evaluation.
+`--work`, which also holds the model as of the last evaluation; with another `--steps` it changes the schedule from
+there on, and the card says so.
 """
 
 import argparse
@@ -147,7 +148,8 @@ def train(args: argparse.Namespace) -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(args.seed)
-    step, seconds, progress, curve, losses = 0, 0.0, 0.0, [], []
+    schedule = f"--steps {args.steps}" if args.steps else f"--minutes {args.minutes:g}"
+    step, seconds, progress, curve, losses, earlier = 0, 0.0, 0.0, [], [], []
     rank, world = dist.get_rank(), dist.get_world_size()
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():  # goes on with a new order of the texts
@@ -156,6 +158,9 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         step, seconds, progress, curve = (saved[key] for key in ("step", "seconds", "progress", "curve"))
+        earlier = saved["earlier"]
+        if saved["schedule"] != schedule:
+            earlier = [*earlier, {"schedule": saved["schedule"], "until_step": step}]
 
     start, rows = time.monotonic() - seconds, []
     while progress < 1:
@@ -190,7 +195,8 @@ def train(args: argparse.Namespace) -> None:
                 save(model, tokenizer, args.work / "model")
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
                 state |= {"generator": generator.get_state(), "step": step, "seconds": seconds}
-                torch.save(state | {"progress": progress}, args.work / "checkpoint.new")
+                state |= {"progress": progress, "schedule": schedule, "earlier": earlier}
+                torch.save(state, args.work / "checkpoint.new")
                 os.replace(args.work / "checkpoint.new", checkpoint)
 
     if rank == 0:
@@ -202,7 +208,8 @@ def train(args: argparse.Namespace) -> None:
         facts = {
             "held_out_perplexity": round(held_out, 3),
             "parameters": stored.num_parameters(),
-            "schedule": f"--steps {args.steps}" if args.steps else f"--minutes {args.minutes:g}",
+            "schedule": schedule,
+            "earlier_schedules": earlier,
             "steps": step,
             "tokens_seen": step * args.rows * LENGTH,
             "tokens_per_second": round(step * args.rows * LENGTH / seconds),
