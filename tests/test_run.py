@@ -46,7 +46,9 @@ def recipe_for(folder: Path, **changes) -> Recipe:
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "results.json"}
+    """Every file but those that hold durations and the date."""
+    timed = ("results.json", "report.html")
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in timed}
 
 
 def test_from_disk_and_in_memory_give_the_same_bits(folder, tmp_path):
@@ -94,7 +96,13 @@ def test_results_say_where_they_come_from(folder, tmp_path):
     assert len(results["calibration"]["tokens_sha256"]) == 64
     assert results["after"]["targets"]["parameters"] <= 0.5 * results["before"]["targets"]["parameters"]
     assert set(results["seconds"]) == {"calibrate", "solve", "refit", "write", "evaluate"}
-    assert 0 < results["relative_errors"]["q.00-01"] < 1
+    group = results["groups"]["q.00-01"]
+    assert 0 < group["error"] < 1
+    # The spectrum is whole: what the components after the cut hold is the error.
+    assert group["spectrum"]["index"] == list(range(1, 33))
+    assert sum(group["spectrum"]["share"][group["rank"] :]) == pytest.approx(group["error"], rel=1e-3)
+    assert results["shapes"]["k"] == [[32, 16]] * 4
+    assert [set(sample) for sample in results["samples"]] == [{"prompt", "model", "original"}] * 2
 
 
 def test_statistics_are_shared_by_methods_and_sizes(folder, tmp_path):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.text import Source, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
+from layershare.evaluate.speed import measure_speed
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.model.hub import load
@@ -71,7 +72,7 @@ def compress(
     )
     with TemporaryDirectory(prefix="layershare-") as temporary:
         out = Path(temporary) / "model" if folder is None else Path(folder)
-        run(recipe, out, model=model, tokenizer=tokenizer, text=text)
+        run(recipe, out, model=model, tokenizer=tokenizer, text=text, pages=folder is not None)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
@@ -121,6 +122,28 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
     evaluation = evaluate(model, tokens, reference, batch_size=options.batch_size, progress=report("evaluate"))
     return {"model": folder, "original": original, "evaluation": asdict(evaluation), **environment()}
+
+
+def bench_folder(
+    folder: str, original: str | None, recipe: Recipe, *, report: Report = silent, **options: Any
+) -> dict[str, Any]:
+    """Measure the speed of the model in a folder with the recipe's dtype and device; returns what `bench` writes.
+
+    `options` are those of `measure_speed`. Raises `LayershareError` as that does, and if there is no model.
+    """
+    device = device_of(recipe.device)
+    names = [folder] if original is None else [folder, original]
+    models = [load(resolve(name), dtype=recipe.dtype, device_map=device) for name in names]
+    rates = measure_speed(*models, **options, progress=report("bench"))
+    return {
+        "model": folder,
+        "original": original,
+        "dtype": str(models[0].dtype).removeprefix("torch."),
+        "device": device,
+        **options,
+        "rates": [asdict(rate) for rate in rates],
+        **environment(),
+    }
 
 
 def export_dense(folder: str, out: Path) -> None:

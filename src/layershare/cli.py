@@ -191,6 +191,59 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    folder: Folder,
+    original: Annotated[str | None, typer.Option("--original", help="Compare with this model.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=2, help="The batch size beside 1.")] = 8,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens to read (prefill).")] = 128,
+    new: Annotated[int, typer.Option("--new", help="Tokens to write (decode).")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds, of which the medians are taken.")] = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the results (JSON) to this file, not into the folder.")
+    ] = None,
+) -> None:
+    """Measure speed: prefill and decode, at batch 1 and a larger one, taking turns with an original."""
+    from layershare.api import bench_folder
+    from layershare.report.listing import speed_table
+    from layershare.report.runs import SPEED
+    from layershare.store import write_json
+
+    if output is None and not Path(folder).is_dir():
+        raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
+    file = Path(folder) / SPEED if output is None else output
+    _require_parent(file)
+    with _progress() as report:
+        speed = bench_folder(
+            folder,
+            original,
+            _recipe({"model": folder, "dtype": dtype, "device": device}),
+            batches=(1, batch),
+            prompt=prompt,
+            new=new,
+            rounds=rounds,
+            report=report,
+        )
+    write_json(file, speed)
+    console.print(speed_table(speed))
+    console.print(f"Written to {file}.", highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def write_report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("report.html"),
+) -> None:
+    """Write a page about finished runs: what was done, sizes, quality, speed, and the best of each size."""
+    from layershare.report.page import report
+
+    _require_parent(output)
+    report(folders, output)
+    console.print(f"The report is in {output}.", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def export(
     folder: Folder,
     output: Out,

@@ -25,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.stats import Kind, Progress, Stats, calibrate
 from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
-from layershare.evaluate.divergence import Evaluation, evaluate
+from layershare.evaluate.divergence import evaluate
+from layershare.evaluate.generate import compare_samples
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
@@ -40,7 +41,8 @@ from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import size
 from layershare.recipe import Calibration, Recipe, Test
-from layershare.report.results import environment
+from layershare.report.page import write_pages
+from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, solve, write_weights
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.store import write_atomically, write_json
@@ -150,12 +152,13 @@ def run(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: Source | None = None,
     report: Report = silent,
+    pages: bool = True,
 ) -> dict[str, Any]:
     """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
-    changed. The same call continues an interrupted run, and returns at once if the run is finished. Raises
-    `LayershareError` for bad input, before anything is written.
+    changed. `pages`: with a model card and a page to read. The same call continues an interrupted run, and returns at
+    once if the run is finished. Raises `LayershareError` for bad input, before anything is written.
     """
     out = Path(out)
     if _finished(out, recipe):
@@ -192,7 +195,7 @@ def run(
             weights = Weights.of(model)
         weights.require_sound()
         job = prepare(recipe, weights.model)  # with the dtypes that the weights really have
-        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, _Clock(report))
+        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, _Clock(report), pages)
 
 
 def _carry_out(
@@ -205,6 +208,7 @@ def _carry_out(
     calibration: Text | None,
     test: Text | None,
     clock: "_Clock",
+    pages: bool,
 ) -> dict[str, Any]:
     """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
     recipe = job.recipe
@@ -256,13 +260,17 @@ def _carry_out(
         "ridge": RIDGE,
         "refit": refitted,
         "refit_ridge": REFIT_RIDGE,
-        "relative_errors": factored.relative_errors(),
+        "groups": factored.facts(),
+        "shapes": shapes(job.spec),
     }
     if test is not None:
         with clock.step("evaluate") as progress:
-            results["evaluation"] = asdict(_measure(recipe, staging, test, model, progress))
+            assert tokenizer is not None
+            results |= _measure(recipe, staging, test, model, tokenizer, progress)
     results |= {"seconds": clock.seconds, **environment()}
     write_json(staging / "results.json", results)
+    if pages:
+        write_pages(staging, out.name)
     _publish(staging, out)
     return results
 
@@ -428,13 +436,19 @@ def _require_disk(needs: dict[Path, int]) -> None:
 
 
 def _measure(
-    recipe: Recipe, staging: Path, text: Text, model: PreTrainedModel | None, progress: Progress
-) -> Evaluation:
+    recipe: Recipe,
+    staging: Path,
+    text: Text,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> dict[str, Any]:
     assert recipe.evaluation is not None
     dtype, device = recipe.evaluation.dtype, device_of(recipe.device)
     original = load(resolve(recipe.model), dtype=dtype, device_map=device) if model is None else model
     small = load(staging, dtype=original.dtype, device_map=original.device)
-    return evaluate(small, text, original, batch_size=recipe.evaluation.batch_size, progress=progress)
+    evaluation = evaluate(small, text, original, batch_size=recipe.evaluation.batch_size, progress=progress)
+    return {"evaluation": asdict(evaluation), "samples": compare_samples(small, original, text, tokenizer)}
 
 
 def _publish(staging: Path, out: Path) -> None:

@@ -82,9 +82,10 @@ def test_one_matrix_has_the_same_optimum_on_either_side(d_in, d_out, weighted):
     root = torch.linalg.cholesky(gram).T if weighted else torch.eye(d_in, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(root @ weight, full_matrices=False)
     best = torch.linalg.solve(root, (u[:, :7] * s[:7]) @ vh[:7])
-    left, right, error = low_rank(weight, given, 7)
+    left, right, error, spectrum = low_rank(weight, given, 7)
     torch.testing.assert_close(left @ right, best, rtol=0, atol=1e-8)
     assert error == pytest.approx(float(s[7:].square().sum() / s.square().sum()), rel=1e-8)
+    torch.testing.assert_close(spectrum, s.square(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("solve", [share_input, share_output])

@@ -1,15 +1,22 @@
 """Let a model talk."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from transformers import set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from layershare.calibrate.drivers import evaluating
+from layershare.calibrate.text import Text
 from layershare.errors import unknown
 from layershare.model.hub import load
 from layershare.model.source import read_tokenizer, resolve
 from layershare.recipe import Dtype
+
+SAMPLES = 3
+PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 40
 
 
 def continue_text(
@@ -22,16 +29,41 @@ def continue_text(
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dtype=dtype).eval()
-    inputs = tokenizer(prompt, return_tensors="pt")
+    model = load(resolve(folder), dtype=dtype)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     set_seed(seed)
-    with torch.no_grad():
-        output = model.generate(  # pyright: ignore[reportCallIssue]
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
+    output = continue_tokens(model, tokenizer(prompt, return_tensors="pt")["input_ids"], tokens, tokenizer, **sampling)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def compare_samples(
+    model: PreTrainedModel, original: PreTrainedModel, text: Text, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, str]]:
+    """How model and original continue the beginnings of a few blocks, always with the likeliest token.
+
+    Each sample has a `prompt` and what `model` and `original` add to it; none is longer than a block of the text.
+    """
+    blocks, length = text.tokens.shape
+    begin = min(PROMPT_TOKENS, length // 2)
+    prompts = text.tokens[sorted({i * (blocks - 1) // (SAMPLES - 1) for i in range(SAMPLES)}), :begin]
+    new = min(SAMPLE_TOKENS, length - begin)
+    ours, theirs = (
+        continue_tokens(each, prompts, new, tokenizer, do_sample=False)[:, begin:].cpu() for each in (model, original)
+    )
+    columns = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (prompts, ours, theirs))
+    return [dict(zip(("prompt", "model", "original"), row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def continue_tokens(
+    model: PreTrainedModel, prompts: Tensor, new: int, tokenizer: PreTrainedTokenizerBase, **sampling: Any
+) -> Tensor:
+    """Prompts [rows, length] with at most `new` tokens added to each; rows that end earlier are padded."""
+    prompts = prompts.to(model.device)
+    with evaluating(model), torch.no_grad():
+        return model.generate(  # pyright: ignore[reportCallIssue]
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
         )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -54,10 +54,10 @@ def solve_group(share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor 
     if len(weights) > 1:
         solve = share_input if share.side == "input" else share_output
         return solve(weights, grams, share.rank)
-    left, right, error = low_rank(weights[0], grams[0], share.rank)
-    return as_factors(share, left, right, error)
+    return as_factors(share, *low_rank(weights[0], grams[0], share.rank))
 
 
-def as_factors(share: Share, left: Tensor, right: Tensor, error: float) -> Factors:
+def as_factors(share: Share, left: Tensor, right: Tensor, error: float, spectrum: Tensor | None = None) -> Factors:
     """One matrix W ≈ left · right as basis and coefficients on the side of its group of one."""
-    return Factors(left, (right,), error) if share.side == "input" else Factors(right, (left,), error)
+    basis, coef = (left, right) if share.side == "input" else (right, left)
+    return Factors(basis, (coef,), error, spectrum)

@@ -26,6 +26,19 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
+def speed_table(speed: dict[str, Any]) -> Table:
+    """What `bench` measured, as a table."""
+    title = f"prompts of {speed['prompt']} tokens, {speed['new']} new ones, {speed['dtype']} on {speed['device']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokens per second")
+    for column in ("batch", "model", *(("original", "ratio") if speed["original"] else ())):
+        table.add_column(column, justify="right")
+    for rate in speed["rates"]:
+        compared = (f"{rate['original']:,.0f}", f"{rate['ratio']:.2f}") if speed["original"] else ()
+        table.add_row(rate["phase"], str(rate["batch"]), f"{rate['model']:,.0f}", *compared)
+    return table
+
+
 def listing(folder: Path) -> Table:
     """The finished models below a folder, one line each. Raises `LayershareError` if there is no such folder."""
     if not folder.is_dir():

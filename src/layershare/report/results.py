@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from layershare.model.arch import Spec
+
 PACKAGES = ("layershare", "torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 
@@ -27,6 +29,12 @@ def environment() -> dict[str, Any]:
             "accelerators": accelerators,
         },
     }
+
+
+def shapes(spec: Spec) -> dict[str, list[list[int] | None]]:
+    """Role -> [d_in, d_out] of its matrix in every layer, `None` where a layer has none."""
+    dims = {(linear.role, linear.layer): [linear.d_in, linear.d_out] for linear in spec.linears}
+    return {role: [dims.get((role, layer)) for layer in range(spec.n_layers)] for role in spec.roles}
 
 
 def _processor() -> str:

@@ -1,5 +1,6 @@
 """Carry out a plan: solve group by group, fit coefficients again where the method asks for it, write the checkpoint."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,14 @@ from layershare.model.checkpoint import write_checkpoint
 from layershare.model.hub import Dropped, Group
 from layershare.model.layers import FactorLinear
 from layershare.model.weights import Weights, require_finite
+from layershare.plan.budget import share_parameters
 from layershare.plan.edits import Share, dropped_parts
 from layershare.plan.layout import checkpoint_tensors, guard_of, origins
 from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
 from layershare.store import Store
+
+SPECTRUM_POINTS = 64
 
 
 class Factored:
@@ -66,9 +70,19 @@ class Factored:
             total += coefficient * self.weights.tensor(source).double()
         return total.to(tensor.dtype)
 
-    def relative_errors(self) -> dict[str, float]:
-        """Group -> Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit."""
-        return {edit.id: self.groups.facts(unit_name(edit))["error"] for edit in self.shares}
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Group -> rank, parameters, `error` and `spectrum` of its solution.
+
+        `error` is Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit; `spectrum` see `sampled`.
+        """
+        return {
+            edit.id: {
+                "rank": edit.rank,
+                "parameters": share_parameters(self.spec, edit),
+                **self.groups.facts(unit_name(edit)),
+            }
+            for edit in self.shares
+        }
 
 
 def solve(
@@ -92,7 +106,8 @@ def solve(
             if not all(tensor.isfinite().all() for tensor in tensors):
                 raise LayershareError(f"The factors of group '{edit.id}' do not fit {dtype}; use a wider dtype.")
             named = dict(zip(factor_names(spec, edit), tensors, strict=True))
-            factored.groups.write(unit_name(edit), named, {"error": factors.error})
+            spectrum = None if factors.spectrum is None else sampled(factors.spectrum, edit.rank)
+            factored.groups.write(unit_name(edit), named, {"error": factors.error, "spectrum": spectrum})
         done += sum(linear.parameters for linear in linears)
     progress(total, total)
 
@@ -163,6 +178,20 @@ def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = 
         return tensor
 
     write_checkpoint(folder, tensors, read, max_shard_size)
+
+
+def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
+    """Some points of a spectrum for people: component numbers (from 1) and their shares of the sum, four digits each.
+
+    All of a short spectrum; of a longer one numbers spaced evenly on a logarithmic scale, and the last that is kept.
+    """
+    n = len(spectrum)
+    points = range(1, n + 1)
+    if n > SPECTRUM_POINTS:
+        points = torch.logspace(0, math.log10(n), SPECTRUM_POINTS, dtype=torch.float64).round().long().tolist()
+    index = sorted({*points, rank})
+    shares = spectrum / (spectrum.sum() or 1)
+    return {"index": index, "share": [float(f"{float(shares[i - 1]):.4g}") for i in index]}
 
 
 def groups_of(factored: Factored) -> list[Group]:

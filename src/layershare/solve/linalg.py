@@ -23,12 +23,14 @@ class Factors:
     """One basis, one coefficient matrix per layer, and what the approximation loses.
 
     Input side: `basis` d_in × k, `coefs` k × d_out, Ŵᵢ = B Cᵢ. Output side: `basis` k × d_out, `coefs` d_in × k,
-    Ŵᵢ = Aᵢ B. `error` is Σᵢ‖Xᵢ(Wᵢ − Ŵᵢ)‖² / Σᵢ‖XᵢWᵢ‖².
+    Ŵᵢ = Aᵢ B. `error` is Σᵢ‖Xᵢ(Wᵢ − Ŵᵢ)‖² / Σᵢ‖XᵢWᵢ‖², `spectrum` all eigenvalues in falling order: what each further
+    rank takes off the error, where the method has such a list.
     """
 
     basis: Tensor
     coefs: tuple[Tensor, ...]
     error: float
+    spectrum: Tensor | None = None
 
 
 def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank: int) -> Factors:
@@ -51,7 +53,8 @@ def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank:
         decoder = axes @ (vectors[:, :rank] / roots[:, None])  # S⁻¹U_k
     coefs = [_apply_transposed(encoder, weight) for weight in weights]
     scale = _balance(decoder, [coef.T for coef in coefs])
-    return Factors(decoder * scale, tuple(coef.div_(scale[:, None]) for coef in coefs), _dropped(values, rank))
+    coefs = tuple(coef.div_(scale[:, None]) for coef in coefs)
+    return Factors(decoder * scale, coefs, _dropped(values, rank), values)
 
 
 def share_output(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank: int) -> Factors:
@@ -65,20 +68,20 @@ def share_output(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank
     basis = vectors[:, :rank]
     coefs = [_apply_transposed(basis, weight.T).T for weight in weights]
     scale = _balance(basis, coefs)
-    return Factors((basis * scale).T, tuple(coef.div_(scale) for coef in coefs), _dropped(values, rank))
+    return Factors((basis * scale).T, tuple(coef.div_(scale) for coef in coefs), _dropped(values, rank), values)
 
 
-def low_rank(weight: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best rank-k approximation of one matrix under its Gram: left d_in × k, right k × d_out, relative error.
+def low_rank(weight: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """The best rank-k approximation of one matrix under its Gram: left d_in × k, right k × d_out, error, spectrum.
 
     Both sides lead to the same optimum for a group of one, so the smaller of the two eigenproblems is solved.
     """
     d_in, d_out = weight.shape
     if d_in < d_out:
         factors = share_input([weight], [gram], rank)
-        return factors.basis, factors.coefs[0], factors.error
+        return factors.basis, factors.coefs[0], factors.error, factors.spectrum
     factors = share_output([weight], [gram], rank)
-    return factors.coefs[0], factors.basis, factors.error
+    return factors.coefs[0], factors.basis, factors.error, factors.spectrum
 
 
 def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""The model card of a run: the `README.md` of its folder, with the front matter that the hub reads.
+
+It holds nothing that differs between two runs of one recipe, no dates, durations or folders.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+
+from layershare.errors import LayershareError
+from layershare.methods import METHODS
+from layershare.model.source import SAMPLE, resolve
+from layershare.report.runs import Run
+from layershare.report.words import blocks, calibration, edits, options, percent, sizes, story
+
+_CARD = """\
+---
+{front}
+---
+
+# {model}, compressed to {kept}
+
+{story}.
+
+Made by layershare {layershare} with the method `{method}`{options}: {edits}. Compressed for the text: {calibration}.
+`recipe.yaml` has every setting, `results.json` every measurement, `plan.json` what was done to each matrix.
+
+## Size and quality
+
+| | original | this model | |
+| --- | ---: | ---: | ---: |
+{table}
+
+{measured}
+
+## How to load it
+
+```
+pip install layershare
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+`layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for programs that cannot load the factors.
+
+## Limits
+
+- It is the original with an approximation in it: whatever holds of {base} (licence, training data, bias, what it must
+  not be used for) holds here too, and what it knew may be lost where no measurement looked.
+- Only what stands in the table was measured. Other languages, other kinds of text and downstream tasks may have lost
+  more; measure yours with `layershare eval`.
+- Fewer parameters are not the same as faster; `layershare bench` measures speed on your machine.
+
+## Citation
+
+{citation}
+"""
+
+
+def card(run: Run) -> str:
+    """The card as Markdown."""
+    base = f"[{run.model}](https://huggingface.co/{run.model})" if _on_hub(run) else f"`{run.model}`"
+    rows = [f"| {name} | {old} | {new} | {percent(kept, 1)} |" for name, old, new, kept in sizes(run)]
+    measured = "No quality was measured: the recipe has no evaluation."
+    if (evaluation := run.evaluation) is not None:
+        ours, theirs = (evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
+        rows += [
+            f"| perplexity | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
+            f"| KL divergence from the original (nats per token) | 0 | {evaluation['kl']:.3g} | |",
+            f"| top-1 agreement with the original | {percent(1)} | {percent(evaluation['top1_agreement'], 1)} | |",
+        ]
+        measured = (
+            f"Measured on {blocks(evaluation['text'])}, {evaluation['dtype']}. Perplexity is exp of the mean negative "
+            "log-likelihood of all\npredicted tokens of blocks that do not overlap; KL divergence and agreement are "
+            f"taken at the same positions. SHA-256 of the tokens:\n`{evaluation['text']['tokens_sha256']}`."
+        )
+    return _CARD.format(
+        front=_front_matter(run).to_yaml(),
+        model=run.model,
+        kept=percent(run.kept),
+        story=story(run),
+        layershare=run.results["versions"]["layershare"],
+        method=run.results["method"],
+        options=f" ({options(run)})" if options(run) else "",
+        edits=edits(run),
+        calibration=calibration(run),
+        table="\n".join(rows),
+        measured=measured,
+        base=base,
+        citation=citation(run.results["method"]),
+    )
+
+
+def citation(method: str) -> str:
+    """The paper that the method's own file names, if it names one."""
+    documented = sys.modules[METHODS[method].__module__].__doc__ or "" if method in METHODS else ""
+    paper = re.search(r"^Paper: (.*?arXiv [\d.]+\d)", documented, re.DOTALL | re.MULTILINE)
+    return f"{' '.join(paper[1].split())}." if paper else f"The method `{method}` of layershare."
+
+
+def _front_matter(run: Run) -> ModelCardData:
+    """What the hub reads: a base model only if the hub knows it by that name, a licence only if it is known."""
+    results = []
+    if (evaluation := run.evaluation) is not None:
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=evaluation["text"]["source"],
+                dataset_name=blocks(evaluation["text"]),
+                metric_type="perplexity",
+                metric_value=round(evaluation["perplexity"]["value"], 4),
+            )
+        ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=run.results["model"] if _on_hub(run) else None,
+        base_model_relation="quantized" if _on_hub(run) else None,  # the hub's word for compressed versions
+        license=_license(run),
+        tags=["layershare", "compressed", run.results["method"]],
+        model_name=f"{run.model} at {percent(run.kept)}" if results else None,
+        eval_results=results or None,
+    )
+
+
+def _on_hub(run: Run) -> bool:
+    """Whether the original was named by a hub id."""
+    name = run.results["model"]
+    return name != SAMPLE and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _license(run: Run) -> str | None:
+    """The licence in the original's own card, where that is on this machine."""
+    try:
+        original = Path(resolve(run.results["model"])) / "README.md"
+    except LayershareError:
+        return None
+    return (metadata_load(original) or {}).get("license") if original.is_file() else None

@@ -1,0 +1,160 @@
+"""The page: one HTML file with everything in it, to be read without network, in light or dark, on a phone or a desk."""
+
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from layershare.errors import LayershareError
+from layershare.plan.table import size
+from layershare.report.card import card, citation
+from layershare.report.runs import SPEED, Run
+from layershare.report.words import (
+    blocks,
+    calibration,
+    count,
+    digits_of,
+    edits,
+    made_in,
+    options,
+    percent,
+    sizes,
+    story,
+)
+from layershare.store import write_atomically
+
+INSTALL = "pip install 'layershare[report]'"
+
+
+def write_pages(folder: Path, name: str) -> None:
+    """Write a finished run's `README.md` and, where the report extra is installed, its `report.html`.
+
+    `name` is what the page calls the run. Warns if there can be no page.
+    """
+    run = Run.read(folder, name)
+    write_atomically(folder / "README.md", card(run).encode())
+    if _installed():
+        write_page([run], folder / "report.html")
+    else:
+        warnings.warn(f"To get report.html in every run: {INSTALL}.", stacklevel=2)
+
+
+def report(folders: Sequence[Path], out: Path) -> None:
+    """Write one page about the runs in these folders.
+
+    Raises `LayershareError` if a folder is no finished run, the file cannot be written or the extra is missing.
+    """
+    if not _installed():
+        raise LayershareError(f"The report needs jinja2 and plotly: {INSTALL}.")
+    runs = [Run.read(folder, str(folder)) for folder in folders]
+    try:
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+        write_page(runs, out)
+    except OSError as error:
+        raise LayershareError(f"'{out}' cannot be written ({error.strerror or error}); name another file.") from error
+
+
+def write_page(runs: Sequence[Run], out: Path) -> None:
+    """Write the page about some runs to a file."""
+    write_atomically(out, page(runs).encode("utf-8", "replace"))
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("layershare.report", "template"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (blocks, calibration, citation, count, digits_of, edits, made_in, options, percent, size, sizes, story)
+    environment.filters |= {words.__name__: words for words in filters}
+    return environment.get_template("page.html").render(
+        title=_title(runs),
+        runs=[(run, _figures(run)) for run in runs],
+        together=_together(runs),
+        rows=_rows(runs),
+        speed_file=SPEED,
+        plotly=get_plotlyjs(),
+    )
+
+
+def _installed() -> bool:
+    return all(find_spec(name) for name in ("jinja2", "plotly"))
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return story(runs[0])
+    models = {run.model for run in runs}
+    least, most = min(run.kept for run in runs), max(run.kept for run in runs)
+    sizes = percent(least) if percent(least) == percent(most) else f"{least:.0%}–{percent(most)}".replace("%–", "–")
+    what = f"versions of {models.pop()}" if len(models) == 1 else "compressed models"
+    return f"{len(runs)} {what}, at {sizes} of {'its' if not models else 'their'} size"
+
+
+def _together(runs: Sequence[Run]) -> dict[str, Any]:
+    """Charts of quality against size, if there is anything to compare."""
+    from layershare.report import figures
+
+    models = figures.points(runs)
+    if len(runs) < 2 or not models:
+        return {}
+    return {
+        "Perplexity": figures.quality(models, "perplexity", lambda point: point.perplexity),
+        "Distance from the original": figures.quality(models, "KL divergence, nats per token", lambda point: point.kl),
+    }
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    """The charts of one run."""
+    from layershare.report import figures
+
+    factored = any(cell.rank for cell in run.cells.values())
+    return {
+        "sharing": figures.sharing(run) if any(cell.kind != "own" for cell in run.cells.values()) else None,
+        "values": {
+            "Kept, % of parameters": figures.kept(run),
+            **({"Rank": figures.ranks(run)} if factored else {}),
+            **({"Relative error, %": figures.errors(run)} if any(c.error for c in run.cells.values()) else {}),
+        },
+        "spectra": figures.spectra(run),
+    }
+
+
+def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The comparison, a row per model: each original before the first run that is compared with it."""
+    rows, seen = [], set()
+    measured = {run.results["model_fingerprint"] for run in runs if run.evaluation}
+    for run in runs:
+        evaluation, fingerprint = run.evaluation, run.results["model_fingerprint"]
+        original = evaluation["original_perplexity"]["value"] if evaluation else None
+        if (fingerprint, original) not in seen and (evaluation or fingerprint not in measured):
+            seen.add((fingerprint, original))
+            same = {"kl": 0.0, "top1_agreement": 1.0} if evaluation else {}
+            rows.append(_row(run.model, "original", run.results["before"]["all"], 1.0, original, same))
+        ours = evaluation["perplexity"]["value"] if evaluation else None
+        rows.append(
+            _row(run.name, run.results["method"], run.results["after"]["all"], run.kept, ours, evaluation or {})
+        )
+    return rows
+
+
+def _row(
+    name: str, method: str, size: dict[str, int], kept: float, perplexity: float | None, measured: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "method": method,
+        **size,
+        "kept": kept,
+        "perplexity": perplexity,
+        "kl": measured.get("kl"),
+        "agreement": measured.get("top1_agreement"),
+    }

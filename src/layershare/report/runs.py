@@ -1,0 +1,132 @@
+"""A finished run as its folder tells it: files in, and for the eyes what was done to every linear."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from layershare.errors import LayershareError
+
+SPEED = "speed.json"
+"""What `bench` leaves in a run's folder."""
+
+_PARTS = {"attention": {"q", "k", "v", "qkv", "o"}, "mlp": {"gate", "up", "gate_up", "down"}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What became of one linear: `kind` is dense, own (own factors), share, drop, merge, or the name of another edit.
+
+    `group` numbers the groups of a role in the order of the plan. `kept` is the fraction of parameters that is left
+    (`None`: not known), a shared basis being split evenly among its users.
+    """
+
+    role: str
+    layer: int
+    kind: str = "dense"
+    layers: tuple[int, ...] = ()
+    group: int | None = None
+    side: str | None = None
+    rank: int | None = None
+    kept: float | None = 1.0
+    error: float | None = None
+    spectrum: dict[str, list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a finished run; `name` is how it is called on a page."""
+
+    name: str
+    results: dict[str, Any]
+    plan: dict[str, Any]
+    recipe: str
+    speed: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "Run":
+        """Read a run's folder. Raises `LayershareError` if it is none, or unfinished, or from another version."""
+        if not folder.is_dir():
+            raise LayershareError(f"There is no folder '{folder}'.")
+        for needed in ("config.json", "results.json", "plan.json", "recipe.yaml"):
+            if not (folder / needed).is_file():
+                raise LayershareError(
+                    f"'{folder}' is no finished run, it has no {needed}; name the output folder of compress or run."
+                )
+        try:
+            results, plan = (_json(folder / file) for file in ("results.json", "plan.json"))
+            speed = _json(folder / SPEED) if (folder / SPEED).is_file() else None
+            recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise LayershareError(f"A file of the run in '{folder}' is damaged ({error}); run it again.") from error
+        if not {"before", "after", "groups", "shapes", "machine"} <= set(results):
+            raise LayershareError(f"'{folder}' was made by another version of layershare; run its recipe.yaml again.")
+        return cls(name, results, plan, recipe, speed)
+
+    @property
+    def model(self) -> str:
+        """The original's name, short: a hub id, or the last part of a path."""
+        name = self.results["model"]
+        return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+
+    @property
+    def kept(self) -> float:
+        """The fraction of all parameters that is left."""
+        return self.results["after"]["all"]["parameters"] / self.results["before"]["all"]["parameters"]
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What was measured on the recipe's test text."""
+        return self.results.get("evaluation")
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles in the order in which data flows through a block."""
+        return list(self.results["shapes"])
+
+    @property
+    def n_layers(self) -> int:
+        """Number of the original's layers."""
+        return max(len(shapes) for shapes in self.results["shapes"].values())
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, int], Cell]:
+        """(role, layer) -> what became of that linear, in the order of roles, then layers."""
+        cells = {
+            (role, layer): Cell(role, layer)
+            for role, shapes in self.results["shapes"].items()
+            for layer, shape in enumerate(shapes)
+            if shape
+        }
+        counts = dict.fromkeys(self.roles, 0)
+        for edit in self.plan["edits"]:
+            for cell in self._edited(edit, cells, counts):
+                cells[cell.role, cell.layer] = cell
+        return cells
+
+    def _edited(self, edit: dict[str, Any], cells: dict[tuple[str, int], Cell], counts: dict[str, int]) -> list[Cell]:
+        """The cells that one edit of the plan changes."""
+        kind, layers = edit.get("kind", "share"), tuple(edit.get("layers", ()))
+        if kind == "share":
+            role, rank = edit["role"], edit["rank"]
+            facts = self.results["groups"].get(f"{role}.{'-'.join(f'{layer:02d}' for layer in layers)}", {})
+            dense = sum(d_in * d_out for d_in, d_out in (self.results["shapes"][role][layer] for layer in layers))
+            kept = facts.get("parameters", dense) / dense
+            number = counts[role]
+            counts[role] += 1
+            what = "share" if len(layers) > 1 else "own"
+            rest = (what, layers, number, edit["side"], rank, kept, facts.get("error"), facts.get("spectrum"))
+            return [Cell(role, layer, *rest) for layer in layers]
+        if kind == "drop":
+            roles = _PARTS.get(edit["part"], set(self.roles))
+            return [Cell(r, layer, kind, layers, kept=0.0) for r, layer in cells if r in roles and layer in layers]
+        if kind == "merge":
+            gone = dict.fromkeys(layers, 0.0) | {edit["into"]: 1.0}
+            return [Cell(r, layer, kind, layers, kept=gone[layer]) for r, layer in cells if layer in gone]
+        touched = [key for key in cells if edit.get("role", key[0]) == key[0] and (not layers or key[1] in layers)]
+        return [Cell(*key, kind, layers, rank=edit.get("rank"), kept=None) for key in touched]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

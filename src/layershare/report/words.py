@@ -1,0 +1,111 @@
+"""Numbers and runs in words, for card and page."""
+
+from collections import Counter
+from typing import Any
+
+from layershare.plan.table import size
+from layershare.report.runs import Run
+
+_UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
+
+
+def count(number: float) -> str:
+    """A count to three digits: `7.61 million`."""
+    for unit, factor in _UNITS:
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def of_count(part: float, whole: float) -> str:
+    """A part of a count in the whole's unit: `6.3 of 7.6 million`."""
+    unit, factor = next(((unit, factor) for unit, factor in _UNITS if whole >= factor), ("", 1))
+    return f"{part / factor:.2g} of {whole / factor:.2g} {unit}".rstrip()
+
+
+def percent(fraction: float, digits: int = 0) -> str:
+    """`0.8` as `80 %`, with a space that does not break."""
+    return f"{fraction:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
+
+
+def story(run: Run) -> str:
+    """A run in one sentence: what is left of what, and what that did to perplexity."""
+    before, after = (run.results[when]["all"]["parameters"] for when in ("before", "after"))
+    sentence = f"{run.model} at {percent(run.kept)}: {of_count(after, before)} parameters"
+    if run.evaluation is None:
+        return sentence
+    return f"{sentence}, perplexity {quality(run, 3)}"
+
+
+def quality(run: Run, digits: int = 4) -> str:
+    """Perplexity beside the original's: `38.3 instead of 37.1`."""
+    assert run.evaluation is not None
+    ours, theirs = (run.evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
+    return f"{digits_of(ours, digits)} instead of {digits_of(theirs, digits)}"
+
+
+def digits_of(value: float, digits: int = 4) -> str:
+    """A measured value to so many digits, trailing zeros kept: `79.0`, `103`."""
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def made_in(seconds: dict[str, float]) -> str:
+    """How long the compression took, evaluation aside: `47 s`, `3.5 min`, `2.1 h`."""
+    total = sum(value for step, value in seconds.items() if step != "evaluate")
+    return next(
+        f"{total / factor:.2g} {unit}"
+        for unit, factor in (("h", 3600), ("min", 60), ("s", 1))
+        if total >= factor or unit == "s"
+    )
+
+
+def sizes(run: Run) -> list[tuple[str, str, str, float]]:
+    """Size before and after: what is counted, both in words, and the fraction that is left."""
+    before, after = run.results["before"], run.results["after"]
+    rows = (
+        ("parameters", before["all"]["parameters"], after["all"]["parameters"], count),
+        ("parameters of the compressed matrices", *(x["targets"]["parameters"] for x in (before, after)), count),
+        ("bytes on disk", before["all"]["bytes"], after["all"]["bytes"], size),
+        ("multiplications per token", *(x["all"]["multiplications"] for x in (before, after)), count),
+    )
+    return [(name, words(old), words(new), new / old) for name, old, new, words in rows]
+
+
+def edits(run: Run) -> str:
+    """What the plan does, counted: `15 bases shared by 2 layers each; 40 matrices with own factors`."""
+    parts = []
+    groups = {(cell.role, cell.layers) for cell in run.cells.values() if cell.kind == "share"}
+    for n in sorted({len(layers) for _, layers in groups}):
+        number = sum(len(layers) == n for _, layers in groups)
+        parts.append(f"{number} {'bases' if number > 1 else 'basis'} shared by {n} layers{' each' * (number > 1)}")
+    kinds = Counter(cell.kind for cell in run.cells.values())
+    for kind in sorted(kinds.keys() - {"share", "drop", "merge"}, key=lambda kind: (kind == "dense", kind)):
+        words = {"own": "with own factors", "dense": "unchanged"}.get(kind, f"changed by {kind}")
+        parts.append(f"{kinds[kind]} {'matrices' if kinds[kind] > 1 else 'matrix'} {words}")
+    for edit in run.plan["edits"]:
+        layers = f"layer{'s' * (len(edit['layers']) > 1)} {', '.join(map(str, edit['layers']))}"
+        if edit.get("kind") == "drop":
+            parts.append(f"{layers} dropped" if edit["part"] == "block" else f"{edit['part']} of {layers} dropped")
+        elif edit.get("kind") == "merge":
+            parts.append(f"{layers} merged into layer {edit['into']}")
+    return "; ".join(parts) or "nothing was changed"
+
+
+def calibration(run: Run) -> str:
+    """The text that the model was compressed for."""
+    text = run.results.get("calibration")
+    return f"{blocks(text)}, seed {text['seed']}" if text else "none: the method needs no text"
+
+
+def blocks(text: dict[str, Any]) -> str:
+    """A text and how much of it: `stdlib, 32 blocks of 256 tokens`."""
+    return f"{text['source']}, {text['blocks']:,} blocks of {text['length']:,} tokens"
+
+
+def options(run: Run) -> str:
+    """The method's options that are set: `group_size 2`."""
+    given = {key: value for key, value in (run.results.get("options") or {}).items() if value is not None}
+    return ", ".join(
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for key, value in given.items()
+    )

@@ -1,0 +1,79 @@
+"""Runs with made-up numbers, as their folders would hold them: every kind of edit, without a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from layershare.report.results import environment
+
+ROLES = {"q": (16, 16), "k": (16, 8), "o": (16, 16), "up": (16, 24), "down": (24, 16)}
+LAYERS = 6
+SHARED = [
+    {"kind": "share", "role": "q", "layers": [0, 2], "rank": 6, "side": "input"},
+    {"kind": "share", "role": "q", "layers": [1, 3], "rank": 5, "side": "input"},
+    {"kind": "share", "role": "down", "layers": [4], "rank": 3, "side": "output"},
+]
+OTHER = [
+    {"kind": "drop", "part": "attention", "layers": [1]},
+    {"kind": "drop", "part": "block", "layers": [2]},
+    {"kind": "merge", "into": 3, "layers": [3, 4], "coefficients": [0.5, 0.5]},
+    {"kind": "novelty", "role": "up", "layers": [5]},
+]
+
+
+def make_run(
+    folder: Path,
+    *,
+    edits: list[dict[str, Any]] = SHARED,
+    keep: float = 0.8,
+    perplexity: float | None = 12.0,
+    model: str = "someone/some-model",
+    method: str = "basis-sharing",
+    tokens: str = "abc",
+) -> Path:
+    """Write the files of a finished run that a page reads."""
+    folder.mkdir(parents=True)
+    size = {"parameters": 1_000_000, "bytes": 2_000_000, "multiplications": 900_000}
+    after = {key: int(keep * value) for key, value in size.items()}
+    results: dict[str, Any] = {
+        "model": model,
+        "model_fingerprint": model,
+        "method": method,
+        "options": {"group_size": 2, "shared": ["q"], "refit": None},
+        "keep": keep,
+        "of": "all",
+        "before": {"all": size, "targets": size},
+        "after": {"all": after, "targets": after},
+        "calibration": {"source": "<books> & more", "blocks": 4, "length": 32, "seed": 1},
+        "refit": False,
+        "groups": {
+            f"{edit['role']}.{'-'.join(f'{layer:02d}' for layer in edit['layers'])}": {
+                "error": 0.01 * edit["rank"],
+                "rank": edit["rank"],
+                "parameters": edit["rank"] * 40,
+                "spectrum": {"index": [1, 4, edit["rank"], 16], "share": [0.6, 0.1, 0.02, 0.0]},
+            }
+            for edit in edits
+            if edit["kind"] == "share"
+        },
+        "shapes": {role: [list(shape)] * LAYERS for role, shape in ROLES.items()},
+        "seconds": {"solve": 70.0, "evaluate": 5.0},
+        **environment(),
+    }
+    if perplexity is not None:
+        value = {"value": perplexity, "nll": 2.5, "tokens": 100}
+        results["evaluation"] = {
+            "text": {"source": "stdlib", "blocks": 2, "length": 16, "tokens_sha256": tokens},
+            "dtype": "float32",
+            "perplexity": value,
+            "original_perplexity": value | {"value": 10.0},
+            "kl": (perplexity - 10) / 10,
+            "top1_agreement": 0.9,
+        }
+        results["samples"] = [{"prompt": "<b>if</b>", "original": "x = 1", "model": "</script><i>y"}]
+    plan = {"model_type": "llama", "method": method, "edits": edits}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "recipe.yaml").write_text(f"model: {model}\nkeep: {keep}\n")
+    (folder / "config.json").write_text("{}")
+    return folder

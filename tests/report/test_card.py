@@ -1,0 +1,56 @@
+import re
+
+import yaml
+from huggingface_hub import metadata_load
+from huggingface_hub.repocard_data import ModelCardData
+
+from layershare.methods import METHODS
+from layershare.report.card import card, citation
+from layershare.report.runs import Run
+from tests.report.made_up import make_run
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path):
+    folder = make_run(tmp_path / "run")
+    text = card(Run.read(folder, "run"))
+    (folder / "README.md").write_text(text)
+    front = metadata_load(folder / "README.md")
+    assert front is not None
+    assert front == front_matter(text)
+    assert front["library_name"] == "transformers"
+    assert front["base_model"] == "someone/some-model"
+    assert front["tags"] == ["layershare", "compressed", "basis-sharing"]
+    assert "license" not in front
+    data = ModelCardData(**front)
+    assert data.eval_results is not None
+    assert [(each.metric_type, each.metric_value) for each in data.eval_results] == [("perplexity", 12.0)]
+
+
+def test_licence_and_base_model_stand_there_only_where_they_are_known(tmp_path):
+    front = front_matter(card(Run.read(make_run(tmp_path / "a", model="sample"), "a")))
+    assert front["license"] == "apache-2.0"  # from the sample model's own card
+    assert "base_model" not in front
+    for name in (str(tmp_path), "llama"):
+        front = front_matter(card(Run.read(make_run(tmp_path / "runs" / name.strip("/"), model=name), "b")))
+        assert not {"license", "base_model"} & set(front)
+
+
+def test_the_card_says_what_was_done_and_measured(tmp_path):
+    text = card(Run.read(make_run(tmp_path / "run"), "run"))
+    assert "(group_size 2, shared q): 2 bases shared by 2 layers each" in text
+    assert "| perplexity | 10 | 12 | +20.0% |" in text
+    assert "arXiv 2410.03765" in text
+    unmeasured = card(Run.read(make_run(tmp_path / "other", perplexity=None, method="svd"), "run"))
+    assert "No quality was measured" in unmeasured
+    assert "model-index" not in unmeasured
+    assert not re.search(r"\d{4}-\d\d-\d\d|" + re.escape(str(tmp_path)), text)  # two runs of a recipe have one card
+
+
+def test_every_method_can_be_cited():
+    assert all(citation(name).endswith(".") for name in METHODS)
+    assert citation("svd-llm").startswith("Wang, Zheng, Wan, Zhang")
+    assert citation("by-hand") == "The method `by-hand` of layershare."
