@@ -53,7 +53,7 @@ def test_help_does_not_import_torch():
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    for verb in ("run", "plan", "calibrate", "compress", "eval", "export", "ls", "generate"):
+    for verb in ("run", "plan", "calibrate", "compress", "eval", "bench", "report", "export", "ls", "generate"):
         assert f"  {verb} " in shown
 
 
@@ -95,6 +95,24 @@ def test_compress_list_evaluate_generate_export(layershare, here):
     assert "quantization_config" not in json.loads((here / "wide" / "config.json").read_text())
     with torch.no_grad():
         torch.testing.assert_close(dense(tokens()).logits, small(tokens()).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_every_run_has_pages_and_a_report_shows_its_speed(layershare, here):
+    code, _, err = layershare(*COMPRESS)
+    assert code == 0, err
+    assert "library_name: transformers" in (here / "small" / "README.md").read_text()
+    assert "tokens/s" not in (here / "small" / "report.html").read_text(encoding="utf-8")
+
+    measured = ("--original", "dense", "--batch", "2", "--prompt", "8", "--new", "3", "--rounds", "1")
+    code, out, err = layershare("bench", "small", *measured)
+    assert code == 0, err
+    assert out.count("prefill") == out.count("decode") == 2
+    rates = json.loads((here / "small" / "speed.json").read_text())["rates"]
+    assert [(rate["phase"], rate["batch"]) for rate in rates][2:] == [("prefill", 2), ("decode", 2)]
+
+    code, out, err = layershare("report", "small", "-o", "page.html")
+    assert code == 0, err
+    assert "tokens/s" in (here / "page.html").read_text(encoding="utf-8")
 
 
 def test_calibrate_once_run_a_recipe_with_it(layershare, here):
@@ -186,6 +204,10 @@ def test_mistakes_with_models(layershare, here):
         ("export", "dense", "-o", "out"): "add --dense",
         ("export", "dense", "-o", ".", "--dense"): "is not empty",
         ("ls", "nowhere"): "There is no folder 'nowhere'",
+        ("bench", "sample"): "'sample' is no folder to put speed.json into; name a file with -o.",
+        ("bench", "dense", "--prompt", "500"): "500 + 32 tokens do not fit: this model takes 128",
+        ("report", "dense"): "'dense' is no finished run, it has no results.json",
+        ("report", "dense", "-o", "no/report.html"): "There is no folder 'no'",
         ("run", "nowhere.yaml", "-o", "out"): "cannot be read",
     }.items():
         code, _, err = layershare(*arguments)

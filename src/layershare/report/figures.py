@@ -18,7 +18,7 @@ _FIRST, _LAST = (0, 114, 178), (230, 159, 0)
 """First and last layer; blue to orange keeps its order without colour vision."""
 _FLOOR = 1e-7
 """Where spectra leave the chart: below it is rounding."""
-_COLOURS = {"dense": _FAINT, "own": _GREY, "merge": _GREY, "drop": "rgba(128,128,128,0)", "other": "#999933"}
+_COLOURS = {"dense": _FAINT, "own": _GREY, "merge": "#8c8c8c", "gone": "#3c3c3c", "other": "#999933"}
 """Of cells that do not share, by kind."""
 
 
@@ -109,7 +109,8 @@ def sharing(run: Run) -> go.Figure:
 
     def colour(cell: Cell) -> int:
         if cell.kind != "share":
-            return kinds.index(cell.kind if cell.kind in kinds else "other")
+            kind = cell.kind if cell.kind in kinds else "other"
+            return kinds.index(kind if cell.kept != 0 else "gone")
         assert cell.group is not None
         return len(kinds) + (cell.group + 2 * run.roles.index(cell.role)) % len(PALETTE)
 
@@ -117,7 +118,7 @@ def sharing(run: Run) -> go.Figure:
         if cell.kind == "share":
             assert cell.group is not None
             return _letters(cell.group)
-        return {"drop": "×", "merge": "+" if cell.kept else "×"}.get(cell.kind, "")
+        return "×" if cell.kept == 0 else "+" if cell.kind == "merge" else ""
 
     return _map(run, colour, word, colours=_steps(colours), ends=(-0.5, len(colours) - 0.5))
 
@@ -149,7 +150,7 @@ def errors(run: Run) -> go.Figure:
         return None if cell.error is None else math.log10(cell.error) if cell.error else ends[0]
 
     def word(cell: Cell) -> str:
-        return "" if cell.error is None else f"{100 * cell.error:.{1 if cell.error < 1e-3 else 2}g}"
+        return "" if cell.error is None else f"{100 * cell.error:.{1 if cell.error < 1e-3 else 2}g}".removeprefix("0")
 
     ticks = range(ends[0], ends[1] + 1)
     bar = {"tickvals": list(ticks), "ticktext": [f"{100 * 10.0**power:.12g}%" for power in ticks]}
@@ -228,7 +229,7 @@ def _map(
             colorbar={"thickness": 8, "outlinewidth": 0, "nticks": 5, "xpad": 4, **(bar or {})},
             text=[["" if cell is None else word(cell) for cell in row] for row in grid],
             texttemplate="%{text}",
-            textfont={"size": 11},
+            textfont={"size": 10},
         )
     )
     figure.update_layout(height=52 + 26 * len(roles), margin={"l": 8, "r": 8, "t": 8, "b": 8})

@@ -29,7 +29,7 @@
       for (const trace of figure.data) {
         if (trace.type !== "heatmap") continue;
         const longest = Math.max(...trace.text.flat().map((word) => word.length));
-        if (trace.x.length * (7 * longest + 4) > chart.offsetWidth - 60) delete trace.texttemplate; // no room for words
+        if (trace.x.length * (6 * longest + 2) > chart.offsetWidth - 60) delete trace.texttemplate; // no room for words
       }
       Plotly.newPlot(chart, figure.data, { ...figure.layout, template: template() }, { displayModeBar: false, responsive: true });
       drawn.push(chart);
