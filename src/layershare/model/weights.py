@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layershare.errors import LayershareError
+from layershare.memory import give_back_large_tensors
 from layershare.model.arch import find_blocks
 
 # What a configuration records about files, versions and run-time choices rather than about the function computed.
@@ -64,6 +65,7 @@ class Weights:
         checkpoint, is rewritten to the folder `scratch`, which must outlive this object.
         Raises LayershareError if there is no such checkpoint or if it lacks weights of its architecture.
         """
+        give_back_large_tensors()  # or what is read block after block would pile up
         scratch.mkdir(parents=True, exist_ok=True)
         try:
             with _hushed("accelerate.big_modeling"):  # it warns that the weights are on disk
@@ -130,6 +132,7 @@ class Weights:
             for name in block.state_dict()
         }
         block.load_state_dict(weights, assign=True)
+        del weights  # so that what is replaced in the block is freed
         block.to(self.device)
         try:
             yield block
