@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layershare.solve.linalg import low_rank, refit, share_input, share_output, whitening
+from layershare.solve.linalg import low_rank, refit, share_input, share_output, square_root
 
 
 def random_inputs(n, d, tokens=200, scale=True):
@@ -23,9 +23,9 @@ def _seed():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize(("d_in", "d_out"), [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 40), (40, 24), (32, 32), (600, 530)])
 def test_input_side_equals_the_svd_of_the_whitened_concatenation(n, d_in, d_out):
-    _, grams = random_inputs(n, d_in)
+    _, grams = random_inputs(n, d_in, tokens=2 * d_in)
     weights = [torch.randn(d_in, d_out, dtype=torch.float64) for _ in range(n)]
     rank = 10
     root = torch.linalg.cholesky(sum(grams)).T  # S with SᵀS = G, as published
@@ -39,9 +39,10 @@ def test_input_side_equals_the_svd_of_the_whitened_concatenation(n, d_in, d_out)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_output_side_equals_the_pca_of_the_outputs_and_its_error_is_the_measured_one(n):
-    inputs, grams = random_inputs(n, 24)
-    weights = [torch.randn(24, 40, dtype=torch.float64) for _ in range(n)]
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 40), (530, 300)])
+def test_output_side_equals_the_pca_of_the_outputs_and_its_error_is_the_measured_one(n, d_in, d_out):
+    inputs, grams = random_inputs(n, d_in, tokens=2 * d_in)
+    weights = [torch.randn(d_in, d_out, dtype=torch.float64) for _ in range(n)]
     factors = share_output(weights, grams, 9)
     outputs = torch.cat([x @ w for x, w in zip(inputs, weights, strict=True)])
     _, s, vh = torch.linalg.svd(outputs, full_matrices=False)
@@ -115,11 +116,36 @@ def test_a_rank_deficient_gram_and_a_zero_one_do_no_harm():
         assert all(x.isfinite().all() for x in solve(weights, [torch.zeros(24, 24)] * 2, 4).coefs)
 
 
-def test_whitening_gives_back_the_gram():
-    _, (gram,) = random_inputs(1, 24)
-    roots, axes = whitening(gram)
-    s = roots[:, None] * axes.T
-    torch.testing.assert_close(s.T @ s, gram, rtol=1e-6, atol=1e-6 * float(gram.abs().max()))
+@pytest.mark.parametrize("width", [24, 700])
+def test_the_square_root_gives_back_the_gram(width):
+    _, grams = random_inputs(2, width, tokens=2 * width)
+    root = square_root([gram.float() for gram in grams])
+    gram = torch.stack([gram.float() for gram in grams]).double().sum(0)
+    assert torch.equal(root, root.triu())
+    assert (root.T @ root - gram).norm() / gram.norm() < 1e-11
+
+
+def test_the_square_root_of_a_gram_that_has_no_cholesky_takes_negative_eigenvalues_for_zero():
+    axes = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64))[0]
+    values = torch.linspace(-1e-6, 1, 24, dtype=torch.float64)
+    gram = axes * values @ axes.T
+    assert torch.linalg.cholesky_ex(gram).info > 0
+    root = square_root([gram])
+    assert torch.equal(root, root.triu())
+    torch.testing.assert_close(root.T @ root, axes * values.clamp(min=0) @ axes.T, rtol=0, atol=1e-10)
+    assert torch.linalg.svdvals(root).min() > 1e-7
+
+
+@pytest.mark.parametrize("rank", [10, 40])
+def test_a_float32_gram_of_fewer_tokens_than_inputs_is_solved_for_the_directions_that_the_text_shows(rank):
+    x = torch.randn(20, 64)
+    gram = x.T @ x
+    assert torch.linalg.cholesky_ex(gram.double()).info > 0
+    weights = [torch.randn(64, 48) for _ in range(2)]
+    factors = share_input(weights, [gram, gram], rank)
+    best = torch.linalg.svdvals(x.double() @ torch.cat(weights, dim=1).double()).square()
+    measured = loss([x.double()] * 2, [w.double() for w in weights], products(factors, "input"))
+    assert measured / float(best.sum()) == pytest.approx(float(best[rank:].sum() / best.sum()), rel=1e-5, abs=1e-6)
 
 
 def test_refit_is_the_least_squares_solution_for_the_layers_own_inputs():

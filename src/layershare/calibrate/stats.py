@@ -23,7 +23,7 @@ from layershare.store import MANIFEST, Store
 
 Progress = Callable[[int, int], None]
 """Called with the amount of work done and the amount there is."""
-_ROWS = 512
+_ROWS = 256
 """Tokens that are widened to float32 at once."""
 
 

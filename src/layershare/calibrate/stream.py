@@ -109,3 +109,4 @@ class Stream:
                     self._outputs = self.batches.room(hidden_output(output))
                 self.batches.rows(self._outputs, batch).copy_(hidden_output(output))
                 self._driver.keep(batch, output)
+                del args, kwargs, output  # or they would stay while the next batch passes the block

@@ -8,8 +8,8 @@ stay private (a group of one). From 40 % removed on, coefficients are fitted aga
 give.
 
 Where this differs
-- from paper and code: S comes from an eigendecomposition with a relative ridge, not from a Cholesky, which fails on
-  rank-deficient Grams; the product B″C⁽ⁱ⁾ is the same. U_k comes from the eigenproblem of S(ΣWᵢWᵢᵀ)Sᵀ, which is n·d₂/d₁
+- from paper and code: where the Cholesky of a rank-deficient Gram fails, S comes from its eigendecomposition; both have
+  a relative ridge; the product B″C⁽ⁱ⁾ is the same. U_k comes from the eigenproblem of S(ΣWᵢWᵢᵀ)Sᵀ, which is n·d₂/d₁
   times smaller than the SVD. Basis and coefficients get equal norms, not all of Σ in the basis, so that both fit half
   precision. A private matrix is solved on its smaller side, which has the same optimum.
 - from the code: a remainder group gets the rank of its own size; the code gives it that of a full group and exceeds the

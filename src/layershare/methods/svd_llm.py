@@ -5,9 +5,9 @@ Compression", ICLR 2025, arXiv 2403.07378. With S from SᵀS = XᵀX, SW = UΣV�
 exactly σᵢ in ‖XW − XW′‖. All matrices keep the same ratio, k = ⌊x·d₁d₂ / (d₁ + d₂)⌋. This is the paper's variant
 without its update of the remaining layers and without LoRA.
 
-Where this differs from paper and code: S comes from an eigendecomposition with a relative ridge, not from a Cholesky,
-which fails on rank-deficient Grams; each matrix is solved on its smaller side, which has the same optimum; in small
-models, where rounding down leaves more than 0.5 % of the budget, single ranks are added.
+Where this differs from paper and code: where the Cholesky of a rank-deficient Gram fails, S comes from its
+eigendecomposition, both with a relative ridge; each matrix is solved on its smaller side, which has the same optimum;
+in small models, where rounding down leaves more than 0.5 % of the budget, single ranks are added.
 """
 
 from dataclasses import dataclass

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layershare.errors import LayershareError
+from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
 
 # What a configuration records about files, versions and run-time choices rather than about the function computed.
@@ -64,6 +65,7 @@ class Weights:
         checkpoint, is rewritten to the folder `scratch`, which must outlive this object.
         Raises LayershareError if there is no such checkpoint or if it lacks weights of its architecture.
         """
+        give_back_freed_memory()  # or what is read block after block would pile up
         scratch.mkdir(parents=True, exist_ok=True)
         try:
             with _hushed("accelerate.big_modeling"):  # it warns that the weights are on disk
@@ -130,11 +132,13 @@ class Weights:
             for name in block.state_dict()
         }
         block.load_state_dict(weights, assign=True)
+        del weights  # so that what is replaced in the block is freed
         block.to(self.device)
         try:
             yield block
         finally:
             block.to("meta")
+            give_back_freed_memory()
 
     def whole(self) -> PreTrainedModel:
         """A copy of the model with all its weights on `device`, none of which requires a gradient.

@@ -112,6 +112,7 @@ def solve(
     progress(total, total)
 
 
+@torch.no_grad()
 def refit_coefficients(
     factored: Factored,
     text: Text,
@@ -147,20 +148,22 @@ def refit_coefficients(
 def _refit_layer(
     layer: int,
     block: nn.Module,
-    modules: dict[str, tuple[nn.Linear | Conv1D, FactorLinear]],
+    modules: dict[str, tuple[Tensor, FactorLinear]],
     fitted: list[tuple[Linear, Share]],
     factored: Factored,
     stream: Stream,
 ) -> dict[str, Tensor]:
     """Run the compressed block, set the second factors of the `fitted` linears and return them by name."""
     spec = factored.spec
-    with measuring(block, site_modules(spec, layer)) as grams:
+    needed = {linear.site for linear, _ in fitted}
+    with measuring(block, {site: name for site, name in site_modules(spec, layer).items() if site in needed}) as grams:
         stream.run()
     new = {}
     for linear, edit in fitted:
-        dense, module = modules[linear.name]
+        weight, module = modules[linear.name]
         first, second = module.factors()
-        second.weight.copy_(refit(first.weight.T, grams[linear.site], row_convention(dense.weight, linear)).T)
+        dense = row_convention(weight.to(second.weight.device), linear)
+        second.weight.copy_(refit(first.weight.T, grams[linear.site], dense).T)
         new[_second_factor(spec, linear, edit)] = second.weight
     return new
 
@@ -233,13 +236,14 @@ def _second_factor(spec: Spec, linear: Linear, edit: Share) -> str:
 @contextmanager
 def _compressed(
     block: nn.Module, pairs: list[tuple[Linear, Share]], factored: Factored
-) -> Iterator[dict[str, tuple[nn.Linear | Conv1D, FactorLinear]]]:
+) -> Iterator[dict[str, tuple[Tensor, FactorLinear]]]:
     """The block with its linears replaced by their factors, each with a basis of its own, for the duration.
 
-    Yields linear's name -> (dense module, its replacement).
+    Yields linear's name -> (dense weight where the model keeps it, replacement). A block read from disk lets go of its
+    own copies of the dense weights.
     """
-    spec = factored.spec
-    replaced = {}
+    spec, weights = factored.spec, factored.weights
+    replaced, original = {}, {}
     for linear, edit in pairs:
         name = linear.name.removeprefix(f"{spec.blocks}.{linear.layer}.")
         dense = cast(nn.Linear | Conv1D, block.get_submodule(name))
@@ -249,10 +253,12 @@ def _compressed(
         coef = f"{spec.base_prefix}{linear.name}.coef.weight"
         module.load_state_dict({"basis.weight": factored.tensor(basis), "coef.weight": factored.tensor(coef)})
         module.bias = dense.bias
-        replaced[linear.name] = (dense, module.requires_grad_(False))
+        replaced[linear.name] = (weights.tensor(spec.weight_name(linear)), module.requires_grad_(False))
+        original[name] = weights.model.get_submodule(f"{spec.base_prefix}{linear.name}")
         block.set_submodule(name, module)
+        del dense  # or the last one would stay
     try:
         yield replaced
     finally:
-        for name, (dense, _) in replaced.items():
-            block.set_submodule(name.removeprefix(f"{spec.blocks}.").partition(".")[2], dense)
+        for name, module in original.items():
+            block.set_submodule(name, module)

@@ -2,7 +2,8 @@
 
 Every function minimises an activation-weighted error Σᵢ‖Xᵢ(Wᵢ − Ŵᵢ)‖² that depends on the inputs Xᵢ only through
 their Gram matrices Gᵢ = XᵢᵀXᵢ. Weights and Grams come in any floating type and are widened a panel at a time, so that
-no second copy of a large matrix is made. Eigenproblems are of the shared side's width, never n·d_out.
+no second copy of a large matrix is made. Eigenproblems are of the shared side's width, never n·d_out. Of symmetric
+products only the lower triangle is computed, which is all that Cholesky and `eigh` read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,11 @@ from torch import Tensor
 RIDGE = 1e-12
 """Added to a Gram matrix before it is inverted, relative to its mean eigenvalue; negative eigenvalues count as 0."""
 REFIT_RIDGE = 1e-8
-"""The same for a refit, whose matrix is not freed of the rounding of float32 Grams by an eigendecomposition."""
-_PANEL = 1024
+"""The same for a refit, where nothing frees the matrix of negative eigenvalues from the rounding of float32 Grams."""
+_PANEL = 256
+"""Rows or columns of a matrix that are widened to float64 at once."""
+_BLOCK = 256
+"""Rows of a triangle that are computed at once: few enough to save half the work, enough for fast products."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,22 @@ def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank:
 
     With G = ΣGᵢ = SᵀS, U_k are the top eigenvectors of S(ΣWᵢWᵢᵀ)Sᵀ, B = S⁻¹U_k and Cᵢ = U_kᵀSWᵢ: what an SVD of the
     d_in × n·d_out matrix S[W₁ … W_n] gives, by a d_in × d_in problem. The error is the sum of dropped eigenvalues.
-    S comes from the eigendecomposition of G, which cannot fail as a Cholesky can. `weights`: n of d_in × d_out;
-    `grams`: n of d_in × d_in, or all `None` for G = 1.
+    `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or all `None` for G = 1.
     """
-    moment = sum_of(panel @ panel.T for weight in weights for panel in _column_panels(weight))
-    if any(gram is None for gram in grams):
-        values, vectors = _descending(moment)
-        encoder = decoder = vectors[:, :rank]
+    moment = _zeros(len(weights[0]), weights[0])
+    for weight in weights:
+        for panel in _column_panels(weight):
+            _add_lower(moment, panel, panel.T)
+    present = [gram for gram in grams if gram is not None]
+    if present:
+        root = square_root(present)
+        _congruence(moment, root)
+        values, vectors = _top(moment, rank)
+        encoder = root.T @ vectors  # SᵀU_k
+        decoder = torch.linalg.solve_triangular(root, vectors, upper=True)  # S⁻¹U_k
     else:
-        roots, axes = whitening(sum_of(gram.double() for gram in grams if gram is not None))
-        moment = roots[:, None] * (axes.T @ moment @ axes) * roots
-        values, vectors = _descending(moment)
-        encoder = axes @ (roots[:, None] * vectors[:, :rank])  # SᵀU_k
-        decoder = axes @ (vectors[:, :rank] / roots[:, None])  # S⁻¹U_k
+        values, vectors = _top(moment, rank)
+        encoder = decoder = vectors
     coefs = [_apply_transposed(encoder, weight) for weight in weights]
     scale = _balance(decoder, [coef.T for coef in coefs])
     coefs = tuple(coef.div_(scale[:, None]) for coef in coefs)
@@ -63,9 +70,15 @@ def share_output(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank
     V_k are the top eigenvectors of M = ΣWᵢᵀGᵢWᵢ (d_out × d_out), B = V_kᵀ and Aᵢ = WᵢV_k; nothing is inverted.
     `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or `None` for Gᵢ = 1.
     """
-    moment = sum_of(_output_moment(weight, gram) for weight, gram in zip(weights, grams, strict=True))
-    values, vectors = _descending(moment)
-    basis = vectors[:, :rank]
+    moment = _zeros(weights[0].shape[1], weights[0])
+    for weight, gram in zip(weights, grams, strict=True):
+        wide = weight.double()
+        if gram is None:
+            _add_lower(moment, wide.T, wide)
+            continue
+        for rows, panel in zip(wide.split(_PANEL), _row_panels(gram), strict=True):
+            _add_lower(moment, rows.T, panel @ wide)
+    values, basis = _top(moment, rank)
     coefs = [_apply_transposed(basis, weight.T).T for weight in weights]
     scale = _balance(basis, coefs)
     return Factors((basis * scale).T, tuple(coef.div_(scale) for coef in coefs), _dropped(values, rank), values)
@@ -90,45 +103,65 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     `basis`: d_in × k, `gram`: d_in × d_in of the inputs that the compressed model really produces, `weight`:
     d_in × d_out. λ is `REFIT_RIDGE` relative to the mean eigenvalue of BᵀGB. Returns k × d_out. (Basis Sharing, §3.3.)
     """
-    wide = basis.double()
-    weighted = torch.cat([panel @ wide for panel in _row_panels(gram)])  # GB: d_in × k
-    normal = wide.T @ weighted
+    wide, (rank, d_out) = basis.double(), (basis.shape[1], weight.shape[1])
+    normal, target = wide.new_zeros(rank, rank), wide.new_zeros(rank, d_out)  # BᵀGB and BᵀGW
+    for rows, panel, dense in zip(wide.split(_PANEL), _row_panels(gram), _row_panels(weight), strict=True):
+        weighted = panel @ wide  # some rows of GB
+        normal.addmm_(rows.T, weighted)
+        target.addmm_(weighted.T, dense)
     normal.diagonal().add_(_ridge(normal, REFIT_RIDGE))
-    return _apply_transposed(torch.linalg.solve(normal, weighted.T).T, weight)
+    return torch.linalg.solve(normal, target)
 
 
-def whitening(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots r (d) and axes Q (d × d) with G + ridge = Q diag(r²) Qᵀ, so S = diag(r)Qᵀ gives SᵀS = G.
+def square_root(grams: Sequence[Tensor]) -> Tensor:
+    """Upper triangular S (d × d) with SᵀS = G + ridge, for G = ΣGᵢ.
 
-    Eigenvalues below zero, which rounding makes, count as zero before the ridge. Raises nothing for a singular G.
+    By Cholesky; where that fails because G is singular and rounding made eigenvalues negative, by the eigenvalues of
+    G, those below zero counting as zero before the ridge. Never fails.
     """
-    values, axes = torch.linalg.eigh(gram)
-    return (values.clamp(min=0) + _ridge(gram, RIDGE)).sqrt(), axes
+    total = _zeros(len(grams[0]), grams[0])
+    for gram in grams:
+        total += gram
+    ridge = _ridge(total, RIDGE)
+    total.diagonal().add_(ridge)
+    lower, failed = torch.linalg.cholesky_ex(total)
+    if not failed:
+        return lower.T
+    values, axes = torch.linalg.eigh(total)
+    return torch.linalg.qr(values.clamp(min=ridge).sqrt()[:, None] * axes.T).R
 
 
-def sum_of(matrices: Iterator[Tensor]) -> Tensor:
-    """The sum of matrices that come one at a time, held once."""
-    total = next(matrices).clone()
-    for matrix in matrices:
-        total += matrix
-    return total
+def _zeros(width: int, like: Tensor) -> Tensor:
+    return torch.zeros(width, width, dtype=torch.float64, device=like.device)
 
 
-def _output_moment(weight: Tensor, gram: Tensor | None) -> Tensor:
-    """WᵀGW (d_out × d_out) without a float64 copy of G."""
-    wide = weight.double()
-    if gram is None:
-        return wide.T @ wide
-    start, panels = 0, []
-    for panel in _row_panels(gram):
-        panels.append(wide[start : start + len(panel)].T @ (panel @ wide))
-        start += len(panel)
-    return sum_of(iter(panels))
+def _add_lower(moment: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left · right, d × m and m × d, to the lower triangle of `moment`, for sums of products that are symmetric."""
+    for start in range(0, len(moment), _BLOCK):
+        rows, columns = slice(start, start + _BLOCK), slice(start + _BLOCK)
+        moment[rows, columns].addmm_(left[rows], right[:, columns])
+
+
+def _congruence(moment: Tensor, root: Tensor) -> None:
+    """Replace M by SMSᵀ for upper triangular S. Of both only the lower triangles count: the upper ones are work space.
+
+    Block after block of columns j, M_{≥j,j} becomes M_{≥j,≥j}(Sᵀ)_{≥j,j}, of which row block j then gives row j of the
+    result; neither is read again, so that a quarter of the work of two full products is done, in place.
+    """
+    upper = moment.tril(-1).T
+    moment.tril_().add_(upper)
+    for start in range(0, len(moment), _BLOCK):
+        block, rest, before = slice(start, start + _BLOCK), slice(start, None), slice(start + _BLOCK)
+        moment[rest, block] = moment[rest, rest] @ root[block, rest].T
+        moment[block, before] = root[block, rest] @ moment[rest, before]
 
 
 def _apply_transposed(left: Tensor, weight: Tensor) -> Tensor:
     """leftᵀ W in float64, a panel of W at a time: left d × k, W d × m, result k × m."""
-    return torch.cat([left.T @ panel for panel in _column_panels(weight)], dim=1)
+    result = left.new_empty(left.shape[1], weight.shape[1])
+    for part, panel in zip(result.split(_PANEL, dim=1), _column_panels(weight), strict=True):
+        torch.mm(left.T, panel, out=part)
+    return result
 
 
 def _column_panels(matrix: Tensor) -> Iterator[Tensor]:
@@ -139,10 +172,13 @@ def _row_panels(matrix: Tensor) -> Iterator[Tensor]:
     return (panel.double() for panel in matrix.split(_PANEL))
 
 
-def _descending(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """All eigenvalues in falling order, none below zero, with their eigenvectors in columns."""
+def _top(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues in falling order, none below zero, and in columns the eigenvectors of the first `rank` of them.
+
+    Only the lower triangle of `moment` is read.
+    """
     values, vectors = torch.linalg.eigh(moment)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
+    return values.flip(0).clamp(min=0), vectors[:, -rank:].flip(1)
 
 
 def _ridge(matrix: Tensor, relative: float) -> float:
