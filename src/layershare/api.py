@@ -13,6 +13,7 @@ from layershare.calibrate.text import Source, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.speed import measure_speed
+from layershare.evaluate.trial import load_trial
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.model.hub import load
@@ -20,7 +21,7 @@ from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import environment
-from layershare.run import Report, block_length, device_of, load_test, run, silent
+from layershare.run import Report, block_length, device_of, run, silent
 
 
 def compress(
@@ -117,11 +118,11 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     assert recipe.evaluation is not None
     options, device = recipe.evaluation, device_of(recipe.device)
     length = block_length(read_config(folder), options.length)
-    tokens = load_test(options, read_tokenizer(folder), length)
+    trial = load_trial(options, read_tokenizer(folder), length)
     model = load(resolve(folder), dtype=options.dtype, device_map=device)
     reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
-    evaluation = evaluate(model, tokens, reference, batch_size=options.batch_size, progress=report("evaluate"))
-    return {"model": folder, "original": original, "evaluation": asdict(evaluation), **environment()}
+    evaluation = trial.measure(model, reference, report("evaluate"))
+    return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
 
 
 def bench_folder(

@@ -164,8 +164,19 @@ def calibrate(
 @app.command("eval")
 def evaluate(
     folder: Folder,
-    text: TextName = "wikitext2",
+    text: Annotated[
+        str | None, typer.Option("--text", "-t", help="As for compress; by default wikitext2, or no text with --tasks.")
+    ] = None,
     original: Annotated[str | None, typer.Option("--original", help="Compare with this model.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Zero-shot tasks of lm-eval: arc_easy,piqa; `papers` for the papers' seven."),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None, typer.Option("--tasks-data", help="Folder with TASK.jsonl files (default: from the hub).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Rows per task.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Blocks, or rows of a task, at once.")] = None,
     blocks: Blocks = None,
     length: Length = None,
     dtype: Dtype = "auto",
@@ -175,12 +186,21 @@ def evaluate(
         Path | None, typer.Option("-o", "--output", help="Write the results (JSON) to this file.")
     ] = None,
 ) -> None:
-    """Measure perplexity and, against an original, KL divergence and top-1 agreement."""
+    """Measure perplexity, zero-shot tasks and, against an original, KL divergence and top-1 agreement."""
     from layershare.api import evaluate_folder
     from layershare.store import write_json
 
     _require_parent(output)
-    test = _given(text=text, blocks=blocks, length=length, dtype=dtype)
+    test = _given(
+        blocks=blocks,
+        length=length,
+        tasks=tasks and tasks.split(","),
+        tasks_data=tasks_data and str(tasks_data),
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+    )
+    test["text"] = text or (None if tasks else "wikitext2")
     with _progress() as report:
         results = evaluate_folder(
             folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
@@ -319,12 +339,15 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _print_evaluation(evaluation: dict[str, Any], json: bool) -> None:
-    from layershare.report.listing import evaluation_table
+    from layershare.report.listing import evaluation_table, tasks_table
 
     if json:
         console.print_json(data=evaluation)
-    else:
+        return
+    if "text" in evaluation:
         console.print(evaluation_table(evaluation))
+    if "tasks" in evaluation:
+        console.print(tasks_table(evaluation))
 
 
 @contextmanager

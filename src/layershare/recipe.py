@@ -33,15 +33,29 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Test:
-    """The text that original and compressed model are measured on; `blocks` `None` takes all of it."""
+    """What original and compressed model are measured on: a text (`None`: none) and zero-shot tasks.
+
+    `blocks` of the text, `None` for all of it. `tasks`: names of lm-eval's, or `papers` for the seven of the papers;
+    their rows come from the hub, or from `tasks_data`, a folder with a `TASK.jsonl` for each. `limit`: rows per task.
+    """
 
     __test__ = False
     __pydantic_config__ = _STRICT
-    text: str = "wikitext2"
+    text: str | None = "wikitext2"
     blocks: Annotated[int, Field(ge=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_data: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise `LayershareError` if there is nothing to measure, or settings of tasks without tasks."""
+        if self.text is None and not self.tasks:
+            raise LayershareError("The evaluation has neither a text nor tasks; name one of them.")
+        if not self.tasks and (self.tasks_data is not None or self.limit is not None):
+            raise LayershareError("The evaluation has tasks_data or limit but no tasks; name some, or `papers`.")
 
 
 @dataclass(frozen=True)

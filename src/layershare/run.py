@@ -25,8 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.stats import Kind, Progress, Stats, calibrate
 from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
-from layershare.evaluate.divergence import evaluate
 from layershare.evaluate.generate import compare_samples
+from layershare.evaluate.trial import Trial, load_trial
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
@@ -40,7 +40,7 @@ from layershare.plan.edits import Share, kept_layers
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import size
-from layershare.recipe import Calibration, Recipe, Test
+from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, solve, write_weights
@@ -180,8 +180,8 @@ def run(
     if recipe.evaluation is not None:
         assert tokenizer is not None
         source = read_config(recipe.model) if model is None else model
-        test = load_test(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
-        if calibration is not None and calibration.text_sha256 == test.text_sha256:
+        test = load_trial(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
+        if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
     stats = out if recipe.calibration.stats is None else _folder(recipe.calibration.stats)
     _require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
@@ -206,7 +206,7 @@ def _carry_out(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Text | None,
-    test: Text | None,
+    test: Trial | None,
     clock: "_Clock",
     pages: bool,
 ) -> dict[str, Any]:
@@ -265,9 +265,8 @@ def _carry_out(
     }
     if test is not None:
         with clock.step("evaluate") as progress:
-            assert tokenizer is not None
-            results |= _measure(recipe, staging, test, model, tokenizer, progress)
-    results |= {"seconds": clock.seconds, **environment()}
+            results |= _measure(recipe, staging, test, model, progress)
+    results |= {"seconds": clock.seconds, **environment(*(test.packages if test else ()))}
     write_json(staging / "results.json", results)
     if pages:
         write_pages(staging, out.name)
@@ -330,11 +329,6 @@ def load_calibration(
     """The calibration text, or `text` in its place, in blocks of `length` tokens."""
     source = options.text if text is None else text
     return load_text(source, tokenizer, split="train", blocks=options.blocks, length=length, seed=options.seed)
-
-
-def load_test(test: Test, tokenizer: PreTrainedTokenizerBase, length: int) -> Text:
-    """The text of an evaluation in blocks of `length` tokens."""
-    return load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=length)
 
 
 def device_of(name: str) -> str:
@@ -436,19 +430,15 @@ def _require_disk(needs: dict[Path, int]) -> None:
 
 
 def _measure(
-    recipe: Recipe,
-    staging: Path,
-    text: Text,
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress,
+    recipe: Recipe, staging: Path, test: Trial, model: PreTrainedModel | None, progress: Progress
 ) -> dict[str, Any]:
-    assert recipe.evaluation is not None
-    dtype, device = recipe.evaluation.dtype, device_of(recipe.device)
+    dtype, device = test.test.dtype, device_of(recipe.device)
     original = load(resolve(recipe.model), dtype=dtype, device_map=device) if model is None else model
     small = load(staging, dtype=original.dtype, device_map=original.device)
-    evaluation = evaluate(small, text, original, batch_size=recipe.evaluation.batch_size, progress=progress)
-    return {"evaluation": asdict(evaluation), "samples": compare_samples(small, original, text, tokenizer)}
+    results: dict[str, Any] = {"evaluation": test.measure(small, original, progress)}
+    if test.text is not None:
+        results["samples"] = compare_samples(small, original, test.text, test.tokenizer)
+    return results
 
 
 def _publish(staging: Path, out: Path) -> None:

@@ -39,6 +39,27 @@ def speed_table(speed: dict[str, Any]) -> Table:
     return table
 
 
+def tasks_table(evaluation: dict[str, Any]) -> Table:
+    """The zero-shot tasks of one evaluation, with what guessing would score."""
+    originals = evaluation.get("original_tasks")
+    table = Table(title="Zero-shot tasks", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for column in ("rows", "guessing", "model", *(["original"] if originals else [])):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for task, result in evaluation["tasks"].items():
+        for metric, score in result["scores"].items():
+            both = [score, *([originals[task]["scores"][metric]] if originals else [])]
+            table.add_row(
+                f"{task}, {metric}",
+                str(result["rows"]),
+                "" if result["chance"] is None or score["near_chance"] is None else f"{result['chance']:.3f}",
+                *(f"{each['value']:.3f}" + (f" ± {each['stderr']:.3f}" if each["stderr"] else "") for each in both),
+                "near guessing" if score["near_chance"] else "",
+            )
+    return table
+
+
 def listing(folder: Path) -> Table:
     """The finished models below a folder, one line each. Raises `LayershareError` if there is no such folder."""
     if not folder.is_dir():

@@ -14,12 +14,15 @@ from layershare.model.arch import Spec
 PACKAGES = ("layershare", "torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 
-def environment() -> dict[str, Any]:
-    """Versions of the packages that matter and the machine's processor, cores, memory (bytes) and accelerators."""
+def environment(*more: str) -> dict[str, Any]:
+    """Versions of the packages that matter and the machine's processor, cores, memory (bytes) and accelerators.
+
+    `more`: further packages that matter.
+    """
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *more)}},
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),

@@ -77,8 +77,9 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """What was measured on the recipe's test text."""
-        return self.results.get("evaluation")
+        """What was measured on the recipe's test text, if it names one; zero-shot tasks may be in it."""
+        measured = self.results.get("evaluation")
+        return measured if measured and "text" in measured else None
 
     @property
     def roles(self) -> list[str]:
