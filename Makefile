@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: test demo check tables clean
+.PHONY: test demo bench check tables clean
 
 test: check
 	$(BIN)/python -m pytest -n 2
@@ -10,12 +10,17 @@ test: check
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo/run.py
 
+# Run every method at every size where a result is missing. C4 comes from the hub unless BENCH says where it is:
+# make bench BENCH="--path c4=FILE.jsonl --path stories260K=FOLDER --path tinystories-train=FILE.txt …"
+bench: .venv/installed
+	$(BIN)/python benchmarks/methods/run.py $(BENCH)
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Write the tables of README.md anew from the results in benchmarks/.
+# Write the tables of README.md and docs/ anew from the results in benchmarks/.
 tables: .venv/installed
 	$(BIN)/python scripts/tables.py
 

@@ -1,27 +1,20 @@
-"""Write the tables of README.md anew from the results in benchmarks/ (`--check`: fail if they are not up to date)."""
+"""Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
+
+A table stands between two comments that name it: `demo`, `results MODEL` or `measured METHOD`.
+"""
 
 import json
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from method_tables import machine, markdown, measured_method, model_page
+
 ROOT = Path(__file__).parents[1]
-
-
-def machine(results: dict[str, Any]) -> str:
-    """One sentence on where and with what a result was made."""
-    computer, versions = results["machine"], results["versions"]
-    return (
-        f"{results['date'][:10]}, {computer['processor']}, {computer['threads']} of {computer['cores']} cores; "
-        f"layershare {versions['layershare']}, torch {versions['torch']}, transformers {versions['transformers']}."
-    )
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+PAGES = ("README.md", "docs/results.md", "docs/papers.md")
+BENCHMARKS = ROOT / "benchmarks"
+GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
 def demo(results: dict[str, Any]) -> str:
@@ -55,27 +48,31 @@ def demo(results: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n\n{note}; {machine(results)}"
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo}
+def table(name: str) -> str:
+    """The table of this name. Raises `ValueError` if there is none."""
+    kind, _, which = name.partition(" ")
+    if kind == "demo":
+        return demo(json.loads((BENCHMARKS / "demo" / "results.json").read_text(encoding="utf-8")))
+    if kind == "results":
+        return model_page(BENCHMARKS / "methods", which)
+    if kind == "measured":
+        return measured_method(BENCHMARKS / "methods", which)
+    raise ValueError(f"There is no table '{name}'.")
 
 
 def written(text: str) -> str:
-    """README.md with every generated part replaced."""
-    for name, make in SECTIONS.items():
-        results = json.loads((ROOT / "benchmarks" / name / "results.json").read_text(encoding="utf-8"))
-        start, end = f"<!-- {name}: made by `make tables` -->", f"<!-- end of {name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{make(results)}\n{end}{rest.split(end)[1]}"
-    return text
+    """A page with every generated part replaced."""
+    return GENERATED.sub(lambda found: f"{found[1]}{table(found['name'])}\n{found[3]}", text)
 
 
 def main() -> None:
     """Write, or check."""
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = written(old)
-    if "--check" in sys.argv and new != old:
-        sys.exit("README.md is not what `make tables` writes.")
-    readme.write_text(new, encoding="utf-8")
+    for page in PAGES:
+        old = (ROOT / page).read_text(encoding="utf-8")
+        new = written(old)
+        if "--check" in sys.argv and new != old:
+            sys.exit(f"{page} is not what `make tables` writes.")
+        (ROOT / page).write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,261 @@
+"""Every method at every size on small models: runs what has no result yet. Interrupted, the same command continues.
+
+    python benchmarks/methods/run.py [--path c4=FILE] [--path books-llama-11m=FOLDER …]
+
+`matrix.yaml` says what to run. Each experiment has a folder here, MODEL/METHOD-KEEP, with the recipe and its result.
+It runs in a fresh process; the statistics are measured once per model. `make tables` puts the results into docs/.
+"""
+
+import argparse
+import fcntl
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from transformers.utils import logging
+
+from layershare.api import evaluate_folder
+from layershare.errors import LayershareError, unknown
+from layershare.methods import METHODS
+from layershare.model.arch import Spec, describe
+from layershare.model.source import SAMPLE, read_config, resolve
+from layershare.model.weights import Weights
+from layershare.plan.budget import target_parameters
+from layershare.recipe import make_recipe
+from layershare.report.results import environment
+from layershare.run import calibrate_to, run
+from layershare.store import write_json
+
+HERE = Path(__file__).parent
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One method at one size on one model: a recipe, what else to measure, and the weights that it is about."""
+
+    method: str
+    keep: float
+    recipe: Values
+    further_tests: list[Values]
+    model_fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """The folder of the results."""
+        return f"{self.recipe['model']}/{self.method}-{self.keep}"
+
+    @property
+    def identity(self) -> Values:
+        """What a result must have been made from to be this experiment's."""
+        return json.loads(json.dumps(vars(self)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where names lead to, where results and unfinished work are, and the threads of each process."""
+
+    paths: dict[str, str]
+    results: Path
+    work: Path
+    threads: int
+
+    def named(self, recipe: Values) -> Values:
+        """A recipe with paths in place of the names that have one."""
+        values = {**recipe, "model": self.paths.get(recipe["model"], recipe["model"])}
+        for section, keys in (("calibration", ("text",)), ("evaluation", ("text", "tasks_data"))):
+            if values.get(section):
+                found = {key: self.paths.get(values[section].get(key), values[section].get(key)) for key in keys}
+                values[section] = {**values[section], **found}
+        values["calibration"] = {**values["calibration"], "stats": str(self.stats(recipe["model"]))}
+        return values
+
+    def stats(self, model: str) -> Path:
+        """The statistics of a model, shared by all its experiments."""
+        return self.work / model / "stats"
+
+    def result(self, name: str) -> Path:
+        """The file with the result of an experiment."""
+        return self.results / name / "result.json"
+
+    def finished(self, name: str, identity: Values) -> bool:
+        """Whether an experiment has a result that was made from the same."""
+        file = self.result(name)
+        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["experiment"] == identity
+
+
+def experiments(matrix: Values, model: str, methods: list[str], place: Place) -> list[Experiment]:
+    """All experiments on one model, size by size."""
+    row = matrix["models"][model]
+    folder = resolve(place.paths.get(model, model))
+    spec = describe(read_config(folder))
+    with TemporaryDirectory() as scratch:
+        fingerprint = Weights.open(folder, Path(scratch), dtype="auto", device="cpu").fingerprint
+    found = []
+    for keep in matrix["keeps"]:
+        first, *further = row["tests"]
+        tasks = row.get("tasks")
+        if tasks and keep in tasks["keeps"] and tasks["data"] in place.paths:
+            first = {**first, "tasks": tasks["names"], "tasks_data": tasks["data"], "limit": tasks["limit"]}
+        for method in methods:
+            recipe = {
+                "model": model,
+                "method": method,
+                "keep": budget(spec, keep),
+                "of": "all",
+                "calibration": row["calibration"],
+                "evaluation": first,
+            }
+            found.append(Experiment(method, keep, recipe, further, fingerprint))
+    return found
+
+
+def budget(spec: Spec, keep: float) -> str:
+    """All parameters that are left when this fraction of the targets is, exactly, as a recipe says it."""
+    targets = target_parameters(spec)
+    count = spec.parameters - targets + floor(Fraction(str(keep)) * targets)
+    return f"{count // 1000}.{count % 1000:03}K"
+
+
+def carry_out(experiment: Experiment, place: Place) -> None:
+    """In the fresh process: run the recipe, measure on all texts, write the result, drop the model."""
+    name = experiment.name
+    recipe = place.named(experiment.recipe)
+    out = place.work / name
+
+    def work() -> Values:
+        try:
+            results = run(make_recipe({**recipe, "evaluation": None}), out)
+        except LayershareError as error:
+            return {"refused": str(error)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        measured = []
+        for test in (experiment.recipe["evaluation"], *experiment.further_tests):
+            asked = make_recipe(place.named({**experiment.recipe, "evaluation": test}))
+            measured.append(evaluate_folder(str(out), recipe["model"], asked)["evaluation"])
+            measured[-1]["text"]["source"] = test["text"]  # the name, not that of a file here
+        if results["calibration"]:
+            results["calibration"]["source"] = experiment.recipe["calibration"]["text"]
+        wanted = ("before", "after", "options", "calibration", "refit", "seconds")
+        return {**{key: results[key] for key in wanted}, "peak_memory": peak, "evaluations": measured}
+
+    _write_result(name, experiment.identity, place, work)
+    recipe_file = place.result(name).with_name("recipe.yaml")
+    recipe_file.write_text(yaml.safe_dump(experiment.recipe, sort_keys=False), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def calibrate(experiment: Experiment, place: Place) -> None:
+    """In the fresh process: measure the statistics that all experiments of a model share."""
+    model = experiment.recipe["model"]
+    recipe = make_recipe({**place.named(experiment.recipe), "method": "svd-llm", "evaluation": None})
+
+    def work() -> Values:
+        start = time.perf_counter()
+        calibrate_to(recipe)
+        seconds = round(time.perf_counter() - start, 3)
+        return {"seconds": seconds, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    _write_result(f"{model}/calibration", calibration_identity(experiment), place, work)
+
+
+def calibration_identity(experiment: Experiment) -> Values:
+    """What the statistics of a model are made from."""
+    return {"calibration": experiment.recipe["calibration"], "model_fingerprint": experiment.model_fingerprint}
+
+
+def _write_result(name: str, identity: Values, place: Place, work: Callable[[], Values]) -> None:
+    """Do the work and write its result, unless a process that outlived its parent has just done so."""
+    torch.set_num_threads(place.threads)
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".* holds this very run, finished")
+    (place.work / name).parent.mkdir(parents=True, exist_ok=True)
+    with open(place.work / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.finished(name, identity):
+            return
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found = {"memory_at_start": start, **work()}
+        place.result(name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(place.result(name), {"experiment": identity, **found, **environment()})
+
+
+def in_fresh_process(
+    context: ForkServerContext, function: Callable[[Experiment, Place], None], experiment: Experiment, place: Place
+) -> bool:
+    """Whether the function ended well. A process dies without taking others with it."""
+    process = context.Process(target=function, args=(experiment, place), daemon=True)
+    start = time.perf_counter()
+    process.start()
+    process.join()
+    what = "statistics" if function is calibrate else f"{experiment.method}, {experiment.keep}"
+    how = "done" if process.exitcode == 0 else f"failed with exit code {process.exitcode}"
+    print(f"{experiment.recipe['model']}: {what}: {how} in {time.perf_counter() - start:.1f} s", flush=True)
+    return process.exitcode == 0
+
+
+def run_pending(context: ForkServerContext, todo: list[Experiment], place: Place, jobs: int) -> bool:
+    """Calibrate once, then run the experiments of one model, `jobs` at a time; whether all ended well."""
+    first = todo[0]
+    model = first.recipe["model"]
+    if not place.finished(f"{model}/calibration", calibration_identity(first)):
+        shutil.rmtree(place.stats(model), ignore_errors=True)  # so that its seconds are those of all the work
+    if not in_fresh_process(context, calibrate, first, place):
+        return False
+    with ThreadPoolExecutor(jobs) as pool:
+        return all(list(pool.map(lambda each: in_fresh_process(context, carry_out, each, place), todo)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
+    parser.add_argument("--method", action="append", default=[], help="run this method only; repeatable")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of unfinished work")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time")
+    options = parser.parse_args()
+    paths = dict(each.split("=", 1) for each in options.path)
+    for path in paths.values():
+        if not Path(path).exists():
+            sys.exit(f"There is no '{path}'.")
+    for method in options.method:
+        if method not in METHODS:
+            sys.exit(str(unknown("method", method, METHODS)))
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    place = Place(paths, options.results, options.work, threads)
+    matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__"])
+    well = True
+    for model in matrix["models"]:
+        if model != SAMPLE and model not in paths:
+            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+            continue
+        every = experiments(matrix, model, options.method or list(METHODS), place)
+        todo = [each for each in every if not place.finished(each.name, each.identity)]
+        print(f"{model}: {len(todo)} of {len(every)} experiments to run", flush=True)
+        if todo:
+            well = run_pending(context, todo, place, options.jobs) and well
+    if not well:
+        sys.exit("Some experiments failed; the same command tries them again.")
+
+
+if __name__ == "__main__":
+    main()
