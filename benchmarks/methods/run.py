@@ -192,6 +192,7 @@ def _write_result(name: str, identity: Values, place: Place, work: Callable[[], 
             return
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = {"memory_at_start": start, **work()}
+        found["cpu_seconds"] = round(time.process_time(), 1)  # of everything, measuring included
         place.result(name).parent.mkdir(parents=True, exist_ok=True)
         write_json(place.result(name), {"experiment": identity, **found, **environment()})
 
