@@ -1,7 +1,7 @@
 """The comparison of methods: what runs, what it writes, that it continues, and the tables made from it."""
 
 import json
-import signal
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ from tests.families import tiny_model
 
 RUN = Path(__file__).parents[1] / "benchmarks" / "methods" / "run.py"
 MATRIX = {
-    "keeps": [0.8, 0.6],
+    "keeps": [0.8],
     "models": {
         "tiny": {
             "calibration": {"text": "letters", "blocks": 32, "length": 64},
@@ -34,18 +34,17 @@ def bench(tmp_path_factory, tokenizer, words) -> tuple[Path, str]:
     tokenizer.save_pretrained(folder / "model")
     (folder / "letters.txt").write_text("\n".join(words))
     (folder / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
-    command = [sys.executable, RUN, "--matrix", "matrix.yaml", "--results", "results", "--jobs", "2"]
+    command = [sys.executable, RUN, "--matrix", "matrix.yaml", "--results", "results", "--jobs", "1"]
     command += ["--method", "svd", "--method", "svd-llm", "--path", "tiny=model", "--path", "letters=letters.txt"]
-    first = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    result = folder / "results" / "tiny" / "svd-0.8" / "result.json"
-    deadline = time.monotonic() + 120
-    while not result.is_file() and not (folder / "results" / "tiny" / "svd-llm-0.8" / "result.json").is_file():
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=folder, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        while first.poll() is None and not results_of(folder):
+            time.sleep(0.05)
         assert first.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    again = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        first.kill()
+    again = subprocess.run(command, cwd=folder, env=one_thread, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     return folder, again.stdout
 
@@ -58,10 +57,10 @@ def results_of(folder: Path) -> dict[str, dict]:
 def test_a_killed_bench_continues(bench):
     folder, printed = bench
     assert "elsewhere: left out; say where it is with --path elsewhere=FOLDER" in printed
-    assert "4 of 4" not in printed
-    assert "of 4 experiments to run" in printed
+    assert "2 of 2" not in printed
+    assert "of 2 experiments to run" in printed
     results = results_of(folder)
-    assert set(results) == {"svd-0.8", "svd-0.6", "svd-llm-0.8", "svd-llm-0.6"}
+    assert set(results) == {"svd-0.8", "svd-llm-0.8"}
     assert not list((folder / "build").rglob("config.json"))  # compressed models are not kept
 
 
@@ -78,10 +77,9 @@ def test_results_are_comparable_and_complete(bench):
         assert result["peak_memory"] >= result["memory_at_start"] > 0
         assert result["versions"]["torch"]
         assert str(folder) not in json.dumps(result)
-    assert len({result["experiment"]["recipe"]["keep"] for result in results.values()}) == 2
     assert results["svd-0.8"]["after"] == results["svd-llm-0.8"]["after"]
-    written = yaml.safe_load((folder / "results" / "tiny" / "svd-llm-0.6" / "recipe.yaml").read_text())
-    assert written == results["svd-llm-0.6"]["experiment"]["recipe"]
+    written = yaml.safe_load((folder / "results" / "tiny" / "svd-llm-0.8" / "recipe.yaml").read_text())
+    assert written == results["svd-llm-0.8"]["experiment"]["recipe"]
     assert (written["model"], written["calibration"]["text"]) == ("tiny", "letters")
 
 
@@ -96,20 +94,18 @@ def test_tables_show_results_and_mark_what_is_off_size(bench, tmp_path):
     assert "| tiny, stdlib |" in measured_method(bench[0] / "results", "svd")
     assert measured_method(bench[0] / "results", "basis-sharing").startswith("Not measured yet")
 
-    for name, result in results.items():
-        if name == "svd-0.6":
-            result["after"]["all"]["parameters"] *= 0.99
-        if name == "svd-llm-0.6":
-            result = {key: result[key] for key in ("experiment", "date", "machine", "versions")} | {"refused": "No."}
+    facts = {key: results["svd-llm-0.8"][key] for key in ("experiment", "date", "machine", "versions")}
+    results["svd-0.8"]["after"]["all"]["parameters"] *= 0.99
+    changed = {"svd-0.8": results["svd-0.8"], "svd-llm-0.8": {**facts, "refused": "No."}}
+    for name, result in {**changed, "calibration": {"seconds": 1}}.items():
         (tmp_path / "tiny" / name).mkdir(parents=True)
         (tmp_path / "tiny" / name / "result.json").write_text(json.dumps(result))
-    (tmp_path / "tiny" / "calibration").mkdir()
-    (tmp_path / "tiny" / "calibration" / "result.json").write_text('{"seconds": 1}')
     page = model_page(tmp_path, "tiny")
     assert [line for line in page.splitlines() if line.startswith("| svd |") and line.endswith(" † |")]
     assert [line for line in page.splitlines() if line.startswith("| svd-llm |") and line.endswith("| refused |")]
     assert "- svd-llm: No." in page
 
+    (tmp_path / "tiny" / "svd-llm-0.8" / "result.json").write_text(json.dumps(results["svd-llm-0.8"]))
     results["svd-0.8"]["evaluations"][1]["text"]["tokens_sha256"] = "another"
     (tmp_path / "tiny" / "svd-0.8" / "result.json").write_text(json.dumps(results["svd-0.8"]))
     with pytest.raises(ValueError, match="different test texts"):

@@ -239,7 +239,7 @@ def main() -> None:
     for method in options.method:
         if method not in METHODS:
             sys.exit(str(unknown("method", method, METHODS)))
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // options.jobs))
     place = Place(paths, options.results, options.work, threads)
     matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
     context = multiprocessing.get_context("forkserver")

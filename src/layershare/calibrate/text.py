@@ -132,14 +132,20 @@ def _read_txt(path: Path) -> Iterator[str]:
     yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[Any]:
+    """The values in a JSONL file, line by line. Raises `LayershareError` for a line that is not JSON."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise LayershareError(f"Line {number} of '{path.name}' is not JSON.") from error
-            yield _field(row, "text", path.name)
+            yield value
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    for row in json_lines(path):
+        yield _field(row, "text", path.name)
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

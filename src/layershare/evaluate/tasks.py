@@ -19,6 +19,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.drivers import evaluating
+from layershare.calibrate.text import json_lines
 from layershare.errors import LayershareError, unknown
 
 if TYPE_CHECKING:
@@ -172,15 +173,10 @@ def _include_with_rows(stock: "TaskManager", name: str, data: Path, folder: Path
 def _require_same_fields(file: Path) -> None:
     """A field that one row lacks would be read as none and scored as the word."""
     fields: set[str] | None = None
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise LayershareError(f"Line {number} of '{file.name}' is not JSON.") from error
-            if not isinstance(row, dict) or (fields is not None and row.keys() != fields):
-                raise LayershareError(f"Line {number} of '{file.name}' does not have the fields of the first line.")
-            fields = set(row)
+    for number, row in enumerate(json_lines(file), start=1):
+        if not isinstance(row, dict) or (fields is not None and row.keys() != fields):
+            raise LayershareError(f"Line {number} of '{file.name}' does not have the fields of the first line.")
+        fields = set(row)
 
 
 def _load(manager: "TaskManager", name: str, file: str | None, limit: int | None) -> Any:
