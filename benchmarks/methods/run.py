@@ -141,7 +141,7 @@ def carry_out(experiment: Experiment, place: Place) -> None:
 
     def work() -> Values:
         try:
-            results = run(make_recipe({**recipe, "evaluation": None}), out)
+            results = run(make_recipe({**recipe, "evaluation": None}), out, pages=False)
         except LayershareError as error:
             return {"refused": str(error)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
