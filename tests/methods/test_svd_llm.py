@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,12 +16,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
 def test_the_refit_changes_second_factors_alone_and_is_off_by_default(tmp_path, tokenizer, words):
     model, made = tiny_model("llama"), {}
-    for name, options in (("default", {}), ("off", {"refit": False}), ("on", {"refit": True})):
+    options: dict[str, dict[str, Any]] = {"off": {}, "on": {"refit": True}}
+    text: dict[str, Any] = {"text": words, "blocks": 24, "length": 32}
+    for name, chosen in options.items():
         folder = tmp_path / name
-        options |= {"method": "svd-llm", "keep": 0.5, "of": "targets", "text": words, "blocks": 24, "length": 32}
-        layershare.compress(model, tokenizer, folder=folder, **options)
+        chosen |= {"method": "svd-llm", "keep": 0.5, "of": "targets", "folder": folder}
+        layershare.compress(model, tokenizer, **text, **chosen)
         made[name] = load_file(folder / "model.safetensors")
-    assert all(torch.equal(made["default"][name], made["off"][name]) for name in made["off"])
+    assert '"refit": false' in (tmp_path / "off" / "results.json").read_text()
     changed = {name for name in made["on"] if not torch.equal(made["on"][name], made["off"][name])}
     plan = Plan.read(tmp_path / "on" / "plan.json", layershare.describe(model))
     second = {
