@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layershare.solve.linalg import low_rank, refit, share_input, share_output, square_root
+from layershare.solve.linalg import low_rank, refit, share_input, share_output, spectrum, square_root
 
 
 def random_inputs(n, d, tokens=200, scale=True):
@@ -168,3 +168,22 @@ def test_any_floating_type_is_solved_in_float64_panel_by_panel(dtype):
     tall = torch.randn(1500, 40).to(dtype)
     _, (gram,) = random_inputs(1, 1500)
     torch.testing.assert_close(low_rank(tall, gram, 5)[2], low_rank(tall.double(), gram, 5)[2])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(("n", "d_in", "d_out"), [(1, 24, 40), (1, 40, 24), (2, 24, 30), (3, 30, 8)])
+def test_the_spectrum_is_that_of_the_scaled_weights(n, d_in, d_out, side, weighted):
+    _, grams = random_inputs(n, d_in)
+    weights = [torch.randn(d_in, d_out, dtype=torch.float64) for _ in range(n)]
+    roots = [torch.linalg.cholesky(gram).T if weighted else torch.eye(d_in, dtype=torch.float64) for gram in grams]
+    if side == "input":
+        root = torch.linalg.cholesky(sum(grams)).T if weighted else roots[0]
+        scaled = root @ torch.cat(weights, dim=1)
+    else:
+        scaled = torch.cat([root @ weight for root, weight in zip(roots, weights, strict=True)])
+    values = spectrum(weights, grams if weighted else [None] * n, side)
+    expected = torch.linalg.svdvals(scaled).square()
+    torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-8, atol=1e-8 * float(expected[0]))
+    assert float(values[len(expected) :].sum()) < 1e-8 * float(expected[0])
+    assert n > 1 or len(values) == min(d_in, d_out)

@@ -8,12 +8,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.basis_sharing import BasisSharing
+from layershare.methods.d_rank import DRank
 from layershare.methods.evidence import Evidence
+from layershare.methods.fwsvd import FwSvd
 from layershare.methods.joint_drop import AttentionDrop, BlockDrop, JointDrop, MlpDrop
+from layershare.methods.lord import Lord
 from layershare.methods.method import Method
 from layershare.methods.shortgpt import ShortGpt
 from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
+from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, Keep, allowed, measure, parse_keep
 from layershare.plan.edits import Edit, check
@@ -21,7 +25,11 @@ from layershare.plan.plan import Plan
 
 METHODS: dict[str, type[Method]] = {
     "basis-sharing": BasisSharing,
+    "d-rank": DRank,
     "svd-llm": SvdLlm,
+    "lord": Lord,
+    "fwsvd": FwSvd,
+    "welore": WeLore,
     "svd": Svd,
     "shortgpt": ShortGpt,
     "joint-drop": JointDrop,

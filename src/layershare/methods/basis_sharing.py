@@ -22,6 +22,7 @@ Where this differs
   private).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -44,6 +45,10 @@ def _listed(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+Roles = Annotated[tuple[str, ...] | None, BeforeValidator(_listed)]
+"""The option that names the roles whose basis is shared."""
+
+
 @dataclass(frozen=True)
 class BasisSharing(Method):
     """Options of Basis Sharing.
@@ -53,40 +58,39 @@ class BasisSharing(Method):
     """
 
     group_size: Annotated[int, Field(ge=1)] = 2
-    shared: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    shared: Roles = None
     refit: bool | None = None
-
-    def shared_roles(self, spec: Spec) -> tuple[str, ...]:
-        """The roles that share, for this model. Raises `LayershareError` for a role that it does not have."""
-        if self.shared is None:
-            return default_shared_roles(spec)
-        for role in self.shared:
-            if role not in ROLES:
-                raise unknown("role", role, ROLES)
-            if role not in spec.roles:
-                raise LayershareError(
-                    f"A '{spec.model_type}' model has no role '{role}'; it has {', '.join(spec.roles)}."
-                )
-        return self.shared
 
     def require(self, spec: Spec) -> None:
         """Raise `LayershareError` for roles that the model does not have."""
-        self.shared_roles(spec)
+        sharing_groups(spec, self.shared, self.group_size)
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
-        """Groups of `group_size` consecutive layers for the shared roles, groups of one for the others."""
-        shared = self.shared_roles(spec)
-        groups = []
-        for role, linears in spec.by_role.items():
-            sharing = role in shared and self.group_size > 1
-            side = "input" if sharing else natural_side(role)
-            layers = consecutive(linears, self.group_size if sharing else 1)
-            groups += [LayerGroup(role, group, side) for group in layers]
-        return uniform(spec, groups, budget)
+        """The same ratio for every group."""
+        return uniform(spec, sharing_groups(spec, self.shared, self.group_size), budget)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on, unless the option says otherwise."""
         return fraction <= REFIT_AT if self.refit is None else self.refit
+
+
+def sharing_groups(spec: Spec, shared: Sequence[str] | None, size: int) -> list[LayerGroup]:
+    """Groups of `size` consecutive layers for the `shared` roles, groups of one for the others.
+
+    `None` shares the authors' choice. Raises `LayershareError` for a role that the model does not have.
+    """
+    for role in shared or ():
+        if role not in ROLES:
+            raise unknown("role", role, ROLES)
+        if role not in spec.roles:
+            raise LayershareError(f"A '{spec.model_type}' model has no role '{role}'; it has {', '.join(spec.roles)}.")
+    chosen = default_shared_roles(spec) if shared is None else shared
+    groups = []
+    for role, linears in spec.by_role.items():
+        sharing = role in chosen and size > 1
+        side = "input" if sharing else natural_side(role)
+        groups += [LayerGroup(role, layers, side) for layers in consecutive(linears, size if sharing else 1)]
+    return groups
 
 
 def default_shared_roles(spec: Spec) -> tuple[str, ...]:

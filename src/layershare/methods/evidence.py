@@ -1,6 +1,7 @@
 """What a method may look at when it plans and solves: weights, measured statistics, and the text itself."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import Linear, Spec
 from layershare.model.weights import Weights, require_finite
+from layershare.plan.ranks import LayerGroup
+from layershare.solve.linalg import spectrum
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,22 @@ class Evidence:
     def inputs(self, linear: Linear) -> Inputs | None:
         """What was measured at a linear, `None` in a run without statistics."""
         return None if self.measured is None else Inputs(linear, self.weights, self.measured)
+
+    def spectrum(self, group: LayerGroup, *, weighted: bool) -> Tensor:
+        """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.
+
+        See `layershare.solve.linalg.spectrum`. Raises `LayershareError` if the Grams were not measured.
+        """
+        if (group, weighted) not in self._spectra:
+            linears = [self.spec.linear(group.role, layer) for layer in group.layers]
+            weights = [self.weight(linear) for linear in linears]
+            grams = [Inputs(linear, self.weights, self.stats).gram if weighted else None for linear in linears]
+            self._spectra[group, weighted] = spectrum(weights, grams, group.side)
+        return self._spectra[group, weighted]
+
+    @cached_property
+    def _spectra(self) -> dict[tuple[LayerGroup, bool], Tensor]:
+        return {}
 
 
 def row_convention(weight: Tensor, linear: Linear) -> Tensor:

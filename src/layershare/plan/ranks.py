@@ -1,4 +1,4 @@
-"""The same ratio everywhere: the ranks that the papers give to groups, and the exact spending of a budget."""
+"""Groups of layers and their ranks: the same ratio everywhere, as most papers have it, and the spending of a budget."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +53,16 @@ def private_groups(spec: Spec) -> list[LayerGroup]:
     return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role)) for linear in spec.linears]
 
 
+def group_cost(spec: Spec, group: LayerGroup) -> int:
+    """Parameters of one unit of rank, ω."""
+    return unit_cost(spec, group.role, group.layers, group.side)
+
+
+def dense_parameters(spec: Spec, group: LayerGroup) -> int:
+    """Parameters of the group's matrices as they are."""
+    return len(group.layers) * spec.linear(group.role, group.layers[0]).parameters
+
+
 def in_order(spec: Spec, shares: Iterable[Share]) -> tuple[Share, ...]:
     """Shares by their first layer, then in the order in which data flows through a block."""
     order = {role: position for position, role in enumerate(spec.roles)}
@@ -60,34 +70,55 @@ def in_order(spec: Spec, shares: Iterable[Share]) -> tuple[Share, ...]:
 
 
 def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[Share, ...]:
-    """Give every group the published rank for its own size; spend on single ranks what rounding down left over.
+    """Give every group the published rank for its own size; the groups cover all targets.
 
-    The groups cover all targets. The published ranks stand as they are when they use the budget up to `TOLERANCE`, as
-    they do in models of real size. Otherwise, in small models, the groups that lost most by rounding get one rank more
-    as long as the budget is not exceeded. Raises `LayershareError` if a group would get no rank at all.
+    Raises `LayershareError` if a group would get no rank at all.
     """
-    if budget.fraction == 1:
-        return ()
-    costs = [unit_cost(spec, group.role, group.layers, group.side) for group in groups]
-    exact = [
-        budget.fraction * len(group.layers) * spec.linear(group.role, group.layers[0]).parameters / cost
-        for group, cost in zip(groups, costs, strict=True)
-    ]
+    exact = [budget.fraction * dense_parameters(spec, group) / group_cost(spec, group) for group in groups]
+    return allocate(spec, groups, exact, budget.parameters)
+
+
+def allocate(
+    spec: Spec,
+    groups: Sequence[LayerGroup],
+    exact: Sequence[Fraction | float],
+    parameters: int,
+    gains: Sequence[float] | None = None,
+) -> tuple[Share, ...]:
+    """Whole ranks for groups from exact ones, so that they have at most `parameters`.
+
+    Every rank is rounded down, and a group stays dense where its factors would not be smaller than its matrices. The
+    ranks stand as they are when they use `parameters` up to `TOLERANCE`, as they do in models of real size. Otherwise,
+    in small models, groups get one rank more, in turn, while there are parameters left: first those that gain most, by
+    `gains` or by default by what rounding took. Raises `LayershareError` if a group would get no rank at all.
+    """
+    costs = [group_cost(spec, group) for group in groups]
+    dense = [dense_parameters(spec, group) for group in groups]
     ranks = [int(rank) for rank in exact]
-    left = budget.parameters - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-    if left > TOLERANCE * budget.parameters:
-        by_loss = sorted(range(len(groups)), key=lambda i: (ranks[i] - exact[i], i))
+    sizes = [
+        whole if rank * cost >= whole else int(rank) * cost
+        for rank, cost, whole in zip(exact, costs, dense, strict=True)
+    ]
+    left = parameters - sum(sizes)
+    if left > TOLERANCE * parameters:
+        lost = [rank - whole for rank, whole in zip(exact, ranks, strict=True)] if gains is None else gains
+        turns = sorted(range(len(groups)), key=lambda i: (-lost[i], i))
         fits = True
         while fits:
             fits = False
-            for i in by_loss:
-                if costs[i] <= left:
+            for i in turns:
+                step = min(costs[i], dense[i] - sizes[i])
+                if 0 < step <= left:
                     ranks[i] += 1
-                    left -= costs[i]
+                    sizes[i] += step
+                    left -= step
                     fits = True
-    for group, rank in zip(groups, ranks, strict=True):
+    shares = []
+    for group, rank, size, whole in zip(groups, ranks, sizes, dense, strict=True):
         if rank < 1:
             raise LayershareError(
                 f"keep leaves no rank for {group.role} of layers {group.layers[0]}–{group.layers[-1]}; keep more."
             )
-    return in_order(spec, (Share(g.role, g.layers, rank, g.side) for g, rank in zip(groups, ranks, strict=True)))
+        if size < whole:
+            shares.append(Share(group.role, group.layers, rank, group.side))
+    return in_order(spec, shares)

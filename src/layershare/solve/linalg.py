@@ -8,6 +8,7 @@ products only the lower triangle is computed, which is all that Cholesky and `ei
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,20 +45,13 @@ def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank:
     d_in × n·d_out matrix S[W₁ … W_n] gives, by a d_in × d_in problem. The error is the sum of dropped eigenvalues.
     `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or all `None` for G = 1.
     """
-    moment = _zeros(len(weights[0]), weights[0])
-    for weight in weights:
-        for panel in _column_panels(weight):
-            _add_lower(moment, panel, panel.T)
-    present = [gram for gram in grams if gram is not None]
-    if present:
-        root = square_root(present)
-        _congruence(moment, root)
-        values, vectors = _top(moment, rank)
+    moment, root = _input_moment(weights, grams)
+    values, vectors = _top(moment, rank)
+    if root is None:
+        encoder = decoder = vectors
+    else:
         encoder = root.T @ vectors  # SᵀU_k
         decoder = torch.linalg.solve_triangular(root, vectors, upper=True)  # S⁻¹U_k
-    else:
-        values, vectors = _top(moment, rank)
-        encoder = decoder = vectors
     coefs = [_apply_transposed(encoder, weight) for weight in weights]
     scale = _balance(decoder, [coef.T for coef in coefs])
     coefs = tuple(coef.div_(scale[:, None]) for coef in coefs)
@@ -70,15 +64,7 @@ def share_output(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank
     V_k are the top eigenvectors of M = ΣWᵢᵀGᵢWᵢ (d_out × d_out), B = V_kᵀ and Aᵢ = WᵢV_k; nothing is inverted.
     `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or `None` for Gᵢ = 1.
     """
-    moment = _zeros(weights[0].shape[1], weights[0])
-    for weight, gram in zip(weights, grams, strict=True):
-        wide = weight.double()
-        if gram is None:
-            _add_lower(moment, wide.T, wide)
-            continue
-        for rows, panel in zip(wide.split(_PANEL), _row_panels(gram), strict=True):
-            _add_lower(moment, rows.T, panel @ wide)
-    values, basis = _top(moment, rank)
+    values, basis = _top(_output_moment(weights, grams), rank)
     coefs = [_apply_transposed(basis, weight.T).T for weight in weights]
     scale = _balance(basis, coefs)
     return Factors((basis * scale).T, tuple(coef.div_(scale) for coef in coefs), _dropped(values, rank), values)
@@ -95,6 +81,19 @@ def low_rank(weight: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Te
         return factors.basis, factors.coefs[0], factors.error, factors.spectrum
     factors = share_output([weight], [gram], rank)
     return factors.coefs[0], factors.basis, factors.error, factors.spectrum
+
+
+def spectrum(weights: Sequence[Tensor], grams: Sequence[Tensor | None], side: Literal["input", "output"]) -> Tensor:
+    """σ² of S[W₁ … W_n], falling, float64: what each component of a shared basis takes from the error.
+
+    They are the eigenvalues of the problem that `share_input` or `share_output` solves, as many as the shared side is
+    wide. A group of one has the same on both sides, so the min(d_in, d_out) of the smaller problem are returned.
+    """
+    d_in, d_out = weights[0].shape
+    if len(weights) == 1:
+        side = "input" if d_in < d_out else "output"
+    moment = _input_moment(weights, grams)[0] if side == "input" else _output_moment(weights, grams)
+    return torch.linalg.eigvalsh(moment).flip(0).clamp(min=0)
 
 
 def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
@@ -129,6 +128,32 @@ def square_root(grams: Sequence[Tensor]) -> Tensor:
         return lower.T
     values, axes = torch.linalg.eigh(total)
     return torch.linalg.qr(values.clamp(min=ridge).sqrt()[:, None] * axes.T).R
+
+
+def _input_moment(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """The lower triangle of S(ΣWᵢWᵢᵀ)Sᵀ (d_in × d_in), with the S that was used, `None` for 1."""
+    moment = _zeros(len(weights[0]), weights[0])
+    for weight in weights:
+        for panel in _column_panels(weight):
+            _add_lower(moment, panel, panel.T)
+    present = [gram for gram in grams if gram is not None]
+    root = square_root(present) if present else None
+    if root is not None:
+        _congruence(moment, root)
+    return moment, root
+
+
+def _output_moment(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:
+    """The lower triangle of ΣWᵢᵀGᵢWᵢ (d_out × d_out)."""
+    moment = _zeros(weights[0].shape[1], weights[0])
+    for weight, gram in zip(weights, grams, strict=True):
+        wide = weight.double()
+        if gram is None:
+            _add_lower(moment, wide.T, wide)
+            continue
+        for rows, panel in zip(wide.split(_PANEL), _row_panels(gram), strict=True):
+            _add_lower(moment, rows.T, panel @ wide)
+    return moment
 
 
 def _zeros(width: int, like: Tensor) -> Tensor:
