@@ -68,26 +68,46 @@ def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[S
     """
     if budget.fraction == 1:
         return ()
-    costs = [unit_cost(spec, group.role, group.layers, group.side) for group in groups]
     exact = [
         budget.fraction * len(group.layers) * spec.linear(group.role, group.layers[0]).parameters / cost
-        for group, cost in zip(groups, costs, strict=True)
+        for group, cost in zip(groups, _costs(spec, groups), strict=True)
     ]
+    return rounded(spec, groups, exact, budget.parameters)
+
+
+def rounded(
+    spec: Spec, groups: Sequence[LayerGroup], exact: Sequence[Fraction | float], parameters: int
+) -> tuple[Share, ...]:
+    """Shares of the groups with their exact ranks rounded down, so that they have at most this many `parameters`.
+
+    Where rounding leaves more than `TOLERANCE` of these, the groups that lost most by it get single ranks more. Raises
+    `LayershareError` if a group would get no rank at all.
+    """
+    costs = _costs(spec, groups)
     ranks = [int(rank) for rank in exact]
-    left = budget.parameters - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-    if left > TOLERANCE * budget.parameters:
-        by_loss = sorted(range(len(groups)), key=lambda i: (ranks[i] - exact[i], i))
-        fits = True
-        while fits:
-            fits = False
-            for i in by_loss:
-                if costs[i] <= left:
-                    ranks[i] += 1
-                    left -= costs[i]
-                    fits = True
+    left = parameters - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    if left > TOLERANCE * parameters:
+        spend(ranks, costs, left, sorted(range(len(groups)), key=lambda i: (ranks[i] - exact[i], i)))
     for group, rank in zip(groups, ranks, strict=True):
         if rank < 1:
             raise LayershareError(
                 f"keep leaves no rank for {group.role} of layers {group.layers[0]}–{group.layers[-1]}; keep more."
             )
     return in_order(spec, (Share(g.role, g.layers, rank, g.side) for g, rank in zip(groups, ranks, strict=True)))
+
+
+def spend(ranks: list[int], costs: Sequence[int], left: int, order: Sequence[int]) -> None:
+    """Raise single ranks in this order, round after round, while the parameters that are `left` pay for one."""
+    fits = True
+    while fits:
+        fits = False
+        for i in order:
+            if costs[i] <= left:
+                ranks[i] += 1
+                left -= costs[i]
+                fits = True
+
+
+def _costs(spec: Spec, groups: Sequence[LayerGroup]) -> list[int]:
+    """Parameters of one unit of rank of each group."""
+    return [unit_cost(spec, group.role, group.layers, group.side) for group in groups]
