@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 import layershare
 from layershare.errors import LayershareError
+from layershare.methods import make_method
 from layershare.methods.merging import combine, merges, unmerged
 from layershare.methods.trial import Trial
 from layershare.plan.edits import Drop, Merge
@@ -77,3 +78,13 @@ def test_merging_merged_blocks_gives_linear_combinations_of_the_first_ones():
     assert (merge.into, merge.layers) == (1, (1, 2, 3))
     coefficients = torch.tensor(merge.coefficients, dtype=torch.float64)
     torch.testing.assert_close(coefficients @ tensors[list(merge.layers)], outer)
+
+
+@pytest.mark.parametrize(("method", "options"), [("laco", {"merged": 2}), ("mka", {})])
+def test_layers_of_different_shapes_are_not_merged(method, options):
+    spec = layershare.describe(tiny_model("llama"))
+    name = "model.layers.2.mlp.up_proj.weight"
+    odd = replace(spec, tensors=spec.tensors | {name: ((40, 32), torch.float32)})
+    make_method(method, options).require(spec)
+    with pytest.raises(LayershareError, match="Layer 2 of this model has other shapes"):
+        make_method(method, options).require(odd)

@@ -83,7 +83,7 @@ class Asvd(Method):
         weight = evidence.weight(linear)
         ratios = [step / (self.ratios + 1) for step in range(1, self.ratios + 1)]
         ranks = [max(1, uniform_rank(linear.d_in, linear.d_out, 1, ratio)) for ratio in ratios]
-        left, right, _ = low_rank(weight, self._scaling(evidence.inputs(linear)), ranks[-1])
+        left, right, *_ = low_rank(weight, self._scaling(evidence.inputs(linear)), ranks[-1])
         factors = left.to(weight.dtype), right.to(weight.dtype)
         name = evidence.spec.weight_name(linear)
         for rank in ranks:

@@ -84,7 +84,7 @@ class Bolaco(Method):
         for x in names:
             weight, inputs = evidence.weight(x), evidence.inputs(x)
             assert inputs is not None
-            left, right, _ = low_rank(weight, inputs.gram, uniform_rank(x.d_in, x.d_out, 1, 1) + 1)
+            left, right, *_ = low_rank(weight, inputs.gram, uniform_rank(x.d_in, x.d_out, 1, 1) + 1)
             factors[x] = left.to(weight.dtype), right.to(weight.dtype)
 
         def shares(wanted: dict[str, float]) -> tuple[Share, ...]:

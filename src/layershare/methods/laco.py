@@ -29,7 +29,7 @@ from pydantic import Field
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence
-from layershare.methods.merging import Block, combine, merges, unmerged
+from layershare.methods.merging import Block, combine, merges, require_alike, unmerged
 from layershare.methods.method import Method
 from layershare.methods.trial import Trial
 from layershare.model.arch import Spec
@@ -61,7 +61,8 @@ class LaCo(Method):
     samples: Annotated[int, Field(ge=1)] = 4
 
     def require(self, spec: Spec) -> None:
-        """Raise `LayershareError` if the range has no room for a merge."""
+        """Raise `LayershareError` if the range has no room for a merge, or if layers differ in shape."""
+        require_alike(spec)
         highest = self._highest(spec)
         if not self.lowest + self.merged <= highest < spec.n_layers:
             raise LayershareError(

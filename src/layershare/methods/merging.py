@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from layershare.errors import LayershareError
+from layershare.model.arch import Spec
 from layershare.plan.edits import Merge
 
 Block = dict[int, float]
@@ -29,3 +31,17 @@ def unmerged(n_layers: int) -> list[Block]:
 def merges(blocks: Sequence[Block]) -> tuple[Merge, ...]:
     """The edits that make these blocks, each in the place of its first layer; together they hold every layer once."""
     return tuple(Merge(min(b), tuple(b), tuple(b.values())) for b in blocks if len(b) > 1)
+
+
+def require_alike(spec: Spec) -> None:
+    """Raise `LayershareError` if the model's blocks differ in names or shapes of their tensors."""
+    shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in range(spec.n_layers)]
+    for name, (shape, _) in spec.tensors.items():
+        if (layer := spec.layer_of(name)) is not None:
+            shapes[layer][spec.renumbered(name, 0)] = shape
+    for layer, found in enumerate(shapes):
+        if found != shapes[0]:
+            raise LayershareError(
+                f"Layer {layer} of this model has other shapes than layer 0, so layers cannot be merged; leave out "
+                "layers with another method, such as shortgpt."
+            )

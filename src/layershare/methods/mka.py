@@ -30,7 +30,7 @@ from torch.nn.functional import one_hot
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence
-from layershare.methods.merging import combine, merges, unmerged
+from layershare.methods.merging import combine, merges, require_alike, unmerged
 from layershare.methods.method import Method
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows
@@ -48,6 +48,10 @@ class Mka(Method):
 
     uses: ClassVar[frozenset[Kind]] = frozenset({"blocks"})
     adaptive: ClassVar[bool] = True
+
+    def require(self, spec: Spec) -> None:
+        """Raise `LayershareError` if layers differ in shape."""
+        require_alike(spec)
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Merge, ...]:
         """Merge the most similar neighbours until the budget is met.
