@@ -10,7 +10,7 @@ from layershare.plan.ranks import TOLERANCE, allocate, dense_parameters, group_c
 from tests.families import CONFIGS
 
 SPEC = describe(CONFIGS["llama"]())
-GROUPS = private_groups(SPEC)
+GROUPS = private_groups(SPEC.linears)
 PAYING = [Fraction(dense_parameters(SPEC, group), group_cost(SPEC, group)) for group in GROUPS]
 """The rank from which on factors are no smaller than their matrix."""
 

@@ -7,13 +7,17 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from layershare.errors import LayershareError, unknown
+from layershare.methods.asvd import Asvd
 from layershare.methods.basis_sharing import BasisSharing
+from layershare.methods.bolaco import Bolaco
 from layershare.methods.d_rank import DRank
 from layershare.methods.evidence import Evidence
 from layershare.methods.fwsvd import FwSvd
 from layershare.methods.joint_drop import AttentionDrop, BlockDrop, JointDrop, MlpDrop
+from layershare.methods.laco import LaCo
 from layershare.methods.lord import Lord
 from layershare.methods.method import Method
+from layershare.methods.mka import Mka
 from layershare.methods.shortgpt import ShortGpt
 from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
@@ -31,11 +35,15 @@ METHODS: dict[str, type[Method]] = {
     "fwsvd": FwSvd,
     "welore": WeLore,
     "svd": Svd,
+    "asvd": Asvd,
+    "bolaco": Bolaco,
     "shortgpt": ShortGpt,
     "joint-drop": JointDrop,
     "attention-drop": AttentionDrop,
     "mlp-drop": MlpDrop,
     "block-drop": BlockDrop,
+    "laco": LaCo,
+    "mka": Mka,
 }
 
 

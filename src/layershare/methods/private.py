@@ -16,4 +16,4 @@ class UniformLowRank(Method):
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """The same ratio for every matrix."""
-        return uniform(spec, private_groups(spec), budget)
+        return uniform(spec, private_groups(spec.linears), budget)

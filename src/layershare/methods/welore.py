@@ -41,7 +41,7 @@ class WeLore(Method):
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """The ranks above the lowest threshold that the budget allows."""
         assert evidence is not None
-        groups = private_groups(spec)
+        groups = private_groups(spec.linears)
         spectra = [normalised(evidence.spectrum(group, weighted=False).sqrt()) for group in groups]
         costs = [group_cost(spec, group) for group in groups]
         dense = [dense_parameters(spec, group) for group in groups]

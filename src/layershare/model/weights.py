@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,17 @@ class Weights:
         if self._stored is not None and name in self._stored:
             return self._stored[name]
         return self.model.get_parameter_or_buffer(name).detach()
+
+    def combination(self, sources: Sequence[tuple[float, str]]) -> Tensor:
+        """Σ cⱼ Tⱼ of tensors by their names, summed in float64, in the first one's dtype; a single one as it is."""
+        (first, name), *others = sources
+        tensor = self.tensor(name)
+        if not others:
+            return tensor
+        total = first * tensor.double()
+        for coefficient, name in others:
+            total += coefficient * self.tensor(name).double()
+        return total.to(tensor.dtype)
 
     def require_sound(self) -> None:
         """Raise LayershareError, naming the tensor, for NaN or infinity, and for a weight that is not tied as said.

@@ -48,9 +48,9 @@ def natural_side(role: str) -> Side:
     return "output" if role in WRITERS else "input"
 
 
-def private_groups(spec: Spec) -> list[LayerGroup]:
-    """Every target in a group of its own."""
-    return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role)) for linear in spec.linears]
+def private_groups(linears: Iterable[Linear]) -> list[LayerGroup]:
+    """Every linear in a group of its own."""
+    return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role)) for linear in linears]
 
 
 def group_cost(spec: Spec, group: LayerGroup) -> int:

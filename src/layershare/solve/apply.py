@@ -61,14 +61,7 @@ class Factored:
             return self.refits.read(self._refit_of[name], name)
         if name in self._unit_of:
             return self.groups.read(self._unit_of[name], name)
-        (first, source), *others = self._origins[name]
-        tensor = self.weights.tensor(source)
-        if not others:
-            return tensor
-        total = first * tensor.double()
-        for coefficient, source in others:
-            total += coefficient * self.weights.tensor(source).double()
-        return total.to(tensor.dtype)
+        return self.weights.combination(self._origins[name])
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Group -> rank, parameters, `error` and `spectrum` of its solution.
