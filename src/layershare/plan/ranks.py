@@ -85,7 +85,7 @@ def allocate(
     parameters: int,
     gains: Sequence[float] | None = None,
 ) -> tuple[Share, ...]:
-    """Whole ranks for groups from exact ones, so that they have at most `parameters`.
+    """Whole ranks for groups from exact ones that stay within `parameters`, using them up to `TOLERANCE` where it can.
 
     Every rank is rounded down, and a group stays dense where its factors would not be smaller than its matrices. The
     ranks stand as they are when they use `parameters` up to `TOLERANCE`, as they do in models of real size. Otherwise,
