@@ -70,6 +70,23 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+_PARALLEL = "runs attention and MLP side by side"
+_SANDWICH = "norms what its sub-layers write"
+NOT_SLICED = {
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "glm4": _SANDWICH,
+    "olmo2": "no norm stands directly before",
+    "phi": _PARALLEL,
+    "gpt_neox": _PARALLEL,
+    "gptj": _PARALLEL,
+    "falcon": _PARALLEL,
+    "cohere": _PARALLEL,
+    "bloom": "'transformer.word_embeddings_layernorm' stands between its embeddings and its first block",
+}
+"""The families that SliceGPT does not fit, and why."""
+
+
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random causal LM of the family in evaluation mode; biases and norms are not trivially 0 or 1."""
     torch.manual_seed(seed)

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import layershare
+from layershare.errors import UnsupportedModelError
 from layershare.methods import METHODS
 from layershare.methods.laco import LaCo
 from layershare.methods.mka import Mka
 from layershare.methods.shortgpt import DropParts
-from tests.families import CONFIGS, tiny_model, tokens
+from tests.families import CONFIGS, NOT_SLICED, tiny_model, tokens
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "basis-sharing": {"refit": True},
@@ -32,6 +33,10 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_i
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
+    if method == "slicegpt" and family in NOT_SLICED:
+        with pytest.raises(UnsupportedModelError, match=NOT_SLICED[family]):
+            layershare.make_plan(CONFIGS[family](), method=method)
+        return
     model = tiny_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole_layers = issubclass(METHODS[method], WHOLE_LAYERS)
@@ -56,7 +61,9 @@ def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
     file = tmp_path / "small" / "model.safetensors"
     assert file.stat().st_size == plan["after"]["all"]["bytes"]
     kept = plan["after"]["targets"]["parameters"] / plan["before"]["targets"]["parameters"]
-    assert (0.4 if whole_layers else 0.995) * keep <= kept <= keep
+    # Whole layers, and whole components of all of them, land at the nearest size below.
+    coarse = whole_layers or method == "slicegpt"
+    assert (0.4 if coarse else 0.995) * keep <= kept <= keep
 
     with torch.no_grad():
         expected = small(tokens()).logits

@@ -36,15 +36,16 @@ from layershare.model.hub import LayershareConfig, load, write_shim
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, kept_layers
+from layershare.plan.edits import Share, kept_layers, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import size
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
-from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, solve, write_weights
+from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, slice_of, solve, write_weights
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
+from layershare.solve.slicing import slice_blocks
 from layershare.store import write_atomically, write_json
 
 WORK = ".run"
@@ -87,7 +88,9 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether the run needs a text."""
-        return bool(self.kinds) or self.refits or (self.plan is None and self.method.searches)
+        if self.plan is None:
+            return bool(self.kinds) or self.method.searches
+        return bool(self.kinds) or self.refits or sliced_width(self.plan.edits) is not None
 
     @property
     def needs(self) -> Needs:
@@ -245,6 +248,10 @@ def _carry_out(
         assert calibration is not None
         with clock.step("refit") as progress:
             refit_coefficients(factored, calibration, progress=progress, **passes)
+    if factored.width is not None:
+        assert calibration is not None
+        with clock.step("slice") as progress:
+            slice_blocks(factored, calibration, progress=progress, **passes)
     with clock.step("write"):
         write_model(factored, recipe, tokenizer, staging)
     results = {
@@ -353,8 +360,11 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
     kept = kept_layers(factored.spec.n_layers, plan.edits)
     if len(kept) < factored.spec.n_layers:
         cut_layers(config, kept)
-    groups, dropped = groups_of(factored), dropped_of(factored)
-    if groups or dropped:
+    groups, dropped, sliced = groups_of(factored), dropped_of(factored), slice_of(factored)
+    if sliced is not None:
+        config.tie_word_embeddings = False
+    ours = bool(groups or dropped) or sliced is not None
+    if ours:
         notes = {
             "method": plan.method,
             "options": plan.options,
@@ -362,9 +372,9 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
             "of": plan.of,
             "model": recipe.model,
         }
-        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped)
+        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped, slice=sliced)
     config.save_pretrained(folder)
-    if groups or dropped:
+    if ours:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_shim(folder, values)
         write_json(folder / "config.json", values)

@@ -16,7 +16,6 @@ from layershare.model.hub import (
     FORMAT_VERSION,
     Group,
     LayershareConfig,
-    guard_name,
     load,
     save,
     swap_modules,
@@ -75,7 +74,7 @@ def test_save_load_save_and_dense_export(family, tmp_path):
     names = stored(tmp_path / "first")
     assert sum(name.endswith(".basis.weight") for name in names) == len(groups)
     assert sum(name.endswith(".coef.weight") for name in names) == sum(len(group.members) for group in groups)
-    assert names.pop(guard_name(groups, f"{model.base_model_prefix}.")) == [0]
+    assert names.pop(f"{model.base_model_prefix}.{LayershareConfig(groups).guard}") == [0]
     assert sum(torch.Size(shape).numel() for shape in names.values()) == model.num_parameters()
 
     loaded.dequantize().save_pretrained(tmp_path / "dense")
@@ -127,7 +126,7 @@ def test_other_heads_from_the_same_checkpoint(family, tmp_path):
     classifier, info = reported(AutoModelForSequenceClassification, tmp_path / "lm", num_labels=3)
     assert info["missing_keys"] == {"score.weight"}
     base.save_pretrained(tmp_path / "base")
-    assert stored(tmp_path / "base")[guard_name(model.hf_quantizer.groups, "")] == [0]
+    assert stored(tmp_path / "base")[model.hf_quantizer.edits.guard] == [0]
     again = AutoModel.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         for other in (base, classifier.base_model, again):
@@ -240,7 +239,7 @@ def test_load_and_save(llama, tmp_path):
         ({"rank": "6"}, "whole number from 1 up"),
         ({"rank": 33}, "rank 33: its matrices allow 32 at most"),
         ({"side": "left"}, "Unknown side 'left'"),
-        ({"ranks": 3}, "Malformed group"),
+        ({"ranks": 3}, "Malformed entry"),
     ],
 )
 def test_malformed_groups(llama, tmp_path, group, message):

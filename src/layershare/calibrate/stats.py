@@ -160,9 +160,7 @@ def measuring(block: nn.Module, sites: dict[str, str], *, magnitudes: bool = Fal
                 measured[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
                 if magnitudes:
                     measured[f"{site}.magnitude"] = torch.zeros(x.shape[1], device=x.device)
-            for rows in x.split(_ROWS):
-                wide = rows.float()
-                measured[site].addmm_(wide.T, wide)
+            for wide in _add_to_gram(measured[site], x):
                 if magnitudes:
                     measured[f"{site}.magnitude"] += torch.linalg.vector_norm(wide, 1, dim=0)
             rows_seen[site] += len(x)
@@ -179,6 +177,26 @@ def measuring(block: nn.Module, sites: dict[str, str], *, magnitudes: bool = Fal
     if magnitudes:
         for site, rows in rows_seen.items():
             measured[f"{site}.magnitude"] /= rows
+
+
+def gram_of(batches: Iterable[Tensor]) -> Tensor:
+    """XᵀX (float32) of tensors [..., d], of which there is at least one."""
+    gram = None
+    for batch in batches:
+        x = batch.reshape(-1, batch.shape[-1])
+        gram = torch.zeros(x.shape[1], x.shape[1], device=x.device) if gram is None else gram
+        for _ in _add_to_gram(gram, x):
+            pass
+    assert gram is not None
+    return gram
+
+
+def _add_to_gram(gram: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Add XᵀX of x [n, d], and give x in float32, some rows at a time."""
+    for rows in x.split(_ROWS):
+        wide = rows.float()
+        gram.addmm_(wide.T, wide)
+        yield wide
 
 
 @torch.no_grad()

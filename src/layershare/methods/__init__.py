@@ -1,6 +1,6 @@
 """The methods, by name. A method is one file and one line here."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from math import ceil
 from typing import Any
 
@@ -19,11 +19,12 @@ from layershare.methods.lord import Lord
 from layershare.methods.method import Method
 from layershare.methods.mka import Mka
 from layershare.methods.shortgpt import ShortGpt
+from layershare.methods.slicegpt import SliceGpt
 from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
-from layershare.plan.budget import Budget, Keep, allowed, measure, parse_keep
+from layershare.plan.budget import Keep, allowed, measure, parse_keep
 from layershare.plan.edits import Edit, check
 from layershare.plan.plan import Plan
 
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "svd": Svd,
     "asvd": Asvd,
     "bolaco": Bolaco,
+    "slicegpt": SliceGpt,
     "shortgpt": ShortGpt,
     "joint-drop": JointDrop,
     "attention-drop": AttentionDrop,
@@ -87,7 +89,7 @@ def plan_with(
     edits = method.plan(spec, budget, evidence)
     while (excess := _excess_bytes(spec, edits, wanted, of)) > 0:  # the file's header depends on the plan itself
         parameters = budget.parameters - ceil(excess / itemsize)
-        budget = Budget(budget.fraction * parameters / budget.parameters, parameters)
+        budget = replace(budget, fraction=budget.fraction * parameters / budget.parameters, parameters=parameters)
         edits = method.plan(spec, budget, evidence)
     check(spec, edits)
     return Plan(spec.model_type, name, asdict(method), keep, of, before, measure(spec, edits), edits)

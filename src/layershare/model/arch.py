@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import UnsupportedModelError
+from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
 """Roles that read the residual stream; their natural shared side is the input."""
@@ -76,7 +77,8 @@ class Spec:
 
     `base_prefix` leads from a name in the causal LM's state dict to one in the base model (`model.`), `blocks` names
     the stack of blocks relative to the base model, `tensors` has shape and dtype of every tensor that a checkpoint
-    stores (tied ones once, under full names), `buffers` the names among them that are no parameters.
+    stores (tied ones once, under full names), `buffers` the names among them that are no parameters. `stream` tells how
+    the hidden states are made and read if the model is a plain pre-norm decoder, and otherwise why it is none.
     """
 
     model_type: str
@@ -87,6 +89,7 @@ class Spec:
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
     buffers: frozenset[str]
     head_multiplications: int
+    stream: PreNorm | str
 
     @cached_property
     def parameters(self) -> int:
@@ -120,6 +123,15 @@ class Spec:
     def weight_name(self, linear: Linear) -> str:
         """Full state-dict name of a linear's weight."""
         return f"{self.base_prefix}{linear.name}.weight"
+
+    def sliceable(self) -> PreNorm:
+        """The residual stream, if it can be sliced. Raises `UnsupportedModelError`, with the reason, if not."""
+        if isinstance(self.stream, str):
+            raise UnsupportedModelError(
+                f"A '{self.model_type}' model cannot be sliced, because {self.stream}; "
+                "slicing needs blocks x + attention(norm(x)), then x + mlp(norm(x)). Use another method."
+            )
+        return self.stream
 
     def part(self, layer: int, part: Part) -> tuple[Linear, ...]:
         """The linears of one sub-layer of a block, the one that writes into the residual stream last."""
@@ -200,7 +212,9 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
         stack, blocks = find_blocks(skeleton)
         _refuse_blocks(config.model_type, blocks)
-        sites = _sites(skeleton, blocks, stack, fake)
+        flow = Flow()
+        with flow.watching(skeleton):
+            sites = _sites(skeleton, blocks, stack, fake)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -216,16 +230,38 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
         real = model.state_dict()
         tensors = {name: (shape, real[name].dtype) for name, (shape, _) in tensors.items()}
     head = skeleton.get_output_embeddings()
+    prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
+    linears = _linears(config.model_type, blocks, stack, sites)
     return Spec(
         model_type=config.model_type,
-        base_prefix=f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else "",
+        base_prefix=prefix,
         blocks=stack,
         n_layers=len(blocks),
-        linears=_linears(config.model_type, blocks, stack, sites),
+        linears=linears,
         tensors=tensors,
         buffers=frozenset(tensors) - {name for name, _ in skeleton.named_parameters()},
         head_multiplications=head.weight.numel() if isinstance(head, nn.Linear) else 0,
+        stream=_stream(flow, prefix, linears, len(blocks), head),
     )
+
+
+def _stream(flow: Flow, prefix: str, linears: Sequence[Linear], n_layers: int, head: nn.Module | None) -> PreNorm | str:
+    """The residual stream, or why it is not that of a plain pre-norm decoder."""
+    parts = []
+    for layer in range(n_layers):
+        for part in PARTS:
+            own = [linear for linear in linears if linear.layer == layer and linear.part == part]
+            readers = [f"{prefix}{linear.name}" for linear in own if linear.role in READERS]
+            writers = [f"{prefix}{linear.name}" for linear in own if linear.role in WRITERS]
+            if not readers or len(writers) != 1:
+                return f"its blocks do not each have an attention and an MLP whose linears are known ({part})"
+            parts.append((readers, writers[0]))
+    if head is None:
+        return "it has no output head"
+    try:
+        return find_prenorm(flow, prefix, parts, head)
+    except NotPreNorm as reason:
+        return str(reason)
 
 
 def _linears(kind: str, blocks: nn.ModuleList, stack: str, sites: dict[str, str]) -> tuple[Linear, ...]:

@@ -32,6 +32,7 @@ from layershare.model.arch import PARTS, Part, common_parent, find_blocks
 from layershare.model.dropped import DroppedAttention, DroppedLinear, drop_mlp, zeroed
 from layershare.model.layers import SIDES, FactorLinear, Side
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
+from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "layershare"
@@ -83,8 +84,8 @@ class Dropped:
 class LayershareConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
-    `groups`: `Group`s or their JSON form; `dropped`: `Dropped`s likewise; `compression`: free notes for people (method,
-    keep, ...). All, and whatever other tools add, are written again on a re-save.
+    `groups`: `Group`s or their JSON form; `dropped`: `Dropped`s likewise; `slice`: a `Sliced` likewise; `compression`:
+    free notes for people (method, keep, ...). All, and whatever other tools add, are written again on a re-save.
 
     Raises `LayershareError` for a newer format or malformed groups.
     """
@@ -96,6 +97,7 @@ class LayershareConfig(QuantizationConfigMixin):
         version: int = FORMAT_VERSION,
         layershare_version: str | None = None,
         dropped: Iterable[Dropped | dict[str, Any]] = (),
+        slice: Sliced | dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         **more: Any,
     ) -> None:
@@ -110,13 +112,27 @@ class LayershareConfig(QuantizationConfigMixin):
         try:
             self.groups = tuple(group if isinstance(group, Group) else Group(**group) for group in groups)
             self.dropped = tuple(each if isinstance(each, Dropped) else Dropped(**each) for each in dropped)
-        except TypeError as error:
-            raise LayershareError(f"Malformed group in quantization_config of config.json ({error}).") from error
+            self.slice = Sliced.from_json(slice) if isinstance(slice, dict) else slice
+        except (TypeError, KeyError) as error:
+            raise LayershareError(f"Malformed entry in quantization_config of config.json ({error}).") from error
         names = list(chain.from_iterable(each.members for each in (*self.groups, *self.dropped)))
         if twice := {name for name in names if names.count(name) > 1}:
             raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one group only.")
         self.compression = dict(compression or {})
         self.__dict__.update(more)
+
+    @property
+    def guard(self) -> str | None:
+        """The dense weight, relative to the base model, that is stored as a tensor of size zero; `None` without edits.
+
+        It is the first one that is gone (of a group, a dropped sub-layer, the norms of a sliced model). A load without
+        this package finds a weight of the wrong shape and fails, instead of finding none and initialising the
+        compressed layers at random.
+        """
+        members = [each.members[0] for each in (*self.groups, *self.dropped)]
+        if self.slice is not None:
+            members.append(self.slice.stream.sublayers[0].norm)
+        return f"{members[0]}.weight" if members else None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it stands in `config.json`."""
@@ -125,6 +141,9 @@ class LayershareConfig(QuantizationConfigMixin):
         del values["dropped"]
         if self.dropped:
             values["dropped"] = [{**asdict(each), "members": list(each.members)} for each in self.dropped]
+        del values["slice"]
+        if self.slice is not None:
+            values["slice"] = json.loads(json.dumps(asdict(self.slice)))
         return values
 
 
@@ -134,14 +153,14 @@ class LayershareQuantizer(HfQuantizer):
     requires_calibration = True  # a dense model cannot become one of ours through from_pretrained
 
     @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups of the model."""
-        return cast(LayershareConfig, self.quantization_config).groups
+    def edits(self) -> LayershareConfig:
+        """What was done to the model."""
+        return cast(LayershareConfig, self.quantization_config)
 
     @property
-    def dropped(self) -> tuple[Dropped, ...]:
-        """The sub-layers that the model has lost."""
-        return cast(LayershareConfig, self.quantization_config).dropped
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of the model."""
+        return self.edits.groups
 
     @property
     def is_trainable(self) -> Any:
@@ -165,13 +184,14 @@ class LayershareQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        drop_modules(model, self.dropped)
+        drop_modules(model, self.edits.dropped)
         swap_modules(model, self.groups)
+        if self.edits.slice is not None:
+            slice_modules(model, self.edits.slice)
         _refuse_incomplete(model, checkpoint_files or ())
         adapt_sharding(model)
-        if self.groups or self.dropped:
-            guard = re.escape(guard_name(self.groups, "", self.dropped)) + "$"
-            model._keys_to_ignore_on_load_unexpected.add(guard)
+        if self.edits.guard is not None:
+            model._keys_to_ignore_on_load_unexpected.add(re.escape(self.edits.guard) + "$")
         return model
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
@@ -191,12 +211,20 @@ class LayershareQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """The tensors to save: the model's and the guard."""
         state = model.state_dict()
-        if self.groups or self.dropped:
-            state[guard_name(self.groups, _base_prefix(model), self.dropped)] = torch.zeros(0, dtype=torch.uint8)
+        if self.edits.guard is not None:
+            state[f"{_base_prefix(model)}{self.edits.guard}"] = torch.zeros(0, dtype=torch.uint8)
         return state, {}
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Make `model` an ordinary dense one in place; without `dtype` every layer keeps its own."""
+        """Make `model` an ordinary dense one in place; without `dtype` every layer keeps its own.
+
+        Raises `LayershareError` for a sliced model, and where factors carry adapters.
+        """
+        if self.edits.slice is not None:
+            raise LayershareError(
+                "A sliced model has no dense equivalent: an ordinary model has no place for its shortcut matrices; "
+                "use it as it is."
+            )
         factored = {name: module for name, module in model.named_modules() if isinstance(module, FactorLinear)}
         for module in factored.values():
             module.require_plain_factors()
@@ -275,15 +303,6 @@ def _restore_dropped(model: Any) -> None:
             model.set_submodule(name, module.to_dense(device))
 
 
-def guard_name(groups: Sequence[Group], base_prefix: str, dropped: Sequence[Dropped] = ()) -> str:
-    """The first member's dense weight (of a group, or of a dropped sub-layer), stored as a tensor of size zero.
-
-    A load without this package finds a weight of the wrong shape and fails, instead of finding none and initialising
-    the compressed layers at random. `base_prefix` is "model." or the like, or "" if the base model itself is stored.
-    """
-    return f"{base_prefix}{(*groups, *dropped)[0].members[0]}.weight"
-
-
 def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal LM, compressed or not, from a folder or hub id; `dense=True` multiplies the factors out.
 
@@ -297,7 +316,8 @@ def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrain
         raise LayershareError(f"A weight file of '{folder}' is damaged ({error}): fetch or write it again.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise LayershareError(f"'{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    ours = any(isinstance(module, FactorLinear | DroppedAttention | DroppedLinear) for module in model.modules())
+    kinds = FactorLinear | DroppedAttention | DroppedLinear | SlicedNorm
+    ours = any(isinstance(module, kinds) for module in model.modules())
     return model.dequantize() if dense and ours else model
 
 
@@ -362,7 +382,8 @@ def _check(group: Group, modules: dict[str, nn.Module]) -> None:
 
 
 def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Raise where the safetensors `files` lack a tensor of a factored layer or hold it in another shape.
+    """Raise where the safetensors `files` lack a tensor of a factored layer, or of any layer of a sliced model, or hold
+    it in another shape.
 
     transformers would initialise a missing one at random, with no more than a warning. Only headers are read.
     """
@@ -373,8 +394,13 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
         with safe_open(path, "pt") as file:
             shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a mapping
     stored = {key.removeprefix(f"{model.base_model_prefix}."): shape for key, shape in shapes.items()}
-    factored = {name: m for name, m in model.base_model.named_modules() if isinstance(m, FactorLinear)}
-    for key, tensor in ((f"{n}.{k}", t) for n, module in factored.items() for k, t in module.named_parameters()):
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    factored = tuple(f"{name}." for name, kind in kinds.items() if kind is FactorLinear)
+    ours = ("",) if SlicedNorm in kinds.values() else factored
+    for name, tensor in model.named_parameters():
+        if not name.startswith(ours):
+            continue
+        key = name.removeprefix(_base_prefix(model))
         if key not in stored:
             raise LayershareError(f"The checkpoint lacks the tensor '{key}': fetch or write it again.")
         if stored[key] != list(tensor.shape):

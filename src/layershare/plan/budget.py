@@ -9,8 +9,9 @@ from math import floor, prod
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
-from layershare.plan.edits import Edit, Share, Side, dropped_parts, kept_layers, widths
+from layershare.plan.edits import Edit, Share, Side, dropped_parts, kept_layers, sliced_width, widths
 from layershare.plan.layout import checkpoint_tensors, origins
+from layershare.plan.slices import target_names
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -88,6 +89,8 @@ def unit_cost(spec: Spec, role: str, layers: Sequence[int], side: Side) -> int:
 
 def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     """Exact sizes of the model after the edits (none: of the dense model)."""
+    if sliced_width(edits):
+        return _measure_sliced(spec, edits)
     shares = [edit for edit in edits if isinstance(edit, Share)]
     shared = {(edit.role, layer) for edit in shares for layer in edit.layers}
     kept, dropped = set(kept_layers(spec.n_layers, edits)), set(dropped_parts(edits))
@@ -114,6 +117,22 @@ def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
             multiplications=multiplications + spec.head_multiplications,
         ),
         targets=Size(parameters, data, multiplications),
+    )
+
+
+def _measure_sliced(spec: Spec, edits: Sequence[Edit]) -> Sizes:
+    """Sizes of a sliced model; shortcut matrices count as targets, for they stand in the blocks."""
+    tensors = checkpoint_tensors(spec, edits)
+    counts = {name: prod(shape) for name, (shape, _) in tensors.items() if name not in spec.buffers}
+    targets = target_names(spec)
+    parameters = sum(counts[name] for name in targets)
+    return Sizes(
+        all=Size(
+            parameters=sum(counts.values()),
+            bytes=file_bytes(tensors),
+            multiplications=parameters + counts[f"{spec.sliceable().head}.weight"],
+        ),
+        targets=Size(parameters, sum(counts[name] * tensors[name][1].itemsize for name in targets), parameters),
     )
 
 

@@ -51,7 +51,23 @@ class Merge:
     kind: Literal["merge"] = "merge"
 
 
-Edit = Share | Drop | Merge
+@dataclass(frozen=True)
+class Slice:
+    """Hidden states of `width` principal components in place of all: every matrix that reads or writes them shrinks.
+
+    Each sub-layer gets a width × width shortcut matrix, which turns the residual into the next one's components.
+    """
+
+    width: int
+    kind: Literal["slice"] = "slice"
+
+
+Edit = Share | Drop | Merge | Slice
+
+
+def sliced_width(edits: Sequence[Edit]) -> int | None:
+    """The width that the hidden states are sliced to, `None` if they are not."""
+    return next((edit.width for edit in edits if isinstance(edit, Slice)), None)
 
 
 def widths(linear: Linear, side: Side) -> tuple[int, int]:
@@ -79,8 +95,12 @@ def dropped_parts(edits: Sequence[Edit]) -> list[tuple[int, Part]]:
 
 def check(spec: Spec, edits: Sequence[Edit]) -> None:
     """Raise `LayershareError` if the edits do not fit the model or each other."""
+    if any(isinstance(edit, Slice) for edit in edits):
+        _check_slice(spec, edits)
+        return
     seen: set[tuple[str, int]] = set()
     for edit in edits:
+        assert not isinstance(edit, Slice)
         if not edit.layers:
             raise LayershareError(f"The plan has a {edit.kind} of no layers; give it some or delete it.")
         for layer in edit.layers:
@@ -105,7 +125,16 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
         raise LayershareError("A plan that removes whole layers cannot share weights as well; compress in two steps.")
 
 
-def _claims(spec: Spec, edit: Edit) -> list[tuple[str, int]]:
+def _check_slice(spec: Spec, edits: Sequence[Edit]) -> None:
+    dense = spec.sliceable().width
+    if len(edits) > 1:
+        raise LayershareError("A plan that slices can have no other edits; compress in two steps.")
+    width = sliced_width(edits)
+    if width is None or not 1 <= width <= dense:
+        raise LayershareError(f"The plan slices to width {width}; this model's hidden states have {dense}.")
+
+
+def _claims(spec: Spec, edit: Share | Drop | Merge) -> list[tuple[str, int]]:
     """The (role, layer) pairs that an edit changes."""
     if isinstance(edit, Share):
         return [(edit.role, layer) for layer in edit.layers]

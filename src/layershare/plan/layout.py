@@ -6,7 +6,8 @@ import torch
 
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import Tensors
-from layershare.plan.edits import Edit, Merge, Share, dropped_parts, kept_layers
+from layershare.plan.edits import Edit, Merge, Share, dropped_parts, kept_layers, sliced_width
+from layershare.plan.slices import guard_of_slices, sliced_tensors, treated
 
 Sources = tuple[tuple[float, str], ...]
 """A tensor as Σ cⱼ Tⱼ of dense ones, by their names."""
@@ -18,6 +19,8 @@ def origins(spec: Spec, edits: Sequence[Edit]) -> dict[str, Sources]:
             for layer in edit.layers}  # fmt: skip
     for layer, part in dropped_parts(edits):
         gone.update(spec.part_tensors(layer, part))
+    if sliced_width(edits):
+        gone |= treated(spec)
     merges = {edit.into: edit for edit in edits if isinstance(edit, Merge)}
     number = {old: new for new, old in enumerate(kept_layers(spec.n_layers, edits))}
     found: dict[str, Sources] = {}
@@ -39,6 +42,8 @@ def origins(spec: Spec, edits: Sequence[Edit]) -> dict[str, Sources]:
 def checkpoint_tensors(spec: Spec, edits: Sequence[Edit]) -> Tensors:
     """Shape and dtype of every tensor of the compressed checkpoint, the zero-size guard tensor included."""
     tensors = {name: spec.tensors[sources[0][1]] for name, sources in origins(spec, edits).items()}
+    if width := sliced_width(edits):
+        tensors |= sliced_tensors(spec, width)
     for edit in edits:
         if not isinstance(edit, Share):
             continue
@@ -64,4 +69,6 @@ def guard_of(spec: Spec, edits: Sequence[Edit]) -> str | None:
             return spec.weight_name(spec.linear(edit.role, edit.layers[0]))
     for layer, part in dropped_parts(edits):
         return spec.weight_name(spec.part(layer, part)[0])
+    if sliced_width(edits):
+        return guard_of_slices(spec)
     return None

@@ -5,7 +5,7 @@ from math import prod
 
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import measure
-from layershare.plan.edits import Share, widths
+from layershare.plan.edits import Share, sliced_width, widths
 from layershare.plan.plan import Plan
 
 GRAM_ITEMSIZE = 4
@@ -42,6 +42,12 @@ def estimate_needs(
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
     batch = batch_size * length * (4 * width + 3 * widest) * max(itemsize, 4)
     states = 2 * blocks * length * width * itemsize
+    if plan is not None and (sliced := sliced_width(plan.edits)):
+        return Needs(
+            memory=2 * max(block) + batch + _eigenproblem(width),
+            stats=0,
+            output=2 * plan.after.all.bytes + states + 2 * spec.n_layers * width * sliced * GRAM_ITEMSIZE,
+        )
     if plan is None:
         full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
         shares, after = list(full), measure(spec, ())
@@ -61,4 +67,9 @@ def _solving(linear: Linear, edit: Share) -> int:
     n = len(edit.layers)
     shared, private = widths(linear, edit.side)
     width = shared if n > 1 else min(shared, private)
-    return 8 * (5 * width**2 + linear.parameters + edit.rank * (shared + n * private))
+    return _eigenproblem(width) + 8 * (linear.parameters + edit.rank * (shared + n * private))
+
+
+def _eigenproblem(width: int) -> int:
+    """A float64 eigenproblem and its work space."""
+    return 8 * 5 * width**2

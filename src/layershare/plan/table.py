@@ -1,13 +1,14 @@
 """A plan for the eyes: groups, ranks, sizes before and after, and what the run will need."""
 
+from collections.abc import Sequence
 from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from layershare.model.arch import Spec
+from layershare.model.arch import WRITERS, Linear, Spec
 from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Merge, Share, dropped_parts, kept_layers
+from layershare.plan.edits import Merge, Share, dropped_parts, kept_layers, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 
@@ -21,6 +22,7 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
         groups.add_column(column, justify="right")
     shares = [edit for edit in plan.edits if isinstance(edit, Share)]
     shared = {(edit.role, layer) for edit in shares for layer in edit.layers}
+    sliced = sliced_width(plan.edits)
     kept, dropped = set(kept_layers(spec.n_layers, plan.edits)), set(dropped_parts(plan.edits))
     for role, linears in spec.by_role.items():
         edits = [edit for edit in shares if edit.role == role]
@@ -32,10 +34,16 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
             count = sum(linear.parameters for linear in gone)
             groups.add_row(role, _range([x.layer for x in gone]), shape, "", "gone", *_kept(count, 0))
         dense = [linear for linear in stays if (role, linear.layer) not in shared]
-        if dense:
+        if sliced is not None:
+            _add_sliced(groups, linears, sliced)
+        elif dense:
             count = sum(linear.parameters for linear in dense)
             shape = f"{dense[0].d_in} × {dense[0].d_out}"
             groups.add_row(role, _range([x.layer for x in dense]), shape, "", "dense", *_kept(count, count))
+    if sliced is not None:
+        shortcuts = len(spec.sliceable().sublayers)
+        layers, count = _range(list(range(spec.n_layers))), shortcuts * sliced**2
+        groups.add_row("shortcut", layers, f"{sliced} × {sliced}", "new", "", "0", f"{count:,}", "")
     totals = Table()
     totals.add_column("")
     for column in ("parameters", "bytes", "multiplications per token"):
@@ -84,6 +92,14 @@ def _add_groups(table: Table, spec: Spec, edits: list[Share]) -> None:
         f"{edits[0].rank:,}",
         *_kept(before, after),
     )
+
+
+def _add_sliced(table: Table, linears: Sequence[Linear], width: int) -> None:
+    first = linears[0]
+    d_in, d_out = (first.d_in, width) if first.role in WRITERS else (width, first.d_out)
+    before, after = first.parameters * len(linears), d_in * d_out * len(linears)
+    shape, layers = f"{first.d_in} × {first.d_out}", [linear.layer for linear in linears]
+    table.add_row(first.role, _range(layers), shape, "sliced", f"{width:,}", *_kept(before, after))
 
 
 def _kept(before: int, after: int) -> tuple[str, str, str]:

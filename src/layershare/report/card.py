@@ -49,7 +49,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-`layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for programs that cannot load the factors.
+{dense}
 
 ## Limits
 
@@ -63,6 +63,10 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 {citation}
 """
+
+
+_DENSE = "`layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for what cannot load the factors."
+_SLICED = "Its hidden states are narrower than an ordinary model's allow, so there is no ordinary checkpoint of it."
 
 
 def card(run: Run) -> str:
@@ -95,6 +99,7 @@ def card(run: Run) -> str:
         table="\n".join(rows),
         measured=measured,
         base=base,
+        dense=_SLICED if any(edit.get("kind") == "slice" for edit in run.plan["edits"]) else _DENSE,
         citation=citation(run.results["method"]),
     )
 

@@ -79,10 +79,13 @@ def edits(run: Run) -> str:
         number = sum(len(layers) == n for _, layers in groups)
         parts.append(f"{number} {'bases' if number > 1 else 'basis'} shared by {n} layers{' each' * (number > 1)}")
     kinds = Counter(cell.kind for cell in run.cells.values())
-    for kind in sorted(kinds.keys() - {"share", "drop", "merge"}, key=lambda kind: (kind == "dense", kind)):
+    for kind in sorted(kinds.keys() - {"share", "drop", "merge", "slice"}, key=lambda kind: (kind == "dense", kind)):
         words = {"own": "with own factors", "dense": "unchanged"}.get(kind, f"changed by {kind}")
         parts.append(f"{kinds[kind]} {'matrices' if kinds[kind] > 1 else 'matrix'} {words}")
     for edit in run.plan["edits"]:
+        if edit.get("kind") == "slice":
+            parts.append(f"all hidden states sliced to {edit['width']:,} components")
+            continue
         layers = f"layer{'s' * (len(edit['layers']) > 1)} {', '.join(map(str, edit['layers']))}"
         if edit.get("kind") == "drop":
             parts.append(f"{layers} dropped" if edit["part"] == "block" else f"{edit['part']} of {layers} dropped")

@@ -20,9 +20,10 @@ from layershare.model.arch import Linear, Spec
 from layershare.model.checkpoint import write_checkpoint
 from layershare.model.hub import Dropped, Group
 from layershare.model.layers import FactorLinear
+from layershare.model.sliced import Sliced
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share, dropped_parts
+from layershare.plan.edits import Share, dropped_parts, sliced_width
 from layershare.plan.layout import checkpoint_tensors, guard_of, origins
 from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
@@ -39,36 +40,55 @@ class Factored:
         self.shares = [edit for edit in plan.edits if isinstance(edit, Share)]
         self.groups = Store(folder / "groups", identity)
         self.refits = Store(folder / "refit", {**identity, "edits": [unit_name(edit) for edit in self.shares]})
-        self._unit_of = {name: unit_name(edit) for edit in self.shares for name in factor_names(spec, edit)}
+        self.width = sliced_width(plan.edits)
+        self.slices = Store(folder / "slice", {**identity, "width": self.width})
+        self._lost: dict[str, float] = {}
         self._origins = origins(spec, plan.edits)
-        self._refit_of: dict[str, str] = {}
+        self._places: dict[str, tuple[Store, str]] = {}
+        for edit in self.shares:
+            self._places.update(dict.fromkeys(factor_names(spec, edit), (self.groups, unit_name(edit))))
 
     def refitted(self, layer: int) -> bool:
         """Whether a layer's refit is there; if so, its tensors come from it from now on."""
-        unit = f"layer-{layer:03d}"
-        if unit in self.refits:
-            self._refit_of.update(dict.fromkeys(self.refits.names(unit), unit))
-        return unit in self.refits
+        return self._find(self.refits, f"layer-{layer:03d}")
 
     def write_refit(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Store what a layer's refit changed."""
         self.refits.write(f"layer-{layer:03d}", tensors)
         self.refitted(layer)
 
+    def sliced(self, unit: str) -> bool:
+        """Whether a unit of a sliced model is there; if so, its tensors come from it from now on."""
+        there = self._find(self.slices, unit)
+        if there:
+            self._lost |= self.slices.facts(unit)["errors"]
+        return there
+
+    def write_slice(self, unit: str, tensors: dict[str, Tensor], errors: dict[str, float]) -> None:
+        """Store a unit of a sliced model, and the parts of the variance that it lost by place."""
+        self.slices.write(unit, tensors, {"errors": errors})
+        self.sliced(unit)
+
+    def _find(self, store: Store, unit: str) -> bool:
+        if unit in store:
+            self._places.update(dict.fromkeys(store.names(unit), (store, unit)))
+        return unit in store
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the compressed checkpoint, by its full name."""
-        if name in self._refit_of:
-            return self.refits.read(self._refit_of[name], name)
-        if name in self._unit_of:
-            return self.groups.read(self._unit_of[name], name)
+        if name in self._places:
+            store, unit = self._places[name]
+            return store.read(unit, name)
         return self.weights.combination(self._origins[name])
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Group -> rank, parameters, `error` and `spectrum` of its solution.
+        """Group -> rank, parameters, `error` and `spectrum` of its solution; place in a sliced model -> its `error`.
 
         `error` is Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit; `spectrum` see `sampled`.
+        Of a slice the error is Σ‖X − XQQᵀ‖² / Σ‖X‖², X as the model that is sliced up to there makes it.
         """
-        return {
+        places = {place: {"error": error} for place, error in self._lost.items()}
+        return places | {
             edit.id: {
                 "rank": edit.rank,
                 "parameters": share_parameters(self.spec, edit),
@@ -204,6 +224,11 @@ def dropped_of(factored: Factored) -> list[Dropped]:
     for layer, part in dropped_parts(factored.plan.edits):
         found.append(Dropped(part, tuple(linear.name for linear in factored.spec.part(layer, part))))
     return found
+
+
+def slice_of(factored: Factored) -> Sliced | None:
+    """How a plan slices the model, as the checkpoint's config says it."""
+    return None if factored.width is None else Sliced(factored.width, factored.spec.sliceable())
 
 
 def members(spec: Spec, edit: Share) -> list[Linear]:

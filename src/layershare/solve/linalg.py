@@ -112,6 +112,18 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     return torch.linalg.solve(normal, target)
 
 
+def principal_axes(gram: Tensor, width: int, near: Tensor | None = None) -> tuple[Tensor, float]:
+    """Q: d × width, the eigenvectors of the largest eigenvalues of G = XᵀX, and the lost part ‖X − XQQᵀ‖² / ‖X‖².
+
+    Eigenvectors are free in sign: with `near`, another d × width, nearᵀQ gets a diagonal that is not negative. Q is
+    rounded to float32.
+    """
+    values, axes = _top(gram.double(), width)
+    if near is not None:
+        axes = axes * torch.where((near.double() * axes).sum(0) < 0, -1.0, 1.0)
+    return axes.float(), _dropped(values, width)
+
+
 def square_root(grams: Sequence[Tensor]) -> Tensor:
     """Upper triangular S (d × d) with SᵀS = G + ridge, for G = ΣGᵢ.
 
