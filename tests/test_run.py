@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from layershare.run import WORK, run
 from layershare.store import Store
 from tests.families import tiny_model, tokens
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
 
@@ -182,7 +184,7 @@ def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, seed):
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", str(seed)],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "src")), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -46,7 +46,7 @@ from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, slice_of, solve, write_weights
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.solve.slicing import slice_blocks
-from layershare.store import write_atomically, write_json
+from layershare.store import only_one, write_atomically, write_json
 
 WORK = ".run"
 LENGTH = 2048
@@ -410,14 +410,14 @@ def _work_folder(out: Path, recipe: Recipe) -> Iterator[Path]:
     """The folder for an unfinished run. If it fails before any work is finished, what this call made is removed."""
     work = out / WORK
     made = [path for path in (work, *work.parents) if not path.exists()]
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomically(work / "recipe.yaml", recipe.to_yaml().encode())
-    try:
-        yield work
-    except Exception:
-        if made and not any(work.rglob("*.safetensors")):  # no finished work to keep
-            shutil.rmtree(made[-1])
-        raise
+    with only_one(work):
+        write_atomically(work / "recipe.yaml", recipe.to_yaml().encode())
+        try:
+            yield work
+        except Exception:
+            if made and not any(work.rglob("*.safetensors")):  # no finished work to keep
+                shutil.rmtree(made[-1])
+            raise
 
 
 def _folder(name: str) -> Path:

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 from layershare.errors import LayershareError
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -29,6 +33,28 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def only_one(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be; when this one dies, the system lets go of it.
+
+    If another one is in it, raises `LayershareError`, or with `wait` warns and waits until it has left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        sentence = f"Another process is working in '{folder}'"
+        if not wait:
+            raise LayershareError(f"{sentence}; wait until it is done, or name another folder.") from error
+        warnings.warn(f"{sentence}: waiting until it is done.", stacklevel=3)
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def checksum(path: Path) -> str:

@@ -19,7 +19,7 @@ from layershare.errors import LayershareError
 from layershare.model.arch import PARTS, Linear, Part, Spec
 from layershare.model.dropped import without_mlp
 from layershare.model.weights import Weights, require_finite
-from layershare.store import MANIFEST, Store
+from layershare.store import MANIFEST, Store, only_one
 
 Progress = Callable[[int, int], None]
 """Called with the amount of work done and the amount there is."""
@@ -41,8 +41,12 @@ class Stats:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._store = Store(folder / digest[:16], identity)
+        self._store = Store(self.place(folder, identity), identity)
+
+    @staticmethod
+    def place(folder: Path, identity: dict[str, Any]) -> Path:
+        """The folder in `folder` for one model and text."""
+        return folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def find(cls, folder: Path, fingerprint: str) -> "Stats":
@@ -106,35 +110,38 @@ def calibrate(
 ) -> Stats:
     """Measure statistics of the asked `kinds`: the streamed ones in one pass over the text, block after block.
 
-    Every finished layer is stored in `folder`; the same call continues where an earlier one was stopped. With
-    `scratch` the hidden states live in files there. Warns if the text has fewer tokens than a site is wide. Raises
-    `LayershareError` if weights or activations contain NaN or infinity, naming the place.
+    Every finished layer is stored in `folder`; the same call continues where an earlier one was stopped, and waits for
+    another process that measures the same. With `scratch` the hidden states live in files there. Warns if the text has
+    fewer tokens than a site is wide. Raises `LayershareError` if weights or activations contain NaN or infinity, naming
+    the place.
     """
-    stats = Stats(folder, {"model": weights.fingerprint, "text": text.identity})
-    if "fisher" in kinds:
-        _measure_fisher(weights, spec, text, stats, batch_size, progress)
-    streamed: list[Kind] = [kind for kind in STREAMED if kind in kinds]
-    missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
-    if not missing:
-        return stats
-    if "inputs" in streamed:
-        _warn_if_deficient(spec, text.tokens.numel())
-    stream = Stream(weights, text.tokens, batch_size, scratch)
-    for layer, block in stream:
-        progress(layer, missing[-1] + 1)
-        if layer in missing:
-            require_finite(block.named_parameters(weights.block_name(layer)))
-            if "inputs" in streamed and not stats.has("inputs", layer):
-                with measuring(block, site_modules(spec, layer), magnitudes=True) as measured:
+    identity = {"model": weights.fingerprint, "text": text.identity}
+    with only_one(Stats.place(folder, identity), wait=True):
+        stats = Stats(folder, identity)
+        if "fisher" in kinds:
+            _measure_fisher(weights, spec, text, stats, batch_size, progress)
+        streamed: list[Kind] = [kind for kind in STREAMED if kind in kinds]
+        missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
+        if not missing:
+            return stats
+        if "inputs" in streamed:
+            _warn_if_deficient(spec, text.tokens.numel())
+        stream = Stream(weights, text.tokens, batch_size, scratch)
+        for layer, block in stream:
+            progress(layer, missing[-1] + 1)
+            if layer in missing:
+                require_finite(block.named_parameters(weights.block_name(layer)))
+                if "inputs" in streamed and not stats.has("inputs", layer):
+                    with measuring(block, site_modules(spec, layer), magnitudes=True) as measured:
+                        stream.run()
+                    stats.write("inputs", layer, measured)
+                if "blocks" in streamed and not stats.has("blocks", layer):
                     stream.run()
-                stats.write("inputs", layer, measured)
-            if "blocks" in streamed and not stats.has("blocks", layer):
-                stream.run()
-                stats.write("blocks", layer, _change(stream, spec, layer, block))
-        if layer == missing[-1]:
-            break
-    progress(missing[-1] + 1, missing[-1] + 1)
-    return stats
+                    stats.write("blocks", layer, _change(stream, spec, layer, block))
+            if layer == missing[-1]:
+                break
+        progress(missing[-1] + 1, missing[-1] + 1)
+        return stats
 
 
 def site_modules(spec: Spec, layer: int) -> dict[str, str]:

@@ -10,6 +10,8 @@ from layershare.plan.plan import Plan
 
 GRAM_ITEMSIZE = 4
 """Grams are float32."""
+SLACK = 1.2
+"""For what libraries keep and work with."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ def estimate_needs(
 ) -> Needs:
     """Estimate memory and disk for calibrating on `blocks` × `length` tokens, `batch_size` at a time, and compressing.
 
-    Memory is the larger of calibration (a block, its Grams, a batch) and of solving the largest group in float64.
+    Memory is the larger of calibration and refit (a block, its Grams, a batch) and of solving the largest group in
+    float64; `benchmarks/memory` measures both.
     Without a plan yet, every target is taken to be solved for itself, at full size.
     """
     stack = f"{spec.base_prefix}{spec.blocks}."
@@ -40,7 +43,7 @@ def estimate_needs(
     width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
     widest = max(max(linear.d_in, linear.d_out) for linear in spec.linears)
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
-    batch = batch_size * length * (4 * width + 3 * widest) * max(itemsize, 4)
+    batch = batch_size * length * (4 * width + 3 * widest) * itemsize
     states = 2 * blocks * length * width * itemsize
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
@@ -54,9 +57,8 @@ def estimate_needs(
     else:
         shares, after = [edit for edit in plan.edits if isinstance(edit, Share)], plan.after
     solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in shares), default=0)
-    refit = max(block) // 2
     return Needs(
-        memory=max(max(block) + max(grams) + batch + refit, solving) if calibrated else solving,
+        memory=int(SLACK * (max(max(block) + max(grams) + batch, solving) if calibrated else solving)),
         stats=sum(grams) if calibrated else 0,
         output=2 * after.all.bytes + (states if calibrated else 0),
     )
