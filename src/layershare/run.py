@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import Kind, Progress, Stats, calibrate
+from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
@@ -251,7 +252,7 @@ def _carry_out(
     if factored.width is not None:
         assert calibration is not None
         with clock.step("slice") as progress:
-            slice_blocks(factored, calibration, progress=progress, **passes)
+            slice_blocks(factored, Stream(weights, calibration.tokens, **passes), progress)
     with clock.step("write"):
         write_model(factored, recipe, tokenizer, staging)
     results = {

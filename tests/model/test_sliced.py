@@ -130,6 +130,11 @@ def test_half_a_checkpoint_or_another_config_is_refused(folder, tmp_path):
         load(broken)
 
 
+def test_tensor_parallelism_does_not_split_it(folder):
+    model: Any = load(folder)
+    assert model.tp_plan == {}
+
+
 SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -140,6 +145,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_in_a_fresh_process_it_loads_with_this_package_and_fails_without(folder, tmp_path):
     torch.save(tokens(), tmp_path / "ids.pt")
     torch.save(logits(AutoModelForCausalLM.from_pretrained(folder)), tmp_path / "logits.pt")

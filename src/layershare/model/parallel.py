@@ -16,6 +16,7 @@ from transformers.distributed.tensor_parallel import (
 )
 
 from layershare.model.layers import FactorLinear, SharedBasis
+from layershare.model.sliced import SlicedNorm
 
 # The style of a dense layer -> the styles of the factor that meets the input and of the one that makes the output
 # (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width.
@@ -68,7 +69,12 @@ def _pattern(name: str) -> str:
 
 
 def adapt_tensor_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
-    """Give the entries of `plan` that cover a factored layer the matching style, in place."""
+    """Give the entries of `plan` that cover a factored layer the matching style, in place.
+
+    A sliced model is not split but repeated: a sum over its split writers would count the shortcuts several times.
+    """
+    if any(isinstance(module, SlicedNorm) for module in model.modules()):
+        plan.clear()
     factored = {_pattern(name) for name, module in model.named_modules() if isinstance(module, FactorLinear)}
     for key in plan.keys() & factored:
         if plan[key] in _FACTOR_STYLES:

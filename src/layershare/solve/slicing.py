@@ -8,7 +8,6 @@ to rounding, the sliced model's hidden states in the original coordinates, which
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from layershare.calibrate.drivers import Call, hidden_input, with_hidden_input
 from layershare.calibrate.stats import Progress, gram_of, measuring
 from layershare.calibrate.stream import Stream
-from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.prenorm import PreNorm, SubLayer, affine
 from layershare.model.sliced import sliced_sublayer, standing_in
@@ -63,25 +61,18 @@ def shortcut(before: Tensor, after: Tensor, multiplier: float) -> Tensor:
     return (product - torch.eye(len(product), dtype=product.dtype, device=product.device)) / multiplier
 
 
-def slice_blocks(
-    factored: Factored,
-    text: Text,
-    *,
-    batch_size: int,
-    scratch: Path | None = None,
-    progress: Progress = lambda done, total: None,
-) -> None:
+def slice_blocks(factored: Factored, stream: Stream, progress: Progress) -> None:
     """Rotate and slice the embeddings, block after block, and the head, each stored as soon as it is done.
 
-    A block takes two passes of the text: the first, with the attention sliced on its input side, gives the signal that
-    enters the MLP; the second, with what the attention writes sliced too, the signal that leaves the block. A block
-    that is done takes the second pass alone. Raises `LayershareError` if a sliced weight is not finite.
+    `stream` takes the calibration text through the dense blocks. A block takes two passes of it: the first, with the
+    attention sliced on its input side, gives the signal that enters the MLP; the second, with what the attention writes
+    sliced too, the signal that leaves the block. A block that is done takes the second pass alone. Raises
+    `LayershareError` if a sliced weight is not finite.
     """
     n_layers = factored.spec.n_layers
     stages = ["embeddings", *map(_unit, range(n_layers)), "head"]
     if all(factored.sliced(stage) for stage in stages):
         return
-    stream = Stream(factored.weights, text.tokens, batch_size, scratch)
     axes = torch.empty(0)
     for layer, block in stream:
         progress(layer, n_layers)
