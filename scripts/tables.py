@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
-A table stands between two comments that name it: `demo`, `results MODEL` or `measured METHOD`.
+A table stands between two comments that name it: `demo`, `matrix`, `results MODEL` or `measured METHOD`.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from method_matrix import matrix
 from method_tables import machine, markdown, measured_method, model_page
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,8 @@ def table(name: str) -> str:
     kind, _, which = name.partition(" ")
     if kind == "demo":
         return demo(json.loads((BENCHMARKS / "demo" / "results.json").read_text(encoding="utf-8")))
+    if kind == "matrix":
+        return matrix()
     if kind == "results":
         return model_page(BENCHMARKS / "methods", which)
     if kind == "measured":

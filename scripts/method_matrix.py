@@ -1,0 +1,42 @@
+"""The table of methods × families: what works, and why the rest is refused. `tests/test_matrix.py` runs every cell."""
+
+import sys
+from pathlib import Path
+
+from method_tables import markdown
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from layershare import describe
+from layershare.errors import UnsupportedModelError
+from layershare.methods import METHODS, make_method
+from tests.families import CONFIGS
+from tests.test_matrix import OPTIONS
+
+WORKS = "works"
+
+
+def matrix() -> str:
+    """A row per method, a column per set of families that all methods treat alike, and below it the reasons."""
+    columns = {family: _column(family) for family in CONFIGS}
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for family, column in columns.items():
+        sets.setdefault(tuple(column), []).append(family)
+    reasons = list(dict.fromkeys(cell for column in sets for cell in column if cell != WORKS))
+    marks = {WORKS: WORKS, **{reason: f"refused ({number})" for number, reason in enumerate(reasons, 1)}}
+    rows = [[f"`{name}`", *(marks[column[i]] for column in sets)] for i, name in enumerate(METHODS)]
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{markdown(['', *(', '.join(families) for families in sets.values())], rows)}\n\n{notes}"
+
+
+def _column(family: str) -> list[str]:
+    """What every method says to one family, as a tiny model."""
+    spec = describe(CONFIGS[family]())
+    cells = []
+    for name in METHODS:
+        try:
+            make_method(name, OPTIONS.get(name)).require(spec)
+            cells.append(WORKS)
+        except UnsupportedModelError as reason:
+            cells.append(str(reason).replace(f"'{family}'", "…").replace("\n", " "))
+    return cells
