@@ -7,7 +7,7 @@ from method_tables import markdown
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from layershare import describe
+from layershare import Spec, describe
 from layershare.errors import UnsupportedModelError
 from layershare.methods import METHODS, make_method
 from tests.families import CONFIGS
@@ -32,11 +32,12 @@ def matrix() -> str:
 def _column(family: str) -> list[str]:
     """What every method says to one family, as a tiny model."""
     spec = describe(CONFIGS[family]())
-    cells = []
-    for name in METHODS:
-        try:
-            make_method(name, OPTIONS.get(name)).require(spec)
-            cells.append(WORKS)
-        except UnsupportedModelError as reason:
-            cells.append(str(reason).replace(f"'{family}'", "…").replace("\n", " "))
-    return cells
+    return [_cell(name, spec).replace(f"'{family}'", "…") for name in METHODS]
+
+
+def _cell(method: str, spec: Spec) -> str:
+    try:
+        make_method(method, OPTIONS.get(method)).require(spec)
+    except UnsupportedModelError as reason:
+        return str(reason)
+    return WORKS
