@@ -71,7 +71,8 @@ def _pattern(name: str) -> str:
 def adapt_tensor_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
     """Give the entries of `plan` that cover a factored layer the matching style, in place.
 
-    A sliced model is not split but repeated: a sum over its split writers would count the shortcuts several times.
+    A sliced model has no plan, so that transformers refuses to split it: a sum over split writers would count the
+    shortcuts several times.
     """
     if any(isinstance(module, SlicedNorm) for module in model.modules()):
         plan.clear()

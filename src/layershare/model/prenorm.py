@@ -7,6 +7,7 @@ kind of norm a module is, it is asked by numbers.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class PreNorm:
 class Step:
     """Something that made a value: a module (by its full name) or an operation (`add`), from which values.
 
-    `scalars` are the numbers among an operation's arguments.
+    What no step made, such as a parameter, comes from a step "a tensor". `scalars` are the numbers among an operation's
+    arguments, NaN where a tensor of one element stands for one.
     """
 
     name: str
@@ -95,20 +97,26 @@ class Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = [item for arg in args for item in (arg if isinstance(arg, list | tuple) else (arg,))]
+        nested = (arg if isinstance(arg, list | tuple) else (arg,) for arg in (*args, *(kwargs or {}).values()))
+        given = [item for items in nested for item in items]
         tensors = [item for item in given if isinstance(item, Tensor)]
-        known = tuple(self._values[id(tensor)] for tensor in tensors if id(tensor) in self._values)
         if self._inside is not None:
-            self._inside.update(known)
+            self._inside.update(self._values[id(tensor)] for tensor in tensors if id(tensor) in self._values)
             return result
+        scalars = [float(item) for item in given if isinstance(item, int | float)]
+        scalars += [math.nan for tensor in tensors if tensor.numel() == 1]
+        tensors = [tensor for tensor in tensors if tensor.numel() > 1]
+        for tensor in tensors:
+            if id(tensor) not in self._values:
+                self._record("a tensor", (), tensor)
+        inputs = tuple(self._values[id(tensor)] for tensor in tensors)
         name = func.name().removeprefix("aten::").partition(".")[0]
         made = result if isinstance(result, list | tuple) else (result,)
         for tensor in (item for item in made if isinstance(item, Tensor)):
-            if name in _SAME and len(known) == 1 and tensor.numel() == tensors[0].numel():
-                self._set(tensor, known[0])
+            if name in _SAME and len(inputs) == 1 and tensor.numel() == tensors[0].numel():
+                self._set(tensor, inputs[0])
             else:
-                scalars = tuple(float(item) for item in given if isinstance(item, int | float))
-                self._record(name, known, tensor, scalars)
+                self._record(name, inputs, tensor, tuple(scalars))
         return result
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -158,6 +166,7 @@ class _Search:
     def __init__(self, steps: Sequence[Step], prefix: str) -> None:
         self.steps, self.prefix = steps, prefix
         self.of = {step.name: step for step in steps if step.module is not None}
+        self.calls = Counter(step.name for step in steps if step.module is not None)
         self.users: dict[int, list[Step]] = {}
         for step in steps:
             for value in set(step.inputs):
@@ -182,6 +191,9 @@ class _Search:
             multiplier, added = self._added(writer, stream)
             self._require_users(stream, [norm, added])
             norms.append(norm)
+            for name in (norm.name, *readers, writer):
+                if self.calls[name] > 1:
+                    raise NotPreNorm(f"'{name}' is called {self.calls[name]} times")
             sublayers.append(
                 SubLayer(self._base(norm.name), tuple(map(self._base, readers)), self._base(writer), multiplier)
             )
@@ -232,14 +244,15 @@ class _Search:
 
     def _added(self, writer: str, stream: int) -> tuple[float, Step]:
         """The step that adds what a writer puts out to the stream, and what that is multiplied by before."""
-        step, multiplier = self._only_user(self.of[writer]), 1.0
+        made, multiplier = self.of[writer], 1.0
+        step = self._only_user(made)
         if step.name == "mul" and len(step.inputs) == 1 and len(step.scalars) == 1:
-            multiplier, step = step.scalars[0], self._only_user(step)
+            multiplier, made, step = step.scalars[0], step, self._only_user(step)
         if step.module is not None:
             raise NotPreNorm(f"'{step.name}' norms what its sub-layers write (sandwich or post-norms)")
-        if step.name not in ("add", "add_") or step.scalars or multiplier == 0:
+        if step.name not in ("add", "add_") or step.scalars or multiplier == 0 or math.isnan(multiplier):
             raise NotPreNorm(f"what '{writer}' writes is not simply added to the hidden states")
-        if stream not in step.inputs:
+        if set(step.inputs) != {stream, made.output}:
             raise NotPreNorm(_PARALLEL)
         return multiplier, step
 
@@ -261,7 +274,8 @@ class _Search:
         step = self.steps[value]
         if isinstance(step.module, nn.Embedding):
             return [step.name]
-        if step.module is None and step.name in ("add", "mul") and step.inputs:
+        linear = (step.name == "add" and not step.scalars) or (step.name == "mul" and len(step.inputs) == 1)
+        if step.module is None and linear and step.inputs:
             return [name for each in step.inputs for name in self._embeddings(each)]
         raise NotPreNorm(f"'{step.name}' stands between its embeddings and its first block")
 
