@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -55,7 +56,9 @@ def compress(method: str, keep: float) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> Table:
     rows = Table(
-        title="The sample model, calibrated and measured on the standard library's source", title_justify="left"
+        box=SIMPLE_HEAD,  # fits into 80 columns
+        title="The sample model, calibrated and measured on the standard library's source",
+        title_justify="left",
     )
     rows.add_column("model, kept", no_wrap=True)
     for column in ("parameters", "bytes", "perplexity", "KL", "top-1", "seconds"):
