@@ -98,7 +98,9 @@ def main() -> None:
     console.print(f"\n{last} is an ordinary Hugging Face folder. Loaded with plain transformers, it continues:\n")
     subprocess.run([sys.executable, "-c", TALK, str(last), PROMPT], check=True)
     if arguments.save:
-        write_json(arguments.save, {"runs": results, **environment()})
+        # Without the groups: their spectra are of no use here and fill most of the file.
+        runs = [{key: value for key, value in each.items() if key != "groups"} for each in results]
+        write_json(arguments.save, {"runs": runs, **environment()})
 
 
 if __name__ == "__main__":
