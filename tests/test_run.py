@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layershare
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
+from layershare.folders import WORK, work_folder
 from layershare.recipe import Recipe, make_recipe
-from layershare.run import WORK, run
+from layershare.run import run
 from layershare.store import Store
 from tests.families import tiny_model, tokens
 
@@ -152,6 +153,25 @@ def test_an_unfinished_run_of_another_recipe_and_a_full_folder_are_refused(folde
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
     with pytest.raises(LayershareError, match="is a file"):
         run(recipe_for(folder), tmp_path / "text.txt")
+
+
+def test_a_run_killed_before_it_wrote_its_recipe_can_be_started_again(folder, tmp_path):
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    (tmp_path / "out" / WORK / "lock").touch()
+    run(recipe_for(folder, method="svd"), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("others", [[], ["stats"]])
+def test_a_failed_run_takes_nothing_with_it_that_is_not_its_own(others, tmp_path):
+    def fail(work: Path):
+        for name in others:  # of this run or of another one that began in the meantime
+            (work.parents[1] / name).mkdir()
+        raise RuntimeError("too early")
+
+    with pytest.raises(RuntimeError, match="too early"), work_folder(tmp_path / "new" / "a", "model: a\n") as work:
+        fail(work)
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", *others] if others else [])
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(folder, tmp_path, monkeypatch):
