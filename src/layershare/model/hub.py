@@ -300,7 +300,7 @@ def _restore_dropped(model: Any) -> None:
             model.set_submodule(name, zeroed(skeleton.get_submodule(name).to(model.dtype), device))
     for name, module in list(model.named_modules()):
         if isinstance(module, DroppedLinear):
-            model.set_submodule(name, module.to_dense(device))
+            model.set_submodule(name, module.to_dense(device, model.dtype))
 
 
 def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
