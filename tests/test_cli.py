@@ -138,10 +138,15 @@ def spoil_weights(here):
     model.save_pretrained(here / "dense")
 
 
-def newer_format(here):
-    path = here / "dense" / "config.json"
-    config = json.loads(path.read_text())
-    write_json(path, config | {"quantization_config": {"quant_method": "layershare", "version": 99, "groups": []}})
+def change_config(**values):
+    def change(here):
+        path = here / "dense" / "config.json"
+        write_json(path, json.loads(path.read_text()) | values)
+
+    return change
+
+
+newer_format = change_config(quantization_config={"quant_method": "layershare", "version": 99, "groups": []})
 
 
 MISTAKES = {
@@ -175,6 +180,10 @@ MISTAKES = {
         "is not empty",
     ),
     "newer": ((), newer_format, "already compressed"),
+    "shapes": ((), change_config(intermediate_size=40), "config.json and weights are of different models"),
+    "config value": ((), change_config(num_hidden_layers="four"), "The config.json of 'dense' cannot be used"),
+    "seed": (("--set", f"calibration.seed={2**63}"), None, "'calibration.seed' in the recipe"),
+    "file as folder": (("-o", "text.txt/small"), None, "'text.txt' is a file; name a folder"),
 }
 
 
@@ -200,7 +209,13 @@ def test_mistakes_with_models(layershare, here):
         ("eval", "nowhere/at/all"): "There is no model folder",
         ("generate", "text.txt", "x"): "'text.txt' is a file",
         ("generate", "dense", "x", "--dtype", "f16"): "Unknown dtype 'f16'. Did you mean 'float16'?",
+        ("generate", "dense", ""): "The prompt has no tokens",
+        ("generate", "dense", "x", "--tokens", "128"): "1 + 128 tokens do not fit: this model takes 128",
         ("plan", "dense", "-o", "no/plan.json"): "There is no folder 'no'",
+        ("calibrate", "dense", "-o", "text.txt/stats"): "'text.txt' is a file; name a folder",
+        ("export", "dense", "-o", "text.txt/wide", "--dense"): "'text.txt' is a file; name a folder",
+        ("eval", "dense", "-o", "dense"): "'dense' is a directory",
+        ("bench", "dense", "-o", "dense"): "'dense' is a directory",
         ("export", "dense", "-o", "out"): "add --dense",
         ("export", "dense", "-o", ".", "--dense"): "is not empty",
         ("ls", "nowhere"): "There is no folder 'nowhere'",
@@ -214,6 +229,15 @@ def test_mistakes_with_models(layershare, here):
         assert code == 2
         assert message in err, err
         assert "Traceback" not in err
+
+
+def test_the_list_passes_over_results_of_others(layershare, here):
+    for name, content in {"broken": "nope", "other": '{"method": "mine"}', "list": "[1]"}.items():
+        (here / name).mkdir()
+        (here / name / "results.json").write_text(content)
+    code, out, err = layershare("ls", ".")
+    assert code == 0, err
+    assert "mine" not in out
 
 
 def test_a_checkpoint_from_a_newer_version_says_so(layershare, here):
