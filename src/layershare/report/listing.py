@@ -9,6 +9,7 @@ from rich.table import Table
 from layershare.errors import LayershareError
 from layershare.folders import WORK
 from layershare.plan.table import size
+from layershare.report.words import score as score_in_words
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
@@ -55,7 +56,7 @@ def tasks_table(evaluation: dict[str, Any]) -> Table:
                 f"{task}, {metric}",
                 str(result["rows"]),
                 "" if result["chance"] is None or score["near_chance"] is None else f"{result['chance']:.3f}",
-                *(f"{each['value']:.3f}" + (f" ± {each['stderr']:.3f}" if each["stderr"] else "") for each in both),
+                *map(score_in_words, both),
                 "near guessing" if score["near_chance"] else "",
             )
     return table
