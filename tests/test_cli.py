@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it prints, how it ends, what it leaves behind."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from layershare.cli import main
+from layershare.methods import METHODS
 from layershare.store import write_json
 from tests.families import tiny_model, tokens
 
@@ -55,6 +57,12 @@ def test_help_does_not_import_torch():
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for verb in ("run", "plan", "calibrate", "compress", "eval", "bench", "report", "export", "ls", "generate"):
         assert f"  {verb} " in shown
+
+
+def test_help_names_every_method(layershare):
+    _, out, _ = layershare("compress", "--help")
+    unwrapped = re.sub(r"-\s+", "-", out)
+    assert set(METHODS) <= set(re.findall(r"[a-z]+(?:-[a-z]+)*", unwrapped))
 
 
 def test_plan_from_a_config_alone(layershare, here):

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -288,5 +289,11 @@ def test_blocks_longer_than_the_context_and_unknown_devices_are_refused(folder, 
 def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     plan = layershare.make_plan(tiny_model("llama"), method="svd", keep=0.7, of="targets")
     (tmp_path / "plan.json").write_text(plan.to_json())
-    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+    recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"))
+    results = run(recipe, tmp_path / "out")
     assert (results["method"], results["keep"], results["calibration"]) == ("svd", 0.7, None)
+    with pytest.warns(UserWarning, match="nothing was done"):
+        run(recipe, tmp_path / "out")
+    (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
+    with pytest.raises(LayershareError, match="has changed since the finished run"):
+        run(recipe, tmp_path / "out")

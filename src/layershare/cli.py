@@ -29,7 +29,15 @@ complaints = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Hub id, folder, or `sample`, the small model that comes with layershare.")]
 Folder = Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="New or empty folder for the result.")]
-MethodName = Annotated[str, typer.Option("--method", "-m", help="basis-sharing, svd-llm, svd, …: README.md lists all.")]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="basis-sharing, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, joint-drop, "
+        "attention-drop, mlp-drop, block-drop, laco or mka.",
+    ),
+]
 KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
 Of = Annotated[str, typer.Option("--of", help="Count `all` parameters, or the compressed `targets` alone.")]
 Options = Annotated[

@@ -163,6 +163,10 @@ def run(
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if model is not None and Weights.of(model).fingerprint != results["model_fingerprint"]:
             raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
+        if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
+            raise LayershareError(
+                f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
+            )
         shutil.rmtree(out / WORK, ignore_errors=True)
         warnings.warn(f"'{out}' holds this very run, finished {results['date']}: nothing was done.", stacklevel=2)
         return results
