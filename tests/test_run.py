@@ -135,6 +135,11 @@ def test_a_finished_run_of_another_model_in_memory_is_not_taken_for_ours(tmp_pat
         layershare.compress(tiny_model("llama", seed=1), **options)
 
 
+def test_the_tokenizer_of_a_nameless_model_is_not_guessed(words):
+    with pytest.raises(LayershareError, match="its tokenizer is not known"):
+        layershare.compress(tiny_model("gpt2"), text=words)  # there is a model 'gpt2' on the hub
+
+
 def test_measuring_on_the_calibration_text_warns(folder, tmp_path):
     text = recipe_for(folder).calibration.text
     with pytest.warns(UserWarning, match="the very text that it is compressed for"):

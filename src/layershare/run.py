@@ -174,6 +174,8 @@ def run(
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
+        if model is not None and not model.name_or_path:  # its type, which stands for a name, may be another's
+            raise LayershareError("This model was not loaded by a name, so its tokenizer is not known; give it, too.")
         tokenizer = read_tokenizer(recipe.model)
     calibration = test = None
     if job.calibrated:
