@@ -1,6 +1,5 @@
 """One run: calibrate, plan, solve, refit, write, measure, publish. Killed anywhere, the same call continues."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -28,20 +27,20 @@ from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
-from layershare.model.depth import cut_layers
-from layershare.model.hub import LayershareConfig, load, write_shim
+from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, kept_layers, sliced_width
+from layershare.plan.edits import Share, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
-from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, slice_of, solve, write_weights
+from layershare.solve.apply import Factored, refit_coefficients, solve
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.solve.slicing import slice_blocks
+from layershare.solve.write import write_model
 from layershare.store import make_folder, write_atomically, write_json
 
 LENGTH = 2048
@@ -352,42 +351,6 @@ def device_of(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise LayershareError(f"There is no device '{name}' here; name another, or auto.") from error
     return name
-
-
-def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write the whole Hugging Face folder of a solved plan: weights, config, tokenizer, shim, plan and recipe."""
-    write_weights(factored, folder, recipe.max_shard_size)
-    model, plan = factored.weights.model, factored.plan
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
-    kept = kept_layers(factored.spec.n_layers, plan.edits)
-    if len(kept) < factored.spec.n_layers:
-        cut_layers(config, kept)
-    groups, dropped, sliced = groups_of(factored), dropped_of(factored), slice_of(factored)
-    if sliced is not None:
-        config.tie_word_embeddings = False
-    ours = bool(groups or dropped) or sliced is not None
-    if ours:
-        notes = {
-            "method": plan.method,
-            "options": plan.options,
-            "keep": plan.keep,
-            "of": plan.of,
-            "model": recipe.model,
-        }
-        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped, slice=sliced)
-    config.save_pretrained(folder)
-    if ours:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_shim(folder, values)
-        write_json(folder / "config.json", values)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write_atomically(folder / "plan.json", plan.to_json().encode())
-    write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
 
 
 def _measure(

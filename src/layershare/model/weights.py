@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, incomplete
 from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
 
@@ -76,12 +76,8 @@ class Weights:
             reason = str(error).partition("\n")[0]
             raise LayershareError(f"Cannot open the model '{source}': {reason}") from error
         model, loading = opened
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise LayershareError(
-                f"The checkpoint '{source}' lacks {len(missing)} of its model's weights, among them '{missing[0]}'; "
-                "use a complete checkpoint."
-            )
+        if missing := loading["missing_keys"]:
+            raise incomplete(source, missing)
         return cls(model, torch.device(device), _take_stored(model))
 
     def names(self) -> list[str]:
