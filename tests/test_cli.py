@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it prints, how it ends, what it leaves behind."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from layershare.cli import main
+from layershare.methods import METHODS
 from layershare.store import write_json
 from tests.families import tiny_model, tokens
 
@@ -55,6 +57,12 @@ def test_help_does_not_import_torch():
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for verb in ("run", "plan", "calibrate", "compress", "eval", "bench", "report", "export", "ls", "generate"):
         assert f"  {verb} " in shown
+
+
+def test_help_names_every_method(layershare):
+    _, out, _ = layershare("compress", "--help")
+    unwrapped = re.sub(r"-\s+", "-", out)
+    assert set(METHODS) <= set(re.findall(r"[a-z]+(?:-[a-z]+)*", unwrapped))
 
 
 def test_plan_from_a_config_alone(layershare, here):
@@ -138,10 +146,15 @@ def spoil_weights(here):
     model.save_pretrained(here / "dense")
 
 
-def newer_format(here):
-    path = here / "dense" / "config.json"
-    config = json.loads(path.read_text())
-    write_json(path, config | {"quantization_config": {"quant_method": "layershare", "version": 99, "groups": []}})
+def change_config(**values):
+    def change(here):
+        path = here / "dense" / "config.json"
+        write_json(path, json.loads(path.read_text()) | values)
+
+    return change
+
+
+newer_format = change_config(quantization_config={"quant_method": "layershare", "version": 99, "groups": []})
 
 
 MISTAKES = {
@@ -175,6 +188,10 @@ MISTAKES = {
         "is not empty",
     ),
     "newer": ((), newer_format, "already compressed"),
+    "shapes": ((), change_config(intermediate_size=40), "config.json and weights are of different models"),
+    "config value": ((), change_config(num_hidden_layers="four"), "The config.json of 'dense' cannot be used"),
+    "seed": (("--set", f"calibration.seed={2**63}"), None, "'calibration.seed' in the recipe"),
+    "file as folder": (("-o", "text.txt/small"), None, "'text.txt' is a file; name a folder"),
 }
 
 
@@ -200,7 +217,13 @@ def test_mistakes_with_models(layershare, here):
         ("eval", "nowhere/at/all"): "There is no model folder",
         ("generate", "text.txt", "x"): "'text.txt' is a file",
         ("generate", "dense", "x", "--dtype", "f16"): "Unknown dtype 'f16'. Did you mean 'float16'?",
+        ("generate", "dense", ""): "The prompt has no tokens",
+        ("generate", "dense", "x", "--tokens", "128"): "1 + 128 tokens do not fit: this model takes 128",
         ("plan", "dense", "-o", "no/plan.json"): "There is no folder 'no'",
+        ("calibrate", "dense", "-o", "text.txt/stats"): "'text.txt' is a file; name a folder",
+        ("export", "dense", "-o", "text.txt/wide", "--dense"): "'text.txt' is a file; name a folder",
+        ("eval", "dense", "-o", "dense"): "'dense' is a directory",
+        ("bench", "dense", "-o", "dense"): "'dense' is a directory",
         ("export", "dense", "-o", "out"): "add --dense",
         ("export", "dense", "-o", ".", "--dense"): "is not empty",
         ("ls", "nowhere"): "There is no folder 'nowhere'",
@@ -214,6 +237,15 @@ def test_mistakes_with_models(layershare, here):
         assert code == 2
         assert message in err, err
         assert "Traceback" not in err
+
+
+def test_the_list_passes_over_results_of_others(layershare, here):
+    for name, content in {"broken": "nope", "other": '{"method": "mine"}', "list": "[1]"}.items():
+        (here / name).mkdir()
+        (here / name / "results.json").write_text(content)
+    code, out, err = layershare("ls", ".")
+    assert code == 0, err
+    assert "mine" not in out
 
 
 def test_a_checkpoint_from_a_newer_version_says_so(layershare, here):

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layershare
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
+from layershare.folders import WORK, work_folder
 from layershare.recipe import Recipe, make_recipe
-from layershare.run import WORK, run
+from layershare.run import run
 from layershare.store import Store
 from tests.families import tiny_model, tokens
 
@@ -133,6 +135,11 @@ def test_a_finished_run_of_another_model_in_memory_is_not_taken_for_ours(tmp_pat
         layershare.compress(tiny_model("llama", seed=1), **options)
 
 
+def test_the_tokenizer_of_a_nameless_model_is_not_guessed(words):
+    with pytest.raises(LayershareError, match="its tokenizer is not known"):
+        layershare.compress(tiny_model("gpt2"), text=words)  # there is a model 'gpt2' on the hub
+
+
 def test_measuring_on_the_calibration_text_warns(folder, tmp_path):
     text = recipe_for(folder).calibration.text
     with pytest.warns(UserWarning, match="the very text that it is compressed for"):
@@ -152,6 +159,25 @@ def test_an_unfinished_run_of_another_recipe_and_a_full_folder_are_refused(folde
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
     with pytest.raises(LayershareError, match="is a file"):
         run(recipe_for(folder), tmp_path / "text.txt")
+
+
+def test_a_run_killed_before_it_wrote_its_recipe_can_be_started_again(folder, tmp_path):
+    (tmp_path / "out" / WORK).mkdir(parents=True)
+    (tmp_path / "out" / WORK / "lock").touch()
+    run(recipe_for(folder, method="svd"), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("others", [[], ["stats"]])
+def test_a_failed_run_takes_nothing_with_it_that_is_not_its_own(others, tmp_path):
+    def fail(work: Path):
+        for name in others:  # of this run or of another one that began in the meantime
+            (work.parents[1] / name).mkdir()
+        raise RuntimeError("too early")
+
+    with pytest.raises(RuntimeError, match="too early"), work_folder(tmp_path / "new" / "a", "model: a\n") as work:
+        fail(work)
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", *others] if others else [])
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(folder, tmp_path, monkeypatch):
@@ -268,5 +294,11 @@ def test_blocks_longer_than_the_context_and_unknown_devices_are_refused(folder, 
 def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     plan = layershare.make_plan(tiny_model("llama"), method="svd", keep=0.7, of="targets")
     (tmp_path / "plan.json").write_text(plan.to_json())
-    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+    recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"))
+    results = run(recipe, tmp_path / "out")
     assert (results["method"], results["keep"], results["calibration"]) == ("svd", 0.7, None)
+    with pytest.warns(UserWarning, match="nothing was done"):
+        run(recipe, tmp_path / "out")
+    (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
+    with pytest.raises(LayershareError, match="has changed since the finished run"):
+        run(recipe, tmp_path / "out")

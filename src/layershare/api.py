@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.text import Source, load_text
-from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.speed import measure_speed
 from layershare.evaluate.trial import load_trial
+from layershare.folders import require_new
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.model.hub import load
@@ -22,6 +22,7 @@ from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import environment
 from layershare.run import Report, block_length, device_of, run, silent
+from layershare.store import make_folder
 
 
 def compress(
@@ -152,11 +153,10 @@ def export_dense(folder: str, out: Path) -> None:
 
     Raises `LayershareError` if there is no model in `folder` or something in `out`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LayershareError(f"The output folder '{out}' is not empty; delete it or name another folder.")
+    require_new(out)
     tokenizer = read_tokenizer(folder)
     model = load(resolve(folder), dense=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
         staging = Path(temporary) / "model"
         model.save_pretrained(staging)

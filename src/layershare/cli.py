@@ -28,8 +28,16 @@ complaints = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, or `sample`, the small model that comes with layershare.")]
 Folder = Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")]
-Out = Annotated[Path, typer.Option("-o", "--output", help="Folder for the result; must not exist or be empty.")]
-MethodName = Annotated[str, typer.Option("--method", "-m", help="basis-sharing, svd-llm, svd, …: README.md lists all.")]
+Out = Annotated[Path, typer.Option("-o", "--output", help="New or empty folder for the result.")]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="basis-sharing, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, joint-drop, "
+        "attention-drop, mlp-drop, block-drop, laco or mka.",
+    ),
+]
 KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
 Of = Annotated[str, typer.Option("--of", help="Count `all` parameters, or the compressed `targets` alone.")]
 Options = Annotated[
@@ -143,14 +151,14 @@ def plan(
 @app.command()
 def calibrate(
     model: Model,
-    output: Out,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder that keeps the statistics.")],
     text: TextName = "wikitext2",
     blocks: Blocks = None,
     length: Length = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure a model's statistics on a text, once for every method and every keep (`compress --stats`)."""
+    """Measure a model's statistics on a text, once for many methods and every keep (`compress --stats`)."""
     from layershare.run import calibrate_to
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
@@ -183,7 +191,7 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the results (JSON) to this file.")
+        Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the results (JSON) to this file.")
     ] = None,
 ) -> None:
     """Measure perplexity, zero-shot tasks and, against an original, KL divergence and top-1 agreement."""
@@ -194,7 +202,7 @@ def evaluate(
     test = _given(
         blocks=blocks,
         length=length,
-        tasks=tasks and tasks.split(","),
+        tasks=tasks.split(",") if tasks else None,
         tasks_data=tasks_data and str(tasks_data),
         limit=limit,
         batch_size=batch_size,
@@ -221,7 +229,10 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "auto",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write the results (JSON) to this file, not into the folder.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", dir_okay=False, help="Write the results (JSON) to this file, not into the folder."
+        ),
     ] = None,
 ) -> None:
     """Measure speed: prefill and decode, at batch 1 and a larger one, taking turns with an original."""
@@ -297,7 +308,7 @@ def generate(
     temperature: Annotated[
         float, typer.Option("--temperature", min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     dtype: Dtype = "auto",
 ) -> None:
     """Let a model continue a prompt."""

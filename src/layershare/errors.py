@@ -1,7 +1,8 @@
 """Errors that a person can act on: one sentence that says what is wrong and what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class LayershareError(Exception):
@@ -22,3 +23,11 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     near = get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
     return LayershareError(f"Unknown {kind} '{word}'. {hint}")
+
+
+def incomplete(source: str | Path, missing: Collection[str]) -> LayershareError:
+    """The error for a checkpoint without some of its weights, which transformers would draw at random."""
+    return LayershareError(
+        f"The checkpoint '{source}' lacks {len(missing)} of its model's weights, among them '{min(missing)}'; "
+        "use a complete checkpoint."
+    )

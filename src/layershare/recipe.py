@@ -26,7 +26,7 @@ class Calibration:
     text: str = "wikitext2"
     blocks: Annotated[int, Field(ge=1)] = 256
     length: Annotated[int, Field(ge=2)] | None = None
-    seed: int = 2023
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2023
     batch_size: Annotated[int, Field(ge=1)] = 4
     stats: str | None = None
 

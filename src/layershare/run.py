@@ -1,11 +1,5 @@
-"""One run: calibrate, plan, solve, refit, write, measure, publish. Killed anywhere, the same call continues.
+"""One run: calibrate, plan, solve, refit, write, measure, publish. Killed anywhere, the same call continues."""
 
-While a run is unfinished, its output folder holds nothing but `.run`: the recipe, statistics, solved groups and the
-checkpoint in the making. The finished files are moved out of it as the last step, `config.json` last of all, so that
-the folder is a whole model or none.
-"""
-
-import copy
 import hashlib
 import json
 import shutil
@@ -28,28 +22,27 @@ from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
+from layershare.folders import WORK, is_finished, publish, require_disk, require_folder, work_folder
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
-from layershare.model.depth import cut_layers
-from layershare.model.hub import LayershareConfig, load, write_shim
+from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, kept_layers, sliced_width
+from layershare.plan.edits import Share, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
-from layershare.plan.table import size
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
-from layershare.solve.apply import Factored, dropped_of, groups_of, refit_coefficients, slice_of, solve, write_weights
+from layershare.solve.apply import Factored, refit_coefficients, solve
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.solve.slicing import slice_blocks
-from layershare.store import only_one, write_atomically, write_json
+from layershare.solve.write import write_model
+from layershare.store import make_folder, write_atomically, write_json
 
-WORK = ".run"
 LENGTH = 2048
 """Tokens per block where the model's context allows it, as in the papers."""
 
@@ -165,10 +158,14 @@ def run(
     once if the run is finished. Raises `LayershareError` for bad input, before anything is written.
     """
     out = Path(out)
-    if _finished(out, recipe):
+    if is_finished(out, recipe.to_yaml()):
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if model is not None and Weights.of(model).fingerprint != results["model_fingerprint"]:
             raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
+        if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
+            raise LayershareError(
+                f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
+            )
         shutil.rmtree(out / WORK, ignore_errors=True)
         warnings.warn(f"'{out}' holds this very run, finished {results['date']}: nothing was done.", stacklevel=2)
         return results
@@ -176,6 +173,8 @@ def run(
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
+        if model is not None and not model.name_or_path:  # its type, which stands for a name, may be another's
+            raise LayershareError("This model was not loaded by a name, so its tokenizer is not known; give it, too.")
         tokenizer = read_tokenizer(recipe.model)
     calibration = test = None
     if job.calibrated:
@@ -187,10 +186,10 @@ def run(
         test = load_trial(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
         if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
-    stats = out if recipe.calibration.stats is None else _folder(recipe.calibration.stats)
-    _require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
+    stats = out if recipe.calibration.stats is None else require_folder(Path(recipe.calibration.stats))
+    require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
-    with _work_folder(out, recipe) as work:
+    with work_folder(out, recipe.to_yaml()) as work:
         if model is None:
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
@@ -278,7 +277,7 @@ def _carry_out(
     write_json(staging / "results.json", results)
     if pages:
         write_pages(staging, out.name)
-    _publish(staging, out)
+    publish(staging, out)
     return results
 
 
@@ -315,13 +314,13 @@ def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
     """
     options = recipe.calibration
     assert options.stats is not None
-    folder = _folder(options.stats)
+    folder = require_folder(Path(options.stats))
     device = device_of(recipe.device)
     config = read_config(recipe.model)
     spec = describe(config)
     length = block_length(config, options.length)
     text = load_calibration(options, read_tokenizer(recipe.model), length)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
         weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
@@ -340,104 +339,18 @@ def load_calibration(
 
 
 def device_of(name: str) -> str:
-    """The device of that name; `auto` is the accelerator if there is one. Raises `LayershareError` if there is none."""
+    """The device of that name; `auto` is the accelerator if there is one, but not Apple's, which has no float64.
+
+    Raises `LayershareError` if there is none of that name.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if accelerator is None else accelerator.type
+        return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise LayershareError(f"There is no device '{name}' here; name another, or auto.") from error
     return name
-
-
-def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write the whole Hugging Face folder of a solved plan: weights, config, tokenizer, shim, plan and recipe."""
-    write_weights(factored, folder, recipe.max_shard_size)
-    model, plan = factored.weights.model, factored.plan
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
-    kept = kept_layers(factored.spec.n_layers, plan.edits)
-    if len(kept) < factored.spec.n_layers:
-        cut_layers(config, kept)
-    groups, dropped, sliced = groups_of(factored), dropped_of(factored), slice_of(factored)
-    if sliced is not None:
-        config.tie_word_embeddings = False
-    ours = bool(groups or dropped) or sliced is not None
-    if ours:
-        notes = {
-            "method": plan.method,
-            "options": plan.options,
-            "keep": plan.keep,
-            "of": plan.of,
-            "model": recipe.model,
-        }
-        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped, slice=sliced)
-    config.save_pretrained(folder)
-    if ours:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_shim(folder, values)
-        write_json(folder / "config.json", values)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write_atomically(folder / "plan.json", plan.to_json().encode())
-    write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
-
-
-def _finished(out: Path, recipe: Recipe) -> bool:
-    """Whether `out` holds this very run, finished. Raises `LayershareError` if it holds something else."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise LayershareError(f"The output '{out}' is a file; name a folder.")
-    for place, finished in ((out, (out / "config.json").is_file()), (out / WORK, False)):
-        if (place / "recipe.yaml").is_file() and (finished or place != out):
-            if (place / "recipe.yaml").read_text(encoding="utf-8") == recipe.to_yaml():
-                return finished
-            state = "a finished" if finished else "an unfinished"
-            raise LayershareError(
-                f"The folder '{out}' holds {state} run of another recipe; delete it or name another folder."
-            )
-    if any(out.iterdir()):
-        raise LayershareError(f"The output folder '{out}' is not empty; delete it or name another folder.")
-    return False
-
-
-@contextmanager
-def _work_folder(out: Path, recipe: Recipe) -> Iterator[Path]:
-    """The folder for an unfinished run. If it fails before any work is finished, what this call made is removed."""
-    work = out / WORK
-    made = [path for path in (work, *work.parents) if not path.exists()]
-    with only_one(work):
-        write_atomically(work / "recipe.yaml", recipe.to_yaml().encode())
-        try:
-            yield work
-        except Exception:
-            if made and not any(work.rglob("*.safetensors")):  # no finished work to keep
-                shutil.rmtree(made[-1])
-            raise
-
-
-def _folder(name: str) -> Path:
-    """A folder that is there or can be made. Raises `LayershareError` if a file has its name."""
-    path = Path(name)
-    if path.is_file():
-        raise LayershareError(f"'{name}' is a file; name a folder.")
-    return path
-
-
-def _require_disk(needs: dict[Path, int]) -> None:
-    for folder, needed in needs.items():
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise LayershareError(
-                f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
-                "free some or name another folder."
-            )
 
 
 def _measure(
@@ -450,14 +363,6 @@ def _measure(
     if test.text is not None:
         results["samples"] = compare_samples(small, original, test.text, test.tokenizer)
     return results
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Move the finished files out of the work folder, `config.json` last, then delete what is left of it."""
-    files = sorted(staging.iterdir(), key=lambda file: file.name == "config.json")
-    for file in files:
-        file.replace(out / file.name)
-    shutil.rmtree(out / WORK)
 
 
 class _Clock:

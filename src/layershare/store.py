@@ -35,13 +35,22 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those around it, if need be. Raises `LayershareError` if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LayershareError(f"The folder '{folder}' cannot be made ({error.strerror}); name another one.") from error
+
+
 @contextmanager
 def only_one(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if need be; when this one dies, the system lets go of it.
 
-    If another one is in it, raises `LayershareError`, or with `wait` warns and waits until it has left.
+    If another one is in it, raises `LayershareError`, or with `wait` warns and waits until it has left. Raises it, too,
+    if the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()

@@ -69,11 +69,15 @@ def test_files_that_cannot_be_used(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": ')
+    (tmp_path / "numbers.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
+    (tmp_path / "broken.parquet").write_text("x")
     (tmp_path / "text.doc").write_text("x")
     for name, message in {
         "empty": "has no .txt",
         "rows.jsonl": r"no field 'text' \(found: content\)",
         "broken.jsonl": "Line 2 of 'broken.jsonl' is not JSON",
+        "numbers.jsonl": r"'text' is no text \(3\)",
+        "broken.parquet": "not a Parquet file",
         "text.doc": "not a text that can be read",
     }.items():
         with pytest.raises(LayershareError, match=message):

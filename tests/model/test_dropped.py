@@ -48,6 +48,13 @@ def test_a_dropped_part_is_one_whose_output_weights_are_zero(family, tmp_path):
     torch.testing.assert_close(logits(dense), logits(model))
 
 
+def test_a_dense_copy_of_a_cast_model_has_one_dtype(tmp_path):
+    small = carried_out(tiny_model("llama"), [Drop("attention", (0,)), Drop("mlp", (1,))], tmp_path / "a")
+    dense = small.to(torch.bfloat16).dequantize()
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+    assert logits(dense).isfinite().all()
+
+
 def test_generation_is_right_although_the_first_layer_has_no_cache(tmp_path):
     small = carried_out(tiny_model("llama"), [Drop("attention", (0, 1))], tmp_path / "a")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

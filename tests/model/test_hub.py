@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import layershare
 from layershare.errors import LayershareError
 from layershare.model.hub import (
     FORMAT_VERSION,
@@ -305,3 +306,15 @@ def test_load_explains_what_it_cannot_read(llama, tmp_path):
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(LayershareError, match="damaged"):
         load(cut)
+
+
+@pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+@pytest.mark.parametrize("method", [None, "shortgpt", "mlp-drop"])
+def test_no_weight_of_any_model_is_made_up(method, tmp_path, tokenizer, words):
+    model = tiny_model("llama")
+    if method is not None:
+        model = layershare.compress(model, tokenizer, method=method, text=words, blocks=24, length=32)
+    model.save_pretrained(tmp_path / "whole")
+    folder = edited(tmp_path / "whole", tmp_path / "part", tensors=lambda state: state.pop("model.norm.weight"))
+    with pytest.raises(LayershareError, match=r"lacks 1 of its model's weights, among them 'model\.norm\.weight'"):
+        load(folder)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import layershare
 from layershare.errors import LayershareError
@@ -84,6 +85,25 @@ def test_it_trains_with_and_without_gradient_checkpointing(folder):
         assert gradient is not None, name
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize("target", ["all-linear", ["down_proj", "c_proj"]])
+def test_adapters_on_the_writers_start_as_nothing_and_train(folder, target):
+    model: Any = load(folder)
+    expected = logits(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=target))
+    torch.testing.assert_close(logits(adapted.eval()), expected)
+    adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name for name in gradients)
+    assert all(gradient is not None for gradient in gradients.values())
+    assert not any("shortcut" in name for name in gradients)
+
+
+def test_a_head_for_another_task_is_refused(folder):
+    with pytest.raises(LayershareError, match=r"A sliced model cannot be a .*ForSequenceClassification"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 def test_a_copy_is_independent_and_keeps_nothing_of_a_forward(folder):

@@ -30,6 +30,7 @@ def make_run(
     model: str = "someone/some-model",
     method: str = "basis-sharing",
     tokens: str = "abc",
+    tasks: bool = False,
 ) -> Path:
     """Write the files of a finished run that a page reads."""
     folder.mkdir(parents=True)
@@ -71,6 +72,11 @@ def make_run(
             "top1_agreement": 0.9,
         }
         results["samples"] = [{"prompt": "<b>if</b>", "original": "x = 1", "model": "</script><i>y"}]
+    if tasks:
+        guessed = {"value": 0.25, "stderr": 0.02, "near_chance": True}
+        results.setdefault("evaluation", {})["tasks"] = {"arc_easy": {"rows": 400, "scores": {"acc": guessed}}}
+        better = {"value": 0.5, "stderr": 0.025, "near_chance": False}
+        results["evaluation"]["original_tasks"] = {"arc_easy": {"rows": 400, "scores": {"acc": better}}}
     plan = {"model_type": "llama", "method": method, "edits": edits}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "plan.json").write_text(json.dumps(plan))

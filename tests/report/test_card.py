@@ -50,6 +50,32 @@ def test_the_card_says_what_was_done_and_measured(tmp_path):
     assert not re.search(r"\d{4}-\d\d-\d\d|" + re.escape(str(tmp_path)), text)  # two runs of a recipe have one card
 
 
+def test_zero_shot_scores_are_a_measurement(tmp_path):
+    both = card(Run.read(make_run(tmp_path / "both", tasks=True), "run"))
+    alone = card(Run.read(make_run(tmp_path / "alone", perplexity=None, tasks=True), "run"))
+    for text in (both, alone):
+        assert "| arc_easy, acc (zero-shot) | 0.500 ± 0.025 | 0.250 ± 0.020 | |" in text
+        assert "No quality was measured" not in text
+    assert ("| perplexity |" in both, "| perplexity |" in alone) == (True, False)
+
+
+def test_the_card_tells_how_this_very_model_loads(tmp_path):
+    block = {"kind": "drop", "part": "block", "layers": [2]}
+    merge = {"kind": "merge", "into": 3, "layers": [3, 4], "coefficients": [0.5, 0.5]}
+    cards = {
+        name: card(Run.read(make_run(tmp_path / name, edits=edits), "run"))
+        for name, edits in {
+            "ordinary": [block, merge],
+            "nothing": [],
+            "dropped": [block, {"kind": "drop", "part": "mlp", "layers": [1]}],
+            "sliced": [{"kind": "slice", "width": 8}],
+        }.items()
+    }
+    needs = {name: "pip install layershare" in text for name, text in cards.items()}
+    assert needs == {"ordinary": False, "nothing": False, "dropped": True, "sliced": True}
+    assert {name for name, text in cards.items() if "layershare export" in text} == {"dropped"}
+
+
 def test_every_method_can_be_cited():
     assert all(citation(name).endswith(".") for name in METHODS)
     assert citation("svd-llm").startswith("Wang, Zheng, Wan, Zhang")

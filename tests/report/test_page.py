@@ -80,6 +80,12 @@ def test_the_title_of_one_run_is_its_story(tmp_path):
     assert f"<h1>{title}</h1>" in page([run])
 
 
+def test_zero_shot_scores_stand_on_the_page(tmp_path):
+    text = page([Run.read(make_run(tmp_path / "run", perplexity=None, tasks=True), "run")])
+    assert "0.500 ± 0.025" in text
+    assert "Quality was not measured" not in text
+
+
 def test_the_frontier_is_what_nothing_else_beats():
     def point(parameters: int, perplexity: float) -> Point:
         return Point("", parameters, 0.5, perplexity, 0.0)

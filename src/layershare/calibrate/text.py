@@ -134,7 +134,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 def json_lines(path: Path) -> Iterator[Any]:
     """The values in a JSONL file, line by line. Raises `LayershareError` for a line that is not JSON."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 value = json.loads(line)
@@ -151,14 +151,21 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 def _read_parquet(path: Path) -> Iterator[str]:
     from datasets import Dataset
 
-    for row in Dataset.from_parquet(str(path), keep_in_memory=True):
+    try:
+        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (OSError, ValueError) as error:
+        raise LayershareError(f"'{path.name}' is not a Parquet file that can be read; write it again.") from error
+    for row in rows:
         yield _field(row, "text", path.name)
 
 
 def _field(row: Any, field: str, source: str) -> str:
+    """The text of a row. Raises `LayershareError` if it has none."""
     if not isinstance(row, dict) or field not in row:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise LayershareError(f"'{source}' has no field '{field}' (found: {found}); rename the text's field to it.")
+    if not isinstance(row[field], str):
+        raise LayershareError(f"'{source}' has a row whose '{field}' is no text ({row[field]!r:.40}); leave it out.")
     return row[field]
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
-from layershare.errors import unknown
+from layershare.errors import LayershareError, unknown
 from layershare.model.hub import load
 from layershare.model.source import read_tokenizer, resolve
 from layershare.recipe import Dtype
@@ -24,15 +24,20 @@ def continue_text(
 ) -> str:
     """The prompt and at most `tokens` tokens that the model adds to it, the likeliest ones at temperature 0.
 
-    Raises `LayershareError` if there is no model or tokenizer in `folder`.
+    Raises `LayershareError` if there is no model or tokenizer in `folder`, the prompt is empty, or the text would be
+    longer than the model's context.
     """
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     tokenizer = read_tokenizer(folder)
     model = load(resolve(folder), dtype=dtype)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise LayershareError("The prompt has no tokens; give the beginning of a text.")
+    require_context(model, ids.shape[1], tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     set_seed(seed)
-    output = continue_tokens(model, tokenizer(prompt, return_tensors="pt")["input_ids"], tokens, tokenizer, **sampling)
+    output = continue_tokens(model, ids, tokens, tokenizer, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -52,6 +57,13 @@ def compare_samples(
     )
     columns = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (prompts, ours, theirs))
     return [dict(zip(("prompt", "model", "original"), row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def require_context(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Raise `LayershareError` if prompt and new tokens do not fit into a model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)  # models with ALiBi have no limit
+    if context is not None and prompt + new > context:
+        raise LayershareError(f"{prompt} + {new} tokens do not fit: this model takes {context}; ask for fewer tokens.")
 
 
 def continue_tokens(

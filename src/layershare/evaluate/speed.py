@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from layershare.calibrate.drivers import evaluating
 from layershare.errors import LayershareError
+from layershare.evaluate.generate import require_context
 
 WARM_UP = 1
 """Rounds that are run and not counted."""
@@ -53,11 +54,7 @@ def measure_speed(
     if new < 2 or prompt < 1 or rounds < 1:
         raise LayershareError("Measuring speed takes a prompt, two new tokens and one round at least.")
     for each in models.values():
-        context = getattr(each.config, "max_position_embeddings", None)  # models with ALiBi have no limit
-        if context is not None and prompt + new > context:
-            raise LayershareError(
-                f"{prompt} + {new} tokens do not fit: this model takes {context}; ask for fewer tokens."
-            )
+        require_context(each, prompt, new)
     vocabulary = min(each.config.vocab_size for each in models.values())
     generator = torch.Generator().manual_seed(0)
     steps, total = 0, len(batches) * (WARM_UP + rounds)

@@ -16,7 +16,7 @@ from layershare.solve.linalg import spectrum
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was measured at one linear; every property reads from disk, in float32, onto the weights' device."""
+    """What was measured at one linear; every property reads from disk, in float32, onto the device of `Weights`."""
 
     linear: Linear
     weights: Weights
@@ -58,11 +58,14 @@ class Evidence:
         return self.measured
 
     def weight(self, linear: Linear) -> Tensor:
-        """The weight of a linear as W: d_in × d_out. Raises `LayershareError` if it is not finite."""
+        """The weight of a linear as W: d_in × d_out, on the device of `Weights`.
+
+        Raises `LayershareError` if it is not finite.
+        """
         name = self.spec.weight_name(linear)
         weight = self.weights.tensor(name)
         require_finite([(name, weight)])
-        return row_convention(weight, linear)
+        return row_convention(weight.to(self.weights.device), linear)
 
     def inputs(self, linear: Linear) -> Inputs | None:
         """What was measured at a linear, `None` in a run without statistics."""

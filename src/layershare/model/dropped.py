@@ -37,11 +37,11 @@ class DroppedLinear(nn.Module):
         weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return weight
 
-    def to_dense(self, device: torch.device) -> nn.Linear | Conv1D:
+    def to_dense(self, device: torch.device, dtype: torch.dtype) -> nn.Linear | Conv1D:
         """The ordinary layer that computes the same: all its weights are zero."""
         with torch.device("meta"):
             dense = Conv1D(*self.shape[::-1]) if self.conv1d else nn.Linear(*self.shape[::-1], bias=self.biased)
-        return zeroed(dense.to(self.dtype), device)
+        return zeroed(dense.to(dtype), device)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

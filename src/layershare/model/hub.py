@@ -27,7 +27,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, incomplete, unknown
 from layershare.model.arch import PARTS, Part, common_parent, find_blocks
 from layershare.model.dropped import DroppedAttention, DroppedLinear, drop_mlp, zeroed
 from layershare.model.layers import SIDES, FactorLinear, Side
@@ -300,22 +300,25 @@ def _restore_dropped(model: Any) -> None:
             model.set_submodule(name, zeroed(skeleton.get_submodule(name).to(model.dtype), device))
     for name, module in list(model.named_modules()):
         if isinstance(module, DroppedLinear):
-            model.set_submodule(name, module.to_dense(device))
+            model.set_submodule(name, module.to_dense(device, model.dtype))
 
 
 def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal LM, compressed or not, from a folder or hub id; `dense=True` multiplies the factors out.
 
-    `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model.
+    `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model, or only a part of one.
     """
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise LayershareError(f"'{folder}' has no config.json: give the folder of a model.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:
         raise LayershareError(f"A weight file of '{folder}' is damaged ({error}): fetch or write it again.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise LayershareError(f"'{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, loading = loaded
+    if missing := loading["missing_keys"]:  # transformers makes them up
+        raise incomplete(folder, missing)
     kinds = FactorLinear | DroppedAttention | DroppedLinear | SlicedNorm
     ours = any(isinstance(module, kinds) for module in model.modules())
     return model.dequantize() if dense and ours else model

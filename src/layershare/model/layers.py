@@ -120,8 +120,6 @@ class FactorLinear(nn.Module):
         self.require_plain_factors()
         first, second = self.factors()
         own = self.coef.weight
-        if first.weight.is_meta or second.weight.is_meta:
-            raise LayershareError("Weights are offloaded: load the model without a device map for the dense export.")
         wide = torch.promote_types(own.dtype, torch.float32)
         product = second.weight.to(own.device, wide) @ first.weight.to(own.device, wide)
         with torch.device("meta"):

@@ -67,21 +67,33 @@ class SlicedNorm(nn.Module):
         return f"of {self.width}, eps={self.eps}"
 
 
-class _Shortcut:
+class Shortcut(nn.Module):
+    """x to xΔ, `[..., width]` to the same; no `nn.Linear`, so that PEFT's `all-linear` adapts the writer alone."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width, device="meta", dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The weight is stored as Δᵀ, as `nn.Linear` would."""
+        return nn.functional.linear(x, self.weight)
+
+
+class _ShortcutWriter:
     """What a writer needs for the residual: its shortcut matrix, and the norm that has seen x."""
 
-    shortcut: nn.Linear
+    shortcut: Shortcut
     _norm: tuple[SlicedNorm]
 
     def _connect(self, width: int, norm: SlicedNorm, dtype: torch.dtype) -> None:
-        self.shortcut = nn.Linear(width, width, bias=False, device="meta", dtype=dtype)
+        self.shortcut = Shortcut(width, dtype)
         self._norm = (norm,)  # in a tuple, so that it is not registered a second time
 
     def _with_residual(self, written: torch.Tensor) -> torch.Tensor:
         return written + self.shortcut(self._norm[0].take()).view_as(written)
 
 
-class ShortcutLinear(_Shortcut, nn.Linear):
+class ShortcutLinear(_ShortcutWriter, nn.Linear):
     """A writer xW + b, plus the shortcut xΔ of the residual."""
 
     def __init__(self, d_in: int, width: int, bias: bool, norm: SlicedNorm, dtype: torch.dtype) -> None:
@@ -93,7 +105,7 @@ class ShortcutLinear(_Shortcut, nn.Linear):
         return self._with_residual(super().forward(input))
 
 
-class ShortcutConv1D(_Shortcut, Conv1D):
+class ShortcutConv1D(_ShortcutWriter, Conv1D):
     """The same for transformers' `Conv1D`."""
 
     def __init__(self, d_in: int, width: int, norm: SlicedNorm, dtype: torch.dtype) -> None:
@@ -137,9 +149,15 @@ def slice_modules(model: PreTrainedModel, sliced: Sliced) -> None:
     """Put the narrower modules into a dense model, in place: on a meta skeleton or a real model.
 
     Embeddings keep their module, because families scale or shift in it. Raises `LayershareError`, with the model
-    unchanged, if it has no modules of the names.
+    unchanged, if it has no modules of the names, or a head for another task.
     """
     base, stream, width = model.base_model, sliced.stream, sliced.width
+    head = model.get_output_embeddings()
+    if head is None and model is not base:
+        raise LayershareError(
+            f"A sliced model cannot be a {type(model).__name__}: its hidden states are narrower than that head reads; "
+            "load it as a causal language model, or as its base model (AutoModel)."
+        )
     modules: dict[str, Any] = dict(base.named_modules())
     parts = stream.sublayers
     names = [*stream.embeddings, stream.final_norm, *(name for part in parts for name in (part.norm, part.writer))]
@@ -156,7 +174,6 @@ def slice_modules(model: PreTrainedModel, sliced: Sliced) -> None:
             base.set_submodule(name, module)
     norm = SlicedNorm(stream.width, stream.eps, hands_on=False)
     base.set_submodule(stream.final_norm, norm.train(modules[stream.final_norm].training))
-    head = model.get_output_embeddings()
     if head is not None:
         model.set_output_embeddings(sliced_reader(head, width, stream.shifted))
 

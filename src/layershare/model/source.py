@@ -3,6 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from layershare.errors import LayershareError, unknown
@@ -34,9 +35,9 @@ def read_config(name: str | Path) -> PreTrainedConfig:
     source = resolve(name)
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if Path(source).is_dir():
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split())
             raise LayershareError(f"The config.json of '{name}' cannot be used: {reason}") from error
         nearby = [SAMPLE, *(path.parent.name for path in Path().glob("*/config.json"))]
         hint = str(unknown("model", str(name), nearby)).removesuffix(f"Known: {', '.join(sorted(nearby))}.")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, incomplete
 from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
 
@@ -76,12 +76,8 @@ class Weights:
             reason = str(error).partition("\n")[0]
             raise LayershareError(f"Cannot open the model '{source}': {reason}") from error
         model, loading = opened
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise LayershareError(
-                f"The checkpoint '{source}' lacks {len(missing)} of its model's weights, among them '{missing[0]}'; "
-                "use a complete checkpoint."
-            )
+        if missing := loading["missing_keys"]:
+            raise incomplete(source, missing)
         return cls(model, torch.device(device), _take_stored(model))
 
     def names(self) -> list[str]:
@@ -107,11 +103,19 @@ class Weights:
         return total.to(tensor.dtype)
 
     def require_sound(self) -> None:
-        """Raise LayershareError, naming the tensor, for NaN or infinity, and for a weight that is not tied as said.
+        """Raise LayershareError, naming the tensor, for NaN or infinity, and for what the config says otherwise.
 
+        What is left on disk may have another shape than the config gives it; transformers does not compare them there.
         A config can say that two weights are tied while the checkpoint stores two different ones, and transformers then
         keeps both; counting and storing them once would change the model.
         """
+        for name in self.names():
+            stored, expected = self.tensor(name).shape, self.model.get_parameter_or_buffer(name).shape
+            if stored != expected:
+                raise LayershareError(
+                    f"'{name}' is {list(stored)} in the checkpoint, but config.json makes it {list(expected)}: "
+                    "config.json and weights are of different models."
+                )
         for name, source in self.model.all_tied_weights_keys.items():
             ours, theirs = self.tensor(name), self.tensor(source)
             both_known = not (ours.is_meta or theirs.is_meta)

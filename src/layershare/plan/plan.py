@@ -41,14 +41,19 @@ class Plan:
             raise LayershareError(f"This is not a plan: {place or 'the text'}: {first['msg']}.") from error
 
     @classmethod
+    def from_file(cls, path: str | Path) -> "Plan":
+        """Read a plan as it stands in a file. Raises `LayershareError` if the file is missing or is no plan."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise LayershareError(f"There is no plan that can be read at '{path}'.") from error
+
+    @classmethod
     def read(cls, path: str | Path, spec: Spec) -> "Plan":
         """Read a plan that may have been edited by hand, check it against the model and measure it again.
 
         Raises `LayershareError` if the file is missing, is no plan, or does not fit the model.
         """
-        try:
-            plan = cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise LayershareError(f"There is no plan that can be read at '{path}'.") from error
+        plan = cls.from_file(path)
         check(spec, plan.edits)
         return replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))

@@ -13,7 +13,7 @@ from layershare.errors import LayershareError
 from layershare.methods import METHODS
 from layershare.model.source import SAMPLE, resolve
 from layershare.report.runs import Run
-from layershare.report.words import blocks, calibration, edits, options, percent, sizes, story
+from layershare.report.words import blocks, calibration, edits, loading, options, percent, scores, sizes, story
 
 _CARD = """\
 ---
@@ -37,11 +37,7 @@ Made by layershare {layershare} with the method `{method}`{options}: {edits}. Co
 
 ## How to load it
 
-```
-pip install layershare
-```
-
-```python
+{install}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on the hub
@@ -49,7 +45,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-{dense}
+{loading}
 
 ## Limits
 
@@ -64,9 +60,12 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 {citation}
 """
 
+_INSTALL = """\
+```
+pip install layershare
+```
 
-_DENSE = "`layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for what cannot load the factors."
-_SLICED = "Its hidden states are narrower than an ordinary model's allow, so there is no ordinary checkpoint of it."
+"""
 
 
 def card(run: Run) -> str:
@@ -86,6 +85,10 @@ def card(run: Run) -> str:
             "log-likelihood of all\npredicted tokens of blocks that do not overlap; KL divergence and agreement are "
             f"taken at the same positions. SHA-256 of the tokens:\n`{evaluation['text']['tokens_sha256']}`."
         )
+    if run.tasks:
+        rows += [f"| {name} (zero-shot) | {theirs} | {ours} | |" for name, theirs, ours in scores(run)]
+        measured = "" if run.evaluation is None else f"{measured}\n\n"
+        measured += "Zero-shot scores are lm-eval's, ± standard errors; `results.json` has rows, versions and hashes."
     return _CARD.format(
         front=_front_matter(run).to_yaml(),
         model=run.model,
@@ -99,7 +102,8 @@ def card(run: Run) -> str:
         table="\n".join(rows),
         measured=measured,
         base=base,
-        dense=_SLICED if any(edit.get("kind") == "slice" for edit in run.plan["edits"]) else _DENSE,
+        install="" if run.ordinary else _INSTALL,
+        loading=loading(run),
         citation=citation(run.results["method"]),
     )
 

@@ -7,7 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from layershare.errors import LayershareError
+from layershare.folders import WORK
 from layershare.plan.table import size
+from layershare.report.words import score as score_in_words
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
@@ -54,14 +56,17 @@ def tasks_table(evaluation: dict[str, Any]) -> Table:
                 f"{task}, {metric}",
                 str(result["rows"]),
                 "" if result["chance"] is None or score["near_chance"] is None else f"{result['chance']:.3f}",
-                *(f"{each['value']:.3f}" + (f" ± {each['stderr']:.3f}" if each["stderr"] else "") for each in both),
+                *map(score_in_words, both),
                 "near guessing" if score["near_chance"] else "",
             )
     return table
 
 
 def listing(folder: Path) -> Table:
-    """The finished models below a folder, one line each. Raises `LayershareError` if there is no such folder."""
+    """The finished models below a folder, one line each; other programs' `results.json` are passed over.
+
+    Raises `LayershareError` if there is no such folder.
+    """
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{folder}'.")
     table = Table()
@@ -70,8 +75,7 @@ def listing(folder: Path) -> Table:
     for column in ("keep", "of", "parameters", "bytes", "perplexity"):
         table.add_column(column, justify="right")
     for path in sorted(folder.rglob("results.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if "method" not in results or ".run" in path.parts:
+        if (results := _results(path)) is None or WORK in path.parts:
             continue
         after, before = results["after"]["all"], results["before"]["all"]
         perplexity = results.get("evaluation", {}).get("perplexity", {}).get("value")
@@ -86,3 +90,13 @@ def listing(folder: Path) -> Table:
             "" if perplexity is None else f"{perplexity:.4g}",
         )
     return table
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    """The results of a run, `None` if the file is something else or damaged."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(results, dict) and {"model", "method", "keep", "of", "before", "after"} <= set(results)
+    return results if ours else None

@@ -16,9 +16,11 @@ from layershare.report.words import (
     count,
     digits_of,
     edits,
+    loading,
     made_in,
     options,
     percent,
+    scores,
     sizes,
     story,
 )
@@ -73,7 +75,10 @@ def page(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (blocks, calibration, citation, count, digits_of, edits, made_in, options, percent, size, sizes, story)
+    filters = (
+        *(blocks, calibration, citation, count, digits_of, edits, loading),
+        *(made_in, options, percent, scores, size, sizes, story),
+    )
     environment.filters |= {words.__name__: words for words in filters}
     return environment.get_template("page.html").render(
         title=_title(runs),

@@ -82,6 +82,24 @@ class Run:
         return measured if measured and "text" in measured else None
 
     @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Zero-shot task -> its `model` and `original` results, for those that the recipe names."""
+        measured = self.results.get("evaluation", {})
+        ours, theirs = measured.get("tasks", {}), measured.get("original_tasks", {})
+        return {task: {"model": ours[task], "original": theirs[task]} for task in ours}
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether the result is an ordinary checkpoint, with no more than whole layers gone or merged."""
+        edits = self.plan["edits"]
+        return all(e.get("kind") == "merge" or (e.get("kind") == "drop" and e["part"] == "block") for e in edits)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether hidden states were sliced."""
+        return any(edit.get("kind") == "slice" for edit in self.plan["edits"])
+
+    @property
     def roles(self) -> list[str]:
         """Roles in the order in which data flows through a block."""
         return list(self.results["shapes"])

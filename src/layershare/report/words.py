@@ -112,3 +112,27 @@ def options(run: Run) -> str:
         f"{key} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for key, value in given.items()
     )
+
+
+def loading(run: Run) -> str:
+    """What it takes to load the result, and what becomes of programs that cannot."""
+    if run.ordinary:
+        return "It is an ordinary checkpoint, which loads without layershare, too."
+    needed = "layershare must be installed, not imported."
+    if run.sliced:
+        return f"{needed} Its hidden states are narrower than an ordinary model's: it cannot be made one."
+    return f"{needed} `layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for other programs."
+
+
+def scores(run: Run) -> list[tuple[str, str, str]]:
+    """Zero-shot scores: task and metric, then the original's and the model's in words."""
+    return [
+        (f"{task}, {metric}", score(theirs), score(results["model"]["scores"][metric]))
+        for task, results in run.tasks.items()
+        for metric, theirs in results["original"]["scores"].items()
+    ]
+
+
+def score(measured: dict[str, Any]) -> str:
+    """A score with its standard error: `0.381 ± 0.012`."""
+    return f"{measured['value']:.3f}" + (f" ± {measured['stderr']:.3f}" if measured["stderr"] else "")

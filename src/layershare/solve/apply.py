@@ -1,4 +1,4 @@
-"""Carry out a plan: solve group by group, fit coefficients again where the method asks for it, write the checkpoint."""
+"""Carry out a plan: solve group by group, and fit coefficients again where the method asks for it."""
 
 import math
 from collections.abc import Iterator
@@ -17,14 +17,11 @@ from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence, row_convention
 from layershare.methods.method import Method
 from layershare.model.arch import Linear, Spec
-from layershare.model.checkpoint import write_checkpoint
-from layershare.model.hub import Dropped, Group
 from layershare.model.layers import FactorLinear
-from layershare.model.sliced import Sliced
-from layershare.model.weights import Weights, require_finite
+from layershare.model.weights import Weights
 from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share, dropped_parts, sliced_width
-from layershare.plan.layout import checkpoint_tensors, guard_of, origins
+from layershare.plan.edits import Share, sliced_width
+from layershare.plan.layout import origins
 from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
 from layershare.store import Store
@@ -181,21 +178,6 @@ def _refit_layer(
     return new
 
 
-def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
-    """Write the compressed model's safetensors into `folder`. Raises `LayershareError` if a tensor is not finite."""
-    tensors = checkpoint_tensors(factored.spec, factored.plan.edits)
-    guard = guard_of(factored.spec, factored.plan.edits)
-
-    def read(name: str) -> Tensor:
-        if name == guard:
-            return torch.zeros(0, dtype=torch.uint8)
-        tensor = factored.tensor(name)
-        require_finite([(name, tensor)])
-        return tensor
-
-    write_checkpoint(folder, tensors, read, max_shard_size)
-
-
 def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
     """Some points of a spectrum for people: component numbers (from 1) and their shares of the sum, four digits each.
 
@@ -208,27 +190,6 @@ def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
     index = sorted({*points, rank})
     shares = spectrum / (spectrum.sum() or 1)
     return {"index": index, "share": [float(f"{float(shares[i - 1]):.4g}") for i in index]}
-
-
-def groups_of(factored: Factored) -> list[Group]:
-    """The shares of a plan as the groups that the checkpoint's config lists."""
-    return [
-        Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(factored.spec, edit)))
-        for edit in factored.shares
-    ]
-
-
-def dropped_of(factored: Factored) -> list[Dropped]:
-    """The sub-layers that a plan leaves out, as the checkpoint's config lists them."""
-    found = []
-    for layer, part in dropped_parts(factored.plan.edits):
-        found.append(Dropped(part, tuple(linear.name for linear in factored.spec.part(layer, part))))
-    return found
-
-
-def slice_of(factored: Factored) -> Sliced | None:
-    """How a plan slices the model, as the checkpoint's config says it."""
-    return None if factored.width is None else Sliced(factored.width, factored.spec.sliceable())
 
 
 def members(spec: Spec, edit: Share) -> list[Linear]:

@@ -1,0 +1,92 @@
+"""Write a plan that was carried out as a Hugging Face folder."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from layershare.model.checkpoint import write_checkpoint
+from layershare.model.depth import cut_layers
+from layershare.model.hub import Dropped, Group, LayershareConfig, write_shim
+from layershare.model.sliced import Sliced
+from layershare.model.weights import require_finite
+from layershare.plan.edits import dropped_parts, kept_layers
+from layershare.plan.layout import checkpoint_tensors, guard_of
+from layershare.recipe import Recipe
+from layershare.solve.apply import Factored, members
+from layershare.store import write_atomically, write_json
+
+
+def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the whole Hugging Face folder of a solved plan: weights, config, tokenizer, shim, plan and recipe."""
+    write_weights(factored, folder, recipe.max_shard_size)
+    model, plan = factored.weights.model, factored.plan
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    kept = kept_layers(factored.spec.n_layers, plan.edits)
+    if len(kept) < factored.spec.n_layers:
+        cut_layers(config, kept)
+    groups, dropped, sliced = groups_of(factored), dropped_of(factored), slice_of(factored)
+    if sliced is not None:
+        config.tie_word_embeddings = False
+    ours = bool(groups or dropped) or sliced is not None
+    if ours:
+        notes = {
+            "method": plan.method,
+            "options": plan.options,
+            "keep": plan.keep,
+            "of": plan.of,
+            "model": recipe.model,
+        }
+        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped, slice=sliced)
+    config.save_pretrained(folder)
+    if ours:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_shim(folder, values)
+        write_json(folder / "config.json", values)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_atomically(folder / "plan.json", plan.to_json().encode())
+    write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
+
+
+def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
+    """Write the compressed model's safetensors into `folder`. Raises `LayershareError` if a tensor is not finite."""
+    tensors = checkpoint_tensors(factored.spec, factored.plan.edits)
+    guard = guard_of(factored.spec, factored.plan.edits)
+
+    def read(name: str) -> Tensor:
+        if name == guard:
+            return torch.zeros(0, dtype=torch.uint8)
+        tensor = factored.tensor(name)
+        require_finite([(name, tensor)])
+        return tensor
+
+    write_checkpoint(folder, tensors, read, max_shard_size)
+
+
+def groups_of(factored: Factored) -> list[Group]:
+    """The shares of a plan as the groups that the checkpoint's config lists."""
+    return [
+        Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(factored.spec, edit)))
+        for edit in factored.shares
+    ]
+
+
+def dropped_of(factored: Factored) -> list[Dropped]:
+    """The sub-layers that a plan leaves out, as the checkpoint's config lists them."""
+    found = []
+    for layer, part in dropped_parts(factored.plan.edits):
+        found.append(Dropped(part, tuple(linear.name for linear in factored.spec.part(layer, part))))
+    return found
+
+
+def slice_of(factored: Factored) -> Sliced | None:
+    """How a plan slices the model, as the checkpoint's config says it."""
+    return None if factored.width is None else Sliced(factored.width, factored.spec.sliceable())
