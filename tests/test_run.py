@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,33 @@ def test_a_full_disk_is_noticed_before_anything_is_written(folder, tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(LayershareError, match="where 1 kB are free"):
         run(recipe_for(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "mka", "keep": 0.8}, "at least 16 blocks"),
+        ({"method": "shortgpt", "keep": 0.1, "of": "targets"}, "Leaving out layers alone"),
+        ({"method": "mlp-drop", "keep": 0.1, "of": "targets"}, "Leaving out layers alone"),
+        ({"method": "mka", "keep": 0.1, "of": "targets"}, "Merging layers alone"),
+        ({"method": "laco", "keep": 0.4, "of": "targets", "options": {"merged": 2}}, "Merging layers alone"),
+        ({"method": "asvd", "keep": 0.4, "of": "targets", "options": {"ratios": 1}}, "set a higher 'ratios'"),
+        ({"method": "bolaco", "keep": 0.05, "of": "targets"}, "leaves v dense"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(changes, message, folder, tmp_path):
+    steps = []
+
+    def report(step):
+        steps.append(step)
+        return lambda done, total: None
+
+    recipe = recipe_for(folder, **changes)
+    recipe = replace(recipe, calibration=replace(recipe.calibration, blocks=8))
+    with pytest.raises(LayershareError, match=message):
+        run(recipe, tmp_path / "out", report=report)
+    assert not steps
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Stats
+from layershare.calibrate.stats import Progress, Stats
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import Linear, Spec
@@ -41,7 +41,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A model, its statistics and its calibration text, as far as the run has them.
+    """A model, its statistics and its calibration text, as far as the run has them, and who is told of progress.
 
     Raises `LayershareError` where a method asks for what was not measured.
     """
@@ -50,6 +50,7 @@ class Evidence:
     weights: Weights
     measured: Stats | None = None
     text: Text | None = None
+    progress: Progress = lambda done, total: None
 
     @property
     def stats(self) -> Stats:
