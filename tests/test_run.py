@@ -298,3 +298,15 @@ def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     (tmp_path / "plan.json").write_text(plan.to_json())
     results = run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
     assert (results["method"], results["keep"], results["calibration"]) == ("svd", 0.7, None)
+
+
+def test_a_finished_run_is_not_taken_for_that_of_a_plan_edited_since(folder, tmp_path):
+    plan = layershare.make_plan(tiny_model("llama"), method="svd", keep=0.7, of="targets")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"))
+    run(recipe, tmp_path / "out")
+    with pytest.warns(UserWarning, match="nothing was done"):
+        run(recipe, tmp_path / "out")
+    (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
+    with pytest.raises(LayershareError, match="as it was before; name another folder"):
+        run(recipe, tmp_path / "out")

@@ -171,6 +171,10 @@ def run(
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if model is not None and Weights.of(model).fingerprint != results["model_fingerprint"]:
             raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
+        if recipe.plan is not None and not _same_edits(Path(recipe.plan), out / "plan.json"):
+            raise LayershareError(
+                f"The folder '{out}' holds a finished run of '{recipe.plan}' as it was before; name another folder."
+            )
         shutil.rmtree(out / WORK, ignore_errors=True)
         warnings.warn(f"'{out}' holds this very run, finished {results['date']}: nothing was done.", stacklevel=2)
         return results
@@ -418,6 +422,14 @@ def _finished(out: Path, recipe: Recipe) -> bool:
     if any(out.iterdir()):
         raise LayershareError(f"The output folder '{out}' is not empty; delete it or name another folder.")
     return False
+
+
+def _same_edits(plan: Path, carried_out: Path) -> bool:
+    """Whether a plan file, if it is still there, has the edits of the plan that was carried out."""
+    if not plan.is_file():
+        return True
+    one, other = (Plan.from_json(path.read_text(encoding="utf-8")).edits for path in (plan, carried_out))
+    return one == other
 
 
 @contextmanager

@@ -235,7 +235,8 @@ def _change(stream: Stream, spec: Spec, layer: int, block: nn.Module) -> dict[st
 def _measure_fisher(weights: Weights, spec: Spec, text: Text, stats: Stats, progress: Progress) -> None:
     """Back-propagate the loss of every block of text and add up squared gradients, one gradient at a time in memory.
 
-    Never of several blocks at once: the square of their mean gradient would depend on the batch size.
+    Never of several blocks at once: the square of their mean gradient would depend on the batch size. The loss is
+    summed over the tokens and divided by their number afterwards, so that float16 holds the gradients.
     """
     if all(stats.has("fisher", layer) for layer in range(spec.n_layers)):
         return
@@ -258,14 +259,15 @@ def _measure_fisher(weights: Weights, spec: Spec, text: Text, stats: Stats, prog
             progress(done, len(text.tokens))
             tokens = block[None].to(weights.device)
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-            cross_entropy(logits.float(), tokens[0, 1:]).backward()
+            cross_entropy(logits.float(), tokens[0, 1:], reduction="sum").backward()
     progress(len(text.tokens), len(text.tokens))
     for linear, total in sums.items():
         if not total.isfinite().all():
             raise LayershareError(f"The gradients of '{linear.name}' overflow; run the model in a wider dtype.")
+    blocks, length = text.tokens.shape
     for layer in range(spec.n_layers):
-        own = {linear.name: sums[linear] / len(text.tokens) for linear in spec.linears if linear.layer == layer}
-        stats.write("fisher", layer, own)
+        own = [linear for linear in spec.linears if linear.layer == layer]
+        stats.write("fisher", layer, {x.name: sums[x] / blocks / (length - 1) ** 2 for x in own})
 
 
 def _require_finite_grams(grams: Iterable[tuple[str, Tensor]]) -> None:
