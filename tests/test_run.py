@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layershare
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
+from layershare.methods.trial import Trial
 from layershare.recipe import Recipe, make_recipe
 from layershare.run import WORK, run
 from layershare.store import Store
@@ -257,6 +258,23 @@ def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_pa
         run(whole, tmp_path / "stopped", report=stop)
     run(whole, tmp_path / "stopped")
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
+
+
+def test_a_search_that_is_done_is_not_repeated(folder, tmp_path, monkeypatch):
+    recipe = recipe_for(folder, method="laco", keep=0.8, options={"merged": 2, "samples": 1})
+
+    def stop(step):
+        if step == "solve":
+            raise RuntimeError("stopped")
+        return lambda done, total: None
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(recipe, tmp_path / "out", report=stop)
+    (plan,) = (tmp_path / "out" / WORK).glob("plan-*.json")
+    edits = json.loads(plan.read_text())["edits"]
+    monkeypatch.delattr(Trial, "final_states")
+    run(recipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["edits"] == edits != []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
