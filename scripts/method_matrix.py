@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from layershare import Spec, describe
 from layershare.errors import UnsupportedModelError
 from layershare.methods import METHODS, make_method
+from layershare.plan.budget import allowed, parse_keep
 from tests.families import CONFIGS
 from tests.test_matrix import OPTIONS
 
@@ -37,7 +38,7 @@ def _column(family: str) -> list[str]:
 
 def _cell(method: str, spec: Spec) -> str:
     try:
-        make_method(method, OPTIONS.get(method)).require(spec)
+        make_method(method, OPTIONS.get(method)).require(spec, allowed(spec, parse_keep(0.85), "targets"))
     except UnsupportedModelError as reason:
         return str(reason)
     return WORKS

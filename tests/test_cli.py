@@ -139,6 +139,29 @@ def test_calibrate_once_run_a_recipe_with_it(layershare, here):
     assert "keep: 0.7" in (here / "small" / "recipe.yaml").read_text()
 
 
+def test_plans_by_weights_and_by_measured_statistics(layershare, here):
+    code, out, err = layershare("plan", "dense", "-m", "welore")
+    assert code == 0, err
+    assert "welore on llama" in out
+    code, _, err = layershare("plan", "dense", "-m", "d-rank")
+    assert (code, "with --stats" in err) == (2, True)
+    code, _, err = layershare("plan", "dense", "-m", "asvd", "--stats", "stats")
+    assert (code, "runs the model on a text while it plans" in err) == (2, True)
+    measuring = ("calibrate", "dense", "-o", "stats", "--text", "text.txt", "--blocks", "24", "--length", "64")
+    code, _, err = layershare(*measuring, "--fisher", "--dtype", "bfloat16")
+    assert code == 0, err
+    measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
+    assert len(measured) == 12  # three kinds for each of 4 layers
+    code, _, err = layershare("plan", "dense", "-m", "d-rank", "--stats", "stats")
+    assert (code, "statistics of this model on 0 texts" in err) == (2, True)
+    code, out, err = layershare("plan", "dense", "-m", "d-rank", "--stats", "stats", "--dtype", "bfloat16")
+    assert code == 0, err
+    assert "d-rank on llama" in out
+    code, _, err = layershare(*COMPRESS, "-m", "fwsvd", "--stats", "stats", "--dtype", "bfloat16")
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")} == measured
+
+
 def spoil_weights(here):
     model = tiny_model("llama")
     with torch.no_grad():

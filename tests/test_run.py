@@ -14,6 +14,7 @@ import layershare
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
+from layershare.methods.trial import Trial
 from layershare.recipe import Recipe, make_recipe
 from layershare.run import run
 from layershare.store import Store
@@ -188,6 +189,33 @@ def test_a_full_disk_is_noticed_before_anything_is_written(folder, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "mka", "keep": 0.8}, "at least 16 blocks"),
+        ({"method": "shortgpt", "keep": 0.1, "of": "targets"}, "Leaving out layers alone"),
+        ({"method": "mlp-drop", "keep": 0.1, "of": "targets"}, "Leaving out layers alone"),
+        ({"method": "mka", "keep": 0.1, "of": "targets"}, "Merging layers alone"),
+        ({"method": "laco", "keep": 0.4, "of": "targets", "options": {"merged": 2}}, "Merging layers alone"),
+        ({"method": "asvd", "keep": 0.4, "of": "targets", "options": {"ratios": 1}}, "set a higher 'ratios'"),
+        ({"method": "bolaco", "keep": 0.05, "of": "targets"}, "leaves v dense"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(changes, message, folder, tmp_path):
+    steps = []
+
+    def report(step):
+        steps.append(step)
+        return lambda done, total: None
+
+    recipe = recipe_for(folder, **changes)
+    recipe = replace(recipe, calibration=replace(recipe.calibration, blocks=8))
+    with pytest.raises(LayershareError, match=message):
+        run(recipe, tmp_path / "out", report=report)
+    assert not steps
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_factors_are_solved_again(tmp_path):
     store = Store(tmp_path, {"model": "m"})
     store.write("a", {"x": torch.ones(3)}, {"error": 0.5})
@@ -255,6 +283,23 @@ def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_pa
         run(whole, tmp_path / "stopped", report=stop)
     run(whole, tmp_path / "stopped")
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
+
+
+def test_a_search_that_is_done_is_not_repeated(folder, tmp_path, monkeypatch):
+    recipe = recipe_for(folder, method="laco", keep=0.8, options={"merged": 2, "samples": 1})
+
+    def stop(step):
+        if step == "solve":
+            raise RuntimeError("stopped")
+        return lambda done, total: None
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(recipe, tmp_path / "out", report=stop)
+    (plan,) = (tmp_path / "out" / WORK).glob("plan-*.json")
+    edits = json.loads(plan.read_text())["edits"]
+    monkeypatch.delattr(Trial, "final_states")
+    run(recipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["edits"] == edits != []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

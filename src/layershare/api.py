@@ -15,9 +15,11 @@ from layershare.evaluate.speed import measure_speed
 from layershare.evaluate.trial import load_trial
 from layershare.folders import require_new
 from layershare.methods import make_method, plan_with
+from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.weights import Weights
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import environment
@@ -86,11 +88,15 @@ def make_plan(
     of: str = "all",
     **options: Any,
 ) -> Plan:
-    """What `compress` would do, from the config alone: groups, ranks and exact sizes.
+    """What `compress` would do, from the config alone or from the weights: groups, ranks and exact sizes.
 
-    Raises `LayershareError` as `compress` does.
+    Raises `LayershareError` as `compress` does, and for methods that plan by what they measure on a text.
     """
-    return plan_with(describe(model), method, make_method(method, options), keep, of)
+    spec, chosen = describe(model), make_method(method, options)
+    evidence = None
+    if isinstance(model, PreTrainedModel) and not (chosen.uses or chosen.searches):
+        evidence = Evidence(spec, Weights.of(model))
+    return plan_with(spec, method, chosen, keep, of, evidence)
 
 
 def measure(

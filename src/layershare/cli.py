@@ -123,23 +123,22 @@ def plan(
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics from `calibrate`, for methods that plan by them.")
     ] = None,
+    dtype: Dtype = "auto",
     json: Json = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the plan (JSON) to this file.")
     ] = None,
 ) -> None:
-    """Show what compression would do, from the model's config alone: groups, ranks, exact sizes, needs."""
+    """Show what compression would do: groups, ranks, exact sizes, needs; from the model's config alone if it can."""
     from layershare.plan.table import plan_table
-    from layershare.run import plan_by_stats, prepare
+    from layershare.run import plan_only
     from layershare.store import write_atomically
 
     _require_parent(output)
-    recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of}, option)
-    job = prepare(recipe) if stats is None else plan_by_stats(recipe, stats)
-    if job.plan is None:
-        raise LayershareError(
-            f"'{method}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
-        )
+    recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype}, option)
+    with _progress() as report:
+        job = plan_only(recipe, stats, report)
+    assert job.plan is not None
     if output is not None:
         write_atomically(output, job.plan.to_json().encode())
     if json:
@@ -155,16 +154,22 @@ def calibrate(
     text: TextName = "wikitext2",
     blocks: Blocks = None,
     length: Length = None,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="Gradients, too, for fwsvd: needs the whole model in memory.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Measure a model's statistics on a text, once for many methods and every keep (`compress --stats`)."""
+    from layershare.calibrate.stats import STREAMED
     from layershare.run import calibrate_to
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
     with _progress() as report:
         folder = calibrate_to(
-            _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}), report
+            _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}),
+            (*STREAMED, "fisher") if fisher else STREAMED,
+            report,
         )
     console.print(f"Statistics are in {folder}.", highlight=False, soft_wrap=True)
 
@@ -320,11 +325,13 @@ def generate(
 
 def _run(recipe: "Recipe", output: Path) -> None:
     from layershare.plan.plan import Plan
-    from layershare.plan.table import plan_table
+    from layershare.plan.table import needs_sentence, plan_table
     from layershare.run import prepare, run
 
     job = prepare(recipe)
-    if job.plan is not None:
+    if job.plan is None:
+        console.print(needs_sentence(job.needs), highlight=False, soft_wrap=True)
+    else:
         console.print(plan_table(job.spec, job.plan, job.needs))
     with _progress() as report:
         results = run(recipe, output, report=report)

@@ -86,7 +86,7 @@ def work_folder(out: Path, recipe: str) -> Iterator[Path]:
         try:
             yield work
         except Exception:
-            if made and not any(work.rglob("*.safetensors")):  # no finished work to keep
+            if made and not [*work.rglob("*.safetensors"), *work.glob("plan-*.json")]:  # no finished work to keep
                 shutil.rmtree(work)
                 with suppress(OSError):  # something else is there by now, such as another run
                     for folder in made[1:]:

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import Kind, Progress, Stats, calibrate
+from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
@@ -76,8 +76,9 @@ class Job:
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The statistics that the run needs."""
-        return self.method.uses if self.plan is None or self.plan.edits else frozenset()
+        """The statistics that the run needs: to plan by, or to solve groups with."""
+        solves = self.plan is None or any(isinstance(edit, Share) for edit in self.plan.edits)
+        return self.method.uses if solves else frozenset()
 
     @property
     def calibrated(self) -> bool:
@@ -96,7 +97,9 @@ class Job:
             blocks=options.blocks,
             length=self.length,
             batch_size=options.batch_size,
-            calibrated=self.calibrated,
+            kinds=self.kinds,
+            refits=self.refits,
+            searches=self.plan is None and self.method.searches,
         )
 
 
@@ -115,7 +118,6 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
     method = make_method(recipe.method, recipe.options)
     source = read_config(recipe.model) if model is None else model
     spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
-    method.require(spec)
     name, plan = recipe.method, None
     if recipe.plan is not None:
         plan = Plan.read(recipe.plan, spec)
@@ -123,7 +125,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
     elif not method.adaptive:
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
     else:
-        allowed(spec, parse_keep(recipe.keep), recipe.of)  # what no plan could meet is refused now
+        method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
     return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
 
 
@@ -180,6 +182,8 @@ def run(
     if job.calibrated:
         assert tokenizer is not None
         calibration = load_calibration(recipe.calibration, tokenizer, job.length, text)
+        if job.plan is None:
+            job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:
         assert tokenizer is not None
         source = read_config(recipe.model) if model is None else model
@@ -238,8 +242,8 @@ def _carry_out(
     evidence = Evidence(job.spec, weights, stats, calibration)
     plan = job.plan
     if plan is None:
-        with clock.step("plan"):
-            plan = _plan_once(job, evidence, work, identity)
+        with clock.step("plan") as progress:
+            plan = _plan_once(job, replace(evidence, progress=progress), work, identity)
     factored = Factored(job.spec, plan, weights, work, identity)
     with clock.step("solve") as progress:
         solve(factored, job.method, evidence, progress)
@@ -293,22 +297,31 @@ def _plan_once(job: Job, evidence: Evidence, work: Path, identity: dict[str, Any
     return plan
 
 
-def plan_by_stats(recipe: Recipe, folder: Path) -> Job:
-    """Plan a recipe by the statistics that `calibrate_to` left in a folder; a method that plans without ignores them.
+def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> Job:
+    """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
 
-    Raises `LayershareError` as `prepare`, and if the method has to run the model on a text.
+    Raises `LayershareError` as `prepare`, and if the method needs statistics that are not there, or a text.
     """
     job = prepare(recipe)
     if job.plan is not None:
         return job
+    if job.method.searches:
+        raise LayershareError(
+            f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
+        )
+    if job.method.uses and folder is None:
+        raise LayershareError(
+            f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
+        )
     with TemporaryDirectory(prefix="layershare-") as scratch:
         weights = Weights.open(resolve(recipe.model), Path(scratch), dtype=recipe.dtype)
-        evidence = Evidence(job.spec, weights, Stats.find(folder, weights.fingerprint))
+        stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
+        evidence = Evidence(job.spec, weights, stats, progress=report("plan"))
         return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
 
 
-def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
-    """Measure the statistics of a recipe's model and keep them in its `calibration.stats` folder, which is returned.
+def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Report = silent) -> Path:
+    """Measure statistics of a recipe's model and keep them in its `calibration.stats` folder, which is returned.
 
     Raises `LayershareError` as `run` does.
     """
@@ -326,7 +339,8 @@ def calibrate_to(recipe: Recipe, report: Report = silent) -> Path:
         weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
         weights.require_sound()
         progress = report("calibrate")
-        calibrate(weights, spec, text, folder, batch_size=options.batch_size, scratch=scratch, progress=progress)
+        passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}
+        calibrate(weights, spec, text, folder, kinds=kinds, progress=progress, **passes)
     return folder
 
 

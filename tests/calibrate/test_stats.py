@@ -4,8 +4,10 @@ import torch
 from layershare.calibrate.stats import calibrate
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
+from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.weights import Weights
+from layershare.plan.ranks import LayerGroup
 from tests.families import tiny_model
 
 
@@ -69,15 +71,31 @@ def test_fisher_rows_are_the_summed_squares_of_the_gradients(family, text, tmp_p
     stats = calibrate(Weights.of(model), spec, text, tmp_path, batch_size=6, kinds={"fisher"})
     assert all(parameter.grad is None for parameter in model.parameters())
     squares = {linear.name: torch.zeros(linear.d_in) for linear in spec.linears}
-    for tokens in text.tokens.split(6):
+    for tokens in text.tokens.split(1):  # whatever the batch size
         model.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         for linear in spec.linears:
             gradient = model.get_parameter(spec.weight_name(linear)).grad
             assert gradient is not None
-            squares[linear.name] += (gradient if linear.conv1d else gradient.T).square().sum(1) / 2
+            squares[linear.name] += (gradient if linear.conv1d else gradient.T).square().sum(1) / 12
     for linear in spec.linears:
         torch.testing.assert_close(stats.fisher(linear), squares[linear.name], rtol=1e-4, atol=1e-12)
+
+
+def test_what_is_measured_lies_where_the_weight_does_wherever_the_blocks_run(text, tmp_path):
+    model = tiny_model("llama")
+    spec = describe(model)
+    model.save_pretrained(tmp_path / "model")
+    weights = Weights.open(tmp_path / "model", tmp_path / "scratch")
+    stats = calibrate(weights, spec, text, tmp_path / "stats", batch_size=6)
+    weights.device = torch.device("meta")  # as if there were an accelerator
+    evidence = Evidence(spec, weights, stats)
+    linear = spec.linears[0]
+    inputs = evidence.inputs(linear)
+    assert inputs is not None
+    assert inputs.gram.device == inputs.magnitude.device == evidence.weight(linear).device == torch.device("cpu")
+    group = LayerGroup(linear.role, (0,), "input")
+    assert evidence.spectrum(group, weighted=True).device == torch.device("cpu")
 
 
 def test_finished_layers_are_reused_damaged_ones_measured_again_to_the_same_bits(text, tmp_path):
@@ -129,3 +147,7 @@ def test_weights_and_inputs_that_are_not_finite_are_named(text, tmp_path):
         model.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1e38)
     with pytest.raises(LayershareError, match=r"inputs of 'layers.1.mlp.down_proj' overflow"):
         calibrate(Weights.of(model), describe(model), text, tmp_path, batch_size=4)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
+    with pytest.raises(LayershareError, match=r"hidden states of 'layers.1' overflow"):
+        calibrate(Weights.of(model), describe(model), text, tmp_path, batch_size=4, kinds={"blocks"})

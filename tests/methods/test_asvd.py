@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from layershare.errors import LayershareError
+from layershare.methods import plan_with
 from layershare.methods.asvd import Asvd, Truncation, search
 from layershare.methods.trial import Trial
 from layershare.model.arch import describe
@@ -71,6 +72,18 @@ def test_the_search_meets_the_budget_with_the_least_harmful_truncations(keep):
 def test_a_budget_below_the_lowest_ratio_is_refused(evidence):
     with pytest.raises(LayershareError, match="set a higher 'ratios'"):
         edits_of(evidence(tiny_model("llama")), "asvd", 0.4, ratios=1, samples=1)
+
+
+@pytest.mark.parametrize("of", ["all", "targets"])
+def test_a_size_in_bytes_is_met_by_one_search(of, evidence, monkeypatch):
+    measured = evidence(tiny_model("llama"))
+    tried = []
+    plan = Asvd.plan
+    monkeypatch.setattr(Asvd, "plan", lambda self, *known: tried.append(known) or plan(self, *known))
+    allowed_bytes = int(0.8 * getattr(measure(SPEC, ()), of).bytes)
+    found = plan_with(SPEC, "asvd", Asvd(ratios=2, samples=1), f"{allowed_bytes / 1000}kB", of, measured)
+    assert 0.98 * allowed_bytes <= getattr(found.after, of).bytes <= allowed_bytes
+    assert len(tried) == 1
 
 
 def test_truncating_what_is_not_used_costs_nothing(evidence):

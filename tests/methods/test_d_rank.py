@@ -145,6 +145,6 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
 
 
 def test_roles_that_the_model_does_not_have_are_refused():
-    spec = unmeasured(tiny_model("gpt2")).spec
+    evidence = unmeasured(tiny_model("gpt2"))
     with pytest.raises(LayershareError, match="has no role 'q'"):
-        make_method("d-rank", {"shared": "q,k"}).require(spec)
+        planned(evidence, 0.8, shared="q,k")

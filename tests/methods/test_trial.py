@@ -10,6 +10,7 @@ from layershare.errors import LayershareError
 from layershare.methods import make_method
 from layershare.methods.merging import combine, merges, unmerged
 from layershare.methods.trial import Trial
+from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Drop, Merge
 from tests.families import tiny_model
 from tests.methods.known import edits_of
@@ -85,6 +86,7 @@ def test_layers_of_different_shapes_are_not_merged(method, options):
     spec = layershare.describe(tiny_model("llama"))
     name = "model.layers.2.mlp.up_proj.weight"
     odd = replace(spec, tensors=spec.tensors | {name: ((40, 32), torch.float32)})
-    make_method(method, options).require(spec)
+    budget = allowed(spec, parse_keep(0.9), "targets")
+    make_method(method, options).require(spec, budget)
     with pytest.raises(LayershareError, match="Layer 2 of this model has other shapes"):
-        make_method(method, options).require(odd)
+        make_method(method, options).require(odd, budget)

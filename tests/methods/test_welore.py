@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import layershare
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.methods.welore import normalised, threshold_ranks
@@ -58,6 +59,13 @@ def test_a_matrix_of_exact_rank_r_gets_no_more_and_flat_ones_stay_dense():
     assert all(ranks["o", layer] == 3 for layer in range(4))
     assert all(("q", layer) not in ranks for layer in range(4))  # dense
     assert all((role, layer) in ranks for role in ("gate", "up", "down") for layer in range(4))
+
+
+def test_a_model_in_memory_is_planned_without_a_text():
+    model = tiny_model("llama")
+    assert layershare.make_plan(model, method="welore", keep=0.7, of="targets") == planned(unmeasured(model), 0.7)
+    with pytest.raises(LayershareError, match="plans by what it measures"):
+        layershare.make_plan(model.config, method="welore")
 
 
 def test_a_rank_that_would_not_pay_is_never_given():

@@ -112,6 +112,11 @@ def test_keep_that_cannot_be_met_is_refused(of):
         plan_with(spec, "svd", method, 0.01, of)
 
 
+def test_other_ways_to_count_are_refused():
+    with pytest.raises(LayershareError, match="Did you mean 'targets'"):
+        plan_with(describe(CONFIGS["llama"]()), "svd", make_method("svd"), 0.8, "target")
+
+
 def test_keep_1_leaves_the_model_as_it_is():
     plan = plan_with(describe(CONFIGS["llama"]()), "basis-sharing", make_method("basis-sharing"), 1, "all")
     assert plan.edits == ()

@@ -4,6 +4,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
@@ -60,7 +61,7 @@ def test_what_is_no_plan_is_refused(tmp_path):
 
 
 def test_the_table_shows_groups_ranks_and_sizes():
-    needs = estimate_needs(SPEC, PLAN, blocks=4, length=32, batch_size=2, calibrated=True)
+    needs = estimate_needs(SPEC, PLAN, blocks=4, length=32, batch_size=2, kinds={"inputs"})
     console = Console(width=140, record=True, file=StringIO())
     console.print(plan_table(SPEC, PLAN, needs))
     text = console.export_text()
@@ -68,6 +69,17 @@ def test_the_table_shows_groups_ranks_and_sizes():
     assert f"{PLAN.after.all.parameters:,}" in text
     assert "of memory" in text
     assert needs.stats == 4 * 4 * (3 * 32**2 + 56**2)
+
+
+def test_statistics_take_the_room_of_what_is_measured_and_gradients_and_searches_that_of_the_model():
+    def needs(*kinds: Kind, searches: bool = False):
+        return estimate_needs(SPEC, None, blocks=1000, length=32, batch_size=2, kinds=kinds, searches=searches)
+
+    assert needs().stats == needs("fisher").stats == 0
+    assert needs("blocks").stats == 4 * 1000 * 32 * 4  # layers × blocks × width × float32: no Grams
+    model = PLAN.before.all.bytes
+    assert needs().memory < model < needs("fisher").memory
+    assert needs(searches=True).memory > 2 * model
 
 
 def test_bytes_for_people():

@@ -76,7 +76,7 @@ class Stats:
         return self._store.read(_unit("inputs", linear.layer), f"{linear.site}.magnitude")
 
     def fisher(self, linear: Linear) -> Tensor:
-        """Σⱼ E[(∂L/∂W)²ᵢⱼ] (d_in, float32), L the mean loss of one batch of the text."""
+        """Σⱼ E[(∂L/∂W)²ᵢⱼ] (d_in, float32), L the mean loss of one block of the text."""
         return self._store.read(_unit("fisher", linear.layer), linear.name)
 
     def cosines(self, layer: int) -> dict[Part, float]:
@@ -119,7 +119,7 @@ def calibrate(
     with only_one(Stats.place(folder, identity), wait=True):
         stats = Stats(folder, identity)
         if "fisher" in kinds:
-            _measure_fisher(weights, spec, text, stats, batch_size, progress)
+            _measure_fisher(weights, spec, text, stats, progress)
         streamed: list[Kind] = [kind for kind in STREAMED if kind in kinds]
         missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
         if not missing:
@@ -211,7 +211,7 @@ def _change(stream: Stream, spec: Spec, layer: int, block: nn.Module) -> dict[st
     """What a block that has just been run does to the hidden states, as the statistics of kind `blocks`.
 
     What lies between attention and MLP is what the block gives without its MLP (in a block that runs both side by side,
-    the attention's part alone).
+    the attention's part alone). Raises `LayershareError` if hidden states are not finite.
     """
     start = len(f"{spec.blocks}.{layer}.")
     total, pooled = torch.zeros(3, dtype=torch.float64), []
@@ -224,13 +224,20 @@ def _change(stream: Stream, spec: Spec, layer: int, block: nn.Module) -> dict[st
             for i, (before, after) in enumerate(((entering, between), (between, leaving), (entering, leaving))):
                 total[i] += torch.cosine_similarity(before, after, dim=-1).sum().item()
             pooled.append(leaving[:, -1].cpu())
+    if not total.isfinite().all():
+        raise LayershareError(
+            f"The hidden states of '{spec.blocks}.{layer}' overflow or contain NaN on this text; run the model in a "
+            "wider dtype."
+        )
     return {"cosines": total / stream.batches.tokens.numel(), "pooled": torch.cat(pooled)}
 
 
-def _measure_fisher(
-    weights: Weights, spec: Spec, text: Text, stats: Stats, batch_size: int, progress: Progress
-) -> None:
-    """Back-propagate the loss of every batch and add up squared gradients, with one gradient at a time in memory."""
+def _measure_fisher(weights: Weights, spec: Spec, text: Text, stats: Stats, progress: Progress) -> None:
+    """Back-propagate the loss of every block of text and add up squared gradients, one gradient at a time in memory.
+
+    Never of several blocks at once: the square of their mean gradient would depend on the batch size. The loss is
+    summed over the tokens and divided by their number afterwards, so that float16 holds the gradients.
+    """
     if all(stats.has("fisher", layer) for layer in range(spec.n_layers)):
         return
     model = weights.whole()
@@ -247,19 +254,20 @@ def _measure_fisher(
     for linear in spec.linears:
         weight = model.get_parameter(spec.weight_name(linear)).requires_grad_()
         weight.register_post_accumulate_grad_hook(watch(linear))
-    batches = text.tokens.split(batch_size)
     with evaluating(model), torch.enable_grad():
-        for done, tokens in enumerate(batches):
-            progress(done, len(batches))
-            tokens = tokens.to(weights.device)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+        for done, block in enumerate(text.tokens):
+            progress(done, len(text.tokens))
+            tokens = block[None].to(weights.device)
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            cross_entropy(logits.float(), tokens[0, 1:], reduction="sum").backward()
+    progress(len(text.tokens), len(text.tokens))
     for linear, total in sums.items():
         if not total.isfinite().all():
             raise LayershareError(f"The gradients of '{linear.name}' overflow; run the model in a wider dtype.")
+    blocks, length = text.tokens.shape
     for layer in range(spec.n_layers):
-        own = {linear.name: sums[linear] / len(batches) for linear in spec.linears if linear.layer == layer}
-        stats.write("fisher", layer, own)
+        own = [linear for linear in spec.linears if linear.layer == layer]
+        stats.write("fisher", layer, {x.name: sums[x] / blocks / (length - 1) ** 2 for x in own})
 
 
 def _require_finite_grams(grams: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,5 +1,6 @@
 """The methods, by name. A method is one file and one line here."""
 
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from math import ceil
 from typing import Any
@@ -24,9 +25,10 @@ from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
-from layershare.plan.budget import Keep, allowed, measure, parse_keep
+from layershare.plan.budget import Budget, allowed, measure, parse_keep
 from layershare.plan.edits import Edit, check
 from layershare.plan.plan import Plan
+from layershare.plan.ranks import private_groups, uniform
 
 METHODS: dict[str, type[Method]] = {
     "basis-sharing": BasisSharing,
@@ -77,26 +79,34 @@ def plan_with(
 
     Raises `LayershareError` if `keep` cannot be met, or if the method needs evidence that is not there.
     """
-    method.require(spec)
     if method.adaptive and evidence is None:
         raise LayershareError(
             f"'{name}' plans by what it measures, so there is no plan before; compress, or give measured statistics."
         )
+
+    def choose(budget: Budget) -> tuple[Edit, ...]:
+        method.require(spec, budget)
+        return method.plan(spec, budget, evidence)
+
     wanted = parse_keep(keep)
-    before = measure(spec, ())
-    itemsize = before.targets.bytes / before.targets.parameters
     budget = allowed(spec, wanted, of)
-    edits = method.plan(spec, budget, evidence)
-    while (excess := _excess_bytes(spec, edits, wanted, of)) > 0:  # the file's header depends on the plan itself
-        parameters = budget.parameters - ceil(excess / itemsize)
-        budget = replace(budget, fraction=budget.fraction * parameters / budget.parameters, parameters=parameters)
-        edits = method.plan(spec, budget, evidence)
+    if method.searches and wanted.bytes is not None:  # so that the search need not be repeated
+        budget, _ = _fitting(spec, budget, wanted.bytes, lambda less: uniform(spec, private_groups(spec.linears), less))
+    budget, edits = (budget, choose(budget)) if wanted.bytes is None else _fitting(spec, budget, wanted.bytes, choose)
     check(spec, edits)
-    return Plan(spec.model_type, name, asdict(method), keep, of, before, measure(spec, edits), edits)
+    return Plan(spec.model_type, name, asdict(method), keep, of, measure(spec, ()), measure(spec, edits), edits)
 
 
-def _excess_bytes(spec: Spec, edits: tuple[Edit, ...], keep: Keep, of: str) -> int:
-    if keep.bytes is None:
-        return 0
-    after = measure(spec, edits)
-    return (after.all if of == "all" else after.targets).bytes - keep.bytes
+def _fitting(
+    spec: Spec, budget: Budget, size: int, choose: Callable[[Budget], tuple[Edit, ...]]
+) -> tuple[Budget, tuple[Edit, ...]]:
+    """The largest budget found whose edits need no more than `size` bytes: the file's header depends on them, too."""
+    targets = measure(spec, ()).targets
+    while True:
+        edits = choose(budget)
+        after = measure(spec, edits)
+        excess = (after.all if budget.of == "all" else after.targets).bytes - size
+        if excess <= 0:
+            return budget, edits
+        parameters = budget.parameters - ceil(excess * targets.parameters / targets.bytes)
+        budget = replace(budget, fraction=budget.fraction * parameters / budget.parameters, parameters=parameters)

@@ -63,13 +63,24 @@ class Asvd(Method):
     ratios: Annotated[int, Field(ge=1)] = 4
     samples: Annotated[int, Field(ge=1)] = 2
 
+    def require(self, spec: Spec, budget: Budget) -> None:
+        """Raise `LayershareError` if the lowest ratio of every matrix does not meet the budget."""
+        if sum(self._ranks(x)[0] * (x.d_in + x.d_out) for x in spec.linears) > budget.parameters:
+            raise LayershareError(
+                "The lowest ratio that asvd tries is not low enough; keep more, or set a higher 'ratios'."
+            )
+
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """Measure every truncation, and carry out the least harmful ones until the budget is met."""
         assert evidence is not None
         if budget.fraction == 1:
             return ()
         trial = Trial(evidence, self.samples)
-        return search(spec, budget, [each for x in spec.linears for each in self._truncations(x, evidence, trial)])
+        truncations: list[Truncation] = []
+        for done, linear in enumerate(spec.linears):
+            evidence.progress(done, len(spec.linears))
+            truncations += self._truncations(linear, evidence, trial)
+        return search(spec, budget, truncations)
 
     def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
         """W′ = S⁻¹U_kΣ_kV_kᵀ; the error is that of SW."""
@@ -80,10 +91,13 @@ class Asvd(Method):
         assert inputs is not None
         return torch.diag(inputs.magnitude.double() ** (2 * self.alpha))
 
+    def _ranks(self, linear: Linear) -> list[int]:
+        """The ranks of the ratios that are tried, the lowest first."""
+        ratios = [Fraction(step, self.ratios + 1) for step in range(1, self.ratios + 1)]
+        return [max(1, uniform_rank(linear.d_in, linear.d_out, 1, ratio)) for ratio in ratios]
+
     def _truncations(self, linear: Linear, evidence: Evidence, trial: Trial) -> Iterator[Truncation]:
-        weight = evidence.weight(linear)
-        ratios = [step / (self.ratios + 1) for step in range(1, self.ratios + 1)]
-        ranks = [max(1, uniform_rank(linear.d_in, linear.d_out, 1, ratio)) for ratio in ratios]
+        weight, ranks = evidence.weight(linear), self._ranks(linear)
         left, right, *_ = low_rank(weight, self._scaling(evidence.inputs(linear)), ranks[-1])
         factors = left.to(weight.dtype), right.to(weight.dtype)
         name = evidence.spec.weight_name(linear)
@@ -92,10 +106,7 @@ class Asvd(Method):
 
 
 def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation]) -> tuple[Share, ...]:
-    """STRS: the least harmful truncations, as few of them as meet the budget.
-
-    Raises `LayershareError` if all of them do not.
-    """
+    """STRS: the least harmful truncations, as few of them as meet the budget, which all of them together must."""
     ordered = sorted(truncations, key=lambda each: each.loss)
 
     def ranks(count: int) -> dict[Linear, int]:
@@ -109,10 +120,6 @@ def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation]) -> tup
         return target_parameters(spec) - sum(saved)
 
     count = bisect_left(range(len(ordered) + 1), True, key=lambda count: parameters(count) <= budget.parameters)
-    if count > len(ordered):
-        raise LayershareError(
-            "The lowest ratio that asvd tries is not low enough; keep more, or set a higher 'ratios'."
-        )
     if not count:
         return ()
     chosen, last = ranks(count), ordered[count - 1].linear

@@ -61,7 +61,7 @@ class BasisSharing(Method):
     shared: Roles = None
     refit: bool | None = None
 
-    def require(self, spec: Spec) -> None:
+    def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles that the model does not have."""
         sharing_groups(spec, self.shared, self.group_size)
 

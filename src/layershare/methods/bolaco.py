@@ -62,14 +62,16 @@ class Bolaco(Method):
     segments: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
 
-    def require(self, spec: Spec) -> None:
-        """Raise `LayershareError` if the optimiser is not installed, or if there are more segments than layers."""
+    def require(self, spec: Spec, budget: Budget) -> None:
+        """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""
         if not (find_spec("optuna") and find_spec("scipy")):
             raise LayershareError(
                 "bolaco needs optuna and scipy; install them with `pip install 'layershare[search]'`."
             )
         if self.segments > spec.n_layers:
             raise LayershareError(f"The model has {spec.n_layers} layers: it cannot have {self.segments} segments.")
+        if budget.parameters <= sum(x.parameters for x in spec.linears if x.role in DENSE):
+            raise LayershareError(f"bolaco leaves {', '.join(DENSE)} dense, which takes the whole budget; keep more.")
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """The allocation of lowest loss among the trials."""
@@ -91,6 +93,7 @@ class Bolaco(Method):
             return at_ratios(spec, budget, {x: wanted[name] for x, name in names.items()})
 
         def loss(proposal: optuna.Trial) -> float:
+            evidence.progress(proposal.number, self.trials)
             wanted = {name: proposal.suggest_float(name, LOWEST, 1) for name in dict.fromkeys(names.values())}
             replaced = {}
             for share in shares(wanted):
@@ -114,11 +117,9 @@ class Bolaco(Method):
 def at_ratios(spec: Spec, budget: Budget, wanted: dict[Linear, float]) -> tuple[Share, ...]:
     """Ranks for ratios min(1, t·x) of the linears, x `wanted`, with the t that meets the budget; at 1 they stay dense.
 
-    Raises `LayershareError` if what is not among these linears takes the budget alone.
+    The linears that are not among these must not take the budget alone.
     """
     fixed = sum(linear.parameters for linear in spec.linears if linear not in wanted)
-    if fixed >= budget.parameters:
-        raise LayershareError(f"bolaco leaves {', '.join(DENSE)} dense, which takes the whole budget; keep more.")
     linears, sizes = list(wanted), [linear.parameters for linear in wanted]
     ratios = scaled(list(wanted.values()), sizes, budget.parameters - fixed)
     low = [(x, ratio) for x, ratio in zip(linears, ratios, strict=True) if ratio < 1]

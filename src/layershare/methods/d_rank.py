@@ -59,7 +59,7 @@ class DRank(Method):
         """The groups of layers. Raises `LayershareError` for roles that the model does not have."""
         return sharing_groups(spec, self.shared, self.group_size or (1 if spec.grouped_query else 2))
 
-    def require(self, spec: Spec) -> None:
+    def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles that the model does not have."""
         self.groups(spec)
 
@@ -69,7 +69,8 @@ class DRank(Method):
         groups = self.groups(spec)
         limits = {group: dense_parameters(spec, group) for group in groups}
         sizes: dict[LayerGroup, Fraction] = {}
-        for role in spec.roles:
+        for done, role in enumerate(spec.roles):
+            evidence.progress(done, len(spec.roles))
             own = [group for group in groups if group.role == role]
             ranks = [effective_rank(evidence.spectrum(group, weighted=True)) for group in own]
             weights = [(rank * group_cost(spec, group)) ** 0.5 for group, rank in zip(own, ranks, strict=True)]

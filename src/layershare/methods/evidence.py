@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Stats
+from layershare.calibrate.stats import Progress, Stats
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import Linear, Spec
@@ -16,31 +17,31 @@ from layershare.solve.linalg import spectrum
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was measured at one linear; every property reads from disk, in float32, onto the device of `Weights`."""
+    """What was measured at one linear; every property reads from disk, in float32, onto the weight's own device."""
 
     linear: Linear
-    weights: Weights
+    device: torch.device
     stats: Stats
 
     @property
     def gram(self) -> Tensor:
         """G = XᵀX, d_in × d_in, summed over all tokens."""
-        return self.stats.gram(self.linear).to(self.weights.device)
+        return self.stats.gram(self.linear).to(self.device)
 
     @property
     def magnitude(self) -> Tensor:
         """The mean of |x| over all tokens, d_in."""
-        return self.stats.magnitude(self.linear).to(self.weights.device)
+        return self.stats.magnitude(self.linear).to(self.device)
 
     @property
     def fisher(self) -> Tensor:
         """Σⱼ E[(∂L/∂W)²ᵢⱼ], the Fisher information of each row of W, d_in."""
-        return self.stats.fisher(self.linear).to(self.weights.device)
+        return self.stats.fisher(self.linear).to(self.device)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A model, its statistics and its calibration text, as far as the run has them.
+    """A model, its statistics and its calibration text, as far as the run has them, and who is told of progress.
 
     Raises `LayershareError` where a method asks for what was not measured.
     """
@@ -49,6 +50,7 @@ class Evidence:
     weights: Weights
     measured: Stats | None = None
     text: Text | None = None
+    progress: Progress = lambda done, total: None
 
     @property
     def stats(self) -> Stats:
@@ -69,7 +71,7 @@ class Evidence:
 
     def inputs(self, linear: Linear) -> Inputs | None:
         """What was measured at a linear, `None` in a run without statistics."""
-        return None if self.measured is None else Inputs(linear, self.weights, self.measured)
+        return None if self.measured is None else self._inputs(linear)
 
     def spectrum(self, group: LayerGroup, *, weighted: bool) -> Tensor:
         """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.
@@ -79,9 +81,12 @@ class Evidence:
         if (group, weighted) not in self._spectra:
             linears = [self.spec.linear(group.role, layer) for layer in group.layers]
             weights = [self.weight(linear) for linear in linears]
-            grams = [Inputs(linear, self.weights, self.stats).gram if weighted else None for linear in linears]
+            grams = [self._inputs(linear).gram if weighted else None for linear in linears]
             self._spectra[group, weighted] = spectrum(weights, grams, group.side)
         return self._spectra[group, weighted]
+
+    def _inputs(self, linear: Linear) -> Inputs:
+        return Inputs(linear, self.weights.tensor(self.spec.weight_name(linear)).device, self.stats)
 
     @cached_property
     def _spectra(self) -> dict[tuple[LayerGroup, bool], Tensor]:

@@ -9,8 +9,8 @@ Where this differs
 - ‖ÎW − ÎW′‖ is the activation-weighted error of the other methods with Î² in place of the Gram, so it is solved by the
   same function: on the smaller side, which has the same optimum, and with its relative ridge, so that rows which no
   gradient reached do no harm. (The authors published no code.)
-- The paper takes the gradient of every sample of a task that the model was fine-tuned for; here L is the mean loss of
-  the next token over one batch of the calibration text. A batch size of 1 gives a gradient per sample.
+- The paper takes the gradient of every sample of a task that the model was fine-tuned for; here a sample is a block of
+  the calibration text, and L its mean loss of the next token.
 - The factors are not trained afterwards. In small models, where rounding down leaves more than 0.5 % of the budget,
   single ranks are added.
 """

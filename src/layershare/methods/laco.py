@@ -29,7 +29,7 @@ from pydantic import Field
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence
-from layershare.methods.merging import Block, combine, merges, require_alike, unmerged
+from layershare.methods.merging import Block, combine, merges, require_alike, require_mergeable, unmerged
 from layershare.methods.method import Method
 from layershare.methods.trial import Trial
 from layershare.model.arch import Spec
@@ -60,8 +60,8 @@ class LaCo(Method):
     threshold: Annotated[float, Field(le=1)] = 0.95
     samples: Annotated[int, Field(ge=1)] = 4
 
-    def require(self, spec: Spec) -> None:
-        """Raise `LayershareError` if the range has no room for a merge, or if layers differ in shape."""
+    def require(self, spec: Spec, budget: Budget) -> None:
+        """Raise `LayershareError` if layers differ in shape, or if the range has no room for a merge or for enough."""
         require_alike(spec)
         highest = self._highest(spec)
         if not self.lowest + self.merged <= highest < spec.n_layers:
@@ -69,6 +69,7 @@ class LaCo(Method):
                 f"laco merges {self.merged} layers from {self.lowest} on and below {highest}, for which the model's "
                 f"{spec.n_layers} layers leave no room; lower 'merged' or change the range."
             )
+        require_mergeable(spec, budget, range(self.lowest, highest))
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Merge, ...]:
         """Collapse at lower and lower thresholds until the budget is met.

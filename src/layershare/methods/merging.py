@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
+from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Merge
 
 Block = dict[int, float]
@@ -31,6 +32,12 @@ def unmerged(n_layers: int) -> list[Block]:
 def merges(blocks: Sequence[Block]) -> tuple[Merge, ...]:
     """The edits that make these blocks, each in the place of its first layer; together they hold every layer once."""
     return tuple(Merge(min(b), tuple(b), tuple(b.values())) for b in blocks if len(b) > 1)
+
+
+def require_mergeable(spec: Spec, budget: Budget, layers: Sequence[int]) -> None:
+    """Raise `LayershareError` if the budget is not even met when all these layers are merged into one."""
+    if not allows(budget, spec, merges([dict.fromkeys(layers, 1.0)])):
+        raise LayershareError("Merging layers alone cannot make this model so small; keep more.")
 
 
 def require_alike(spec: Spec) -> None:

@@ -26,8 +26,14 @@ class Method(ABC):
     searches: ClassVar[bool] = False
     """Whether it runs the model on the text while it plans."""
 
-    def require(self, spec: Spec) -> None:  # noqa: B027  # most methods treat every family
-        """Raise `LayershareError` if the method cannot treat this model or its options do not fit it."""
+    def require(self, spec: Spec, budget: Budget) -> None:  # noqa: B027  # most methods treat every family
+        """Raise `LayershareError` for what is known before anything is measured.
+
+        That the method cannot treat this model, that its options do not fit it, or that nothing meets this budget.
+        """
+
+    def require_blocks(self, count: int) -> None:  # noqa: B027
+        """Raise `LayershareError` if the method can do nothing with so few blocks of text."""
 
     @abstractmethod
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Edit, ...]:

@@ -30,7 +30,7 @@ from torch.nn.functional import one_hot
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence
-from layershare.methods.merging import combine, merges, require_alike, unmerged
+from layershare.methods.merging import combine, merges, require_alike, require_mergeable, unmerged
 from layershare.methods.method import Method
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows
@@ -49,24 +49,24 @@ class Mka(Method):
     uses: ClassVar[frozenset[Kind]] = frozenset({"blocks"})
     adaptive: ClassVar[bool] = True
 
-    def require(self, spec: Spec) -> None:
-        """Raise `LayershareError` if layers differ in shape."""
+    def require(self, spec: Spec, budget: Budget) -> None:
+        """Raise `LayershareError` if layers differ in shape, or if a single layer is still too large."""
         require_alike(spec)
+        require_mergeable(spec, budget, range(spec.n_layers))
+
+    def require_blocks(self, count: int) -> None:
+        """Raise `LayershareError` if there are fewer than 16."""
+        if count < FEWEST:
+            raise LayershareError(f"mka compares layers on at least {FEWEST} blocks of text; give more blocks.")
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Merge, ...]:
-        """Merge the most similar neighbours until the budget is met.
-
-        Raises `LayershareError` if it cannot be met, or if there are too few blocks of text.
-        """
+        """Merge the most similar neighbours until the budget is met."""
         assert evidence is not None
         states = [evidence.stats.pooled(layer) for layer in range(spec.n_layers)]
-        if len(states[0]) < FEWEST:
-            raise LayershareError(f"mka compares layers on at least {FEWEST} blocks of text; give more blocks.")
+        self.require_blocks(len(states[0]))
         cells = [cells_of(diffusion_map(each)) for each in states]
         blocks = unmerged(spec.n_layers)
         while not allows(budget, spec, merges(blocks)):
-            if len(blocks) == 1:
-                raise LayershareError("Merging layers alone cannot make this model so small; keep more.")
             s = [similarity(cells[max(one)], cells[max(two)]) for one, two in pairwise(blocks)]
             i = max(range(len(s)), key=lambda i: (s[i], i))
             blocks[i : i + 2] = [combine([(s[i], blocks[i]), (1 - s[i], blocks[i + 1])])]

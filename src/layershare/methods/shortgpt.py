@@ -20,6 +20,8 @@ from layershare.model.arch import Part, Spec
 from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Drop, kept_layers
 
+TOO_SMALL = "Leaving out layers alone cannot make this model so small; keep more."
+
 
 @dataclass(frozen=True)
 class DropParts(Method):
@@ -29,6 +31,14 @@ class DropParts(Method):
     adaptive: ClassVar[bool] = True
     parts: ClassVar[tuple[Part, ...]]
     """What may be left out."""
+
+    def require(self, spec: Spec, budget: Budget) -> None:
+        """Raise `LayershareError` if the budget is not met with all parts gone, or all blocks but the smallest."""
+        sizes = [sum(x.parameters for x in spec.linears if x.layer == layer) for layer in range(spec.n_layers)]
+        stays = sizes.index(min(sizes)) if "block" in self.parts else None
+        layers = tuple(layer for layer in range(spec.n_layers) if layer != stays)
+        if not allows(budget, spec, [Drop(part, layers) for part in self.parts if layers]):
+            raise LayershareError(TOO_SMALL)
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Drop, ...]:
         """The parts of lowest influence 1 − cos(X, Y), X being what enters and Y what leaves them."""
@@ -61,7 +71,7 @@ def drop_in_order(spec: Spec, budget: Budget, order: Iterable[tuple[int, Part]])
         gone.setdefault(part, []).append(layer)
     edits = _edits(gone)
     if not kept_layers(spec.n_layers, edits) or not allows(budget, spec, edits):
-        raise LayershareError("Leaving out layers alone cannot make this model so small; keep more.")
+        raise LayershareError(TOO_SMALL)
     return edits
 
 

@@ -47,7 +47,7 @@ class SliceGpt(Method):
     uses: ClassVar[frozenset[Kind]] = frozenset()
     round_to: Annotated[int | None, Field(ge=1)] = None
 
-    def require(self, spec: Spec) -> None:
+    def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `UnsupportedModelError`, with the reason, for a model that is no plain pre-norm decoder."""
         spec.sliceable()
 

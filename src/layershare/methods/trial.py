@@ -37,6 +37,7 @@ class Trial:
         Names and shapes are those of the state dict; infinite if it is not a number.
         """
         total = 0.0
+        replaced = {name: tensor.to(self.weights.device) for name, tensor in replaced.items()}
         for block in self.tokens:
             options = {"input_ids": block[None], "use_cache": False}
             logits = functional_call(self.weights.model, replaced, (), options).logits

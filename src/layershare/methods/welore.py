@@ -42,7 +42,10 @@ class WeLore(Method):
         """The ranks above the lowest threshold that the budget allows."""
         assert evidence is not None
         groups = private_groups(spec.linears)
-        spectra = [normalised(evidence.spectrum(group, weighted=False).sqrt()) for group in groups]
+        spectra = []
+        for done, group in enumerate(groups):
+            evidence.progress(done, len(groups))
+            spectra.append(normalised(evidence.spectrum(group, weighted=False).sqrt()))
         costs = [group_cost(spec, group) for group in groups]
         dense = [dense_parameters(spec, group) for group in groups]
         ranks = threshold_ranks(spectra, costs, dense, budget.parameters)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, prod
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, unknown
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
 from layershare.plan.edits import Edit, Share, Side, dropped_parts, kept_layers, sliced_width, widths
@@ -152,8 +152,11 @@ def allows(budget: Budget, spec: Spec, edits: Sequence[Edit]) -> bool:
 def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
     """The targets' budget under `keep`, counted of all parameters (`of="all"`) or of the targets alone.
 
-    Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed.
+    Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed, and for other
+    words than these two.
     """
+    if of not in ("all", "targets"):
+        raise unknown("of", of, ("all", "targets"))
     targets = target_parameters(spec)
     total = spec.parameters if of == "all" else targets
     rest = total - targets

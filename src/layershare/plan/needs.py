@@ -1,8 +1,10 @@
 """What a run will need of the machine, known before a weight is read."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
+from layershare.calibrate.stats import Kind
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import measure
 from layershare.plan.edits import Share, sliced_width, widths
@@ -24,12 +26,21 @@ class Needs:
 
 
 def estimate_needs(
-    spec: Spec, plan: Plan | None, *, blocks: int, length: int, batch_size: int, calibrated: bool
+    spec: Spec,
+    plan: Plan | None,
+    *,
+    blocks: int,
+    length: int,
+    batch_size: int,
+    kinds: Collection[Kind],
+    refits: bool = False,
+    searches: bool = False,
 ) -> Needs:
-    """Estimate memory and disk for calibrating on `blocks` × `length` tokens, `batch_size` at a time, and compressing.
+    """Estimate memory and disk of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
-    Memory is the larger of calibration and refit (a block, its Grams, a batch) and of solving the largest group in
-    float64; `benchmarks/memory` measures both.
+    Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group in
+    float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
+    gradients need, and of twice the model for methods that search: the model and what they try in its place.
     Without a plan yet, every target is taken to be solved for itself, at full size.
     """
     stack = f"{spec.base_prefix}{spec.blocks}."
@@ -56,11 +67,21 @@ def estimate_needs(
         shares, after = list(full), measure(spec, ())
     else:
         shares, after = [edit for edit in plan.edits if isinstance(edit, Share)], plan.after
-    solving = max((_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in shares), default=0)
+    steps = [_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in shares]
+    streams = refits or "inputs" in kinds or "blocks" in kinds
+    if streams:
+        steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
+    model, text = measure(spec, ()).all.bytes, batch // batch_size
+    logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
+    if "fisher" in kinds:
+        steps.append(model + spec.n_layers * text + logits)
+    if searches:
+        steps.append(2 * model + text + logits)
+    pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
-        memory=int(SLACK * (max(max(block) + max(grams) + batch, solving) if calibrated else solving)),
-        stats=sum(grams) if calibrated else 0,
-        output=2 * after.all.bytes + (states if calibrated else 0),
+        memory=int(SLACK * max(steps, default=0)),
+        stats=(sum(grams) if "inputs" in kinds else 0) + (pooled if "blocks" in kinds else 0),
+        output=2 * after.all.bytes + (states if streams else 0),
     )
 
 

@@ -65,8 +65,13 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
     merges = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
     if needs is None:
         return Group(groups, *merges, totals)
+    return Group(groups, *merges, totals, needs_sentence(needs))
+
+
+def needs_sentence(needs: Needs) -> str:
+    """What the run will need, for people."""
     words = f"The run needs about {size(needs.memory)} of memory beside its libraries and {size(needs.output)} of disk"
-    return Group(groups, *merges, totals, f"{words}, and {size(needs.stats)} of disk for statistics.")
+    return f"{words}, and {size(needs.stats)} of disk for statistics."
 
 
 def size(count: int) -> str:
