@@ -4,10 +4,8 @@ import torch
 from layershare.calibrate.stats import calibrate
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.weights import Weights
-from layershare.plan.ranks import LayerGroup
 from tests.families import tiny_model
 
 
@@ -80,22 +78,6 @@ def test_fisher_rows_are_the_summed_squares_of_the_gradients(family, text, tmp_p
             squares[linear.name] += (gradient if linear.conv1d else gradient.T).square().sum(1) / 12
     for linear in spec.linears:
         torch.testing.assert_close(stats.fisher(linear), squares[linear.name], rtol=1e-4, atol=1e-12)
-
-
-def test_what_is_measured_lies_where_the_weight_does_wherever_the_blocks_run(text, tmp_path):
-    model = tiny_model("llama")
-    spec = describe(model)
-    model.save_pretrained(tmp_path / "model")
-    weights = Weights.open(tmp_path / "model", tmp_path / "scratch")
-    stats = calibrate(weights, spec, text, tmp_path / "stats", batch_size=6)
-    weights.device = torch.device("meta")  # as if there were an accelerator
-    evidence = Evidence(spec, weights, stats)
-    linear = spec.linears[0]
-    inputs = evidence.inputs(linear)
-    assert inputs is not None
-    assert inputs.gram.device == inputs.magnitude.device == evidence.weight(linear).device == torch.device("cpu")
-    group = LayerGroup(linear.role, (0,), "input")
-    assert evidence.spectrum(group, weighted=True).device == torch.device("cpu")
 
 
 def test_finished_layers_are_reused_damaged_ones_measured_again_to_the_same_bits(text, tmp_path):

@@ -17,7 +17,7 @@ from layershare.solve.linalg import spectrum
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was measured at one linear; every property reads from disk, in float32, onto the weight's own device."""
+    """What was measured at one linear; every property reads from disk, in float32, onto the device of `Weights`."""
 
     linear: Linear
     device: torch.device
@@ -71,7 +71,7 @@ class Evidence:
 
     def inputs(self, linear: Linear) -> Inputs | None:
         """What was measured at a linear, `None` in a run without statistics."""
-        return None if self.measured is None else self._inputs(linear)
+        return None if self.measured is None else Inputs(linear, self.weights.device, self.measured)
 
     def spectrum(self, group: LayerGroup, *, weighted: bool) -> Tensor:
         """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.
@@ -81,12 +81,10 @@ class Evidence:
         if (group, weighted) not in self._spectra:
             linears = [self.spec.linear(group.role, layer) for layer in group.layers]
             weights = [self.weight(linear) for linear in linears]
-            grams = [self._inputs(linear).gram if weighted else None for linear in linears]
+            inputs = [Inputs(linear, self.weights.device, self.stats) if weighted else None for linear in linears]
+            grams = [None if each is None else each.gram for each in inputs]
             self._spectra[group, weighted] = spectrum(weights, grams, group.side)
         return self._spectra[group, weighted]
-
-    def _inputs(self, linear: Linear) -> Inputs:
-        return Inputs(linear, self.weights.tensor(self.spec.weight_name(linear)).device, self.stats)
 
     @cached_property
     def _spectra(self) -> dict[tuple[LayerGroup, bool], Tensor]:

@@ -11,7 +11,8 @@ Where this differs
 - from paper, as the code: X is what enters a norm; the paper says what leaves it.
 - from the code: the last hidden states and the head are sliced too, as the paper describes; the code leaves them whole
   by default. C_ℓ is summed in float32 and decomposed in float64 without dampening, which does not change eigenvectors.
-  No token is left out.
+  No token is left out. The code takes the embeddings' mean off in models with RMSNorm too, which changes what they
+  compute; here only where LayerNorm subtracts it anyway.
 - the shortcut is stored as Q_ℓᵀQ_{ℓ+1} − 1 and joins what the sub-layer writes, so that the block's own code, which
   adds x, stays as it is. In GPT-2 and OPT, dropout during training therefore falls on it as well.
 - a residual multiplier m (Granite) divides the shortcut; multipliers of embeddings and logits do not matter.

@@ -136,6 +136,8 @@ def refit_coefficients(
     Block after block: one pass of the compressed block measures G′ᵢ = X′ᵢᵀX′ᵢ at its sites, its private factors are
     solved for anew with their bases fixed, and a second pass gives the next block's inputs. Of a pair y = (xF)L the
     second factor L is fitted; if it is shared (output side), A = WBᵀ(BBᵀ)⁻¹ does not depend on the inputs and stays.
+    Within a block all sites are measured at once: o, gate, up and down get the inputs that the compressed, not yet
+    refitted matrices before them give.
     """
     spec = factored.spec
     by_layer: dict[int, list[tuple[Linear, Share]]] = {layer: [] for layer in range(spec.n_layers)}
