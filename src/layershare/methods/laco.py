@@ -17,8 +17,8 @@ Where this differs
 - from the code: it adds the differences to weights that it is changing, so that θ*_l becomes θ_{l+m}, the last layer
   alone; this is the paper's sum. It merges matrices and keeps layer l's norms; here, as the paper says, all parameters
   of a layer are merged. Its samples are a few words of an encyclopedia; here they are the first blocks of the
-  calibration text. After a merge it goes on below only if that runs past the top; here always at least C layers below
-  the top. As in the code, the cosine is that of all states of a sample taken as one vector.
+  calibration text. After a merge it tries places that are closer to the top than C layers as long as they exist; here
+  every try has C layers. As in the code, the cosine is that of all states of a sample taken as one vector.
 """
 
 from dataclasses import dataclass
