@@ -56,7 +56,8 @@ def compress(method: str, keep: float) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> Table:
     rows = Table(
-        box=SIMPLE_HEAD,  # fits into 80 columns
+        box=SIMPLE_HEAD,  # with less padding, to fit into 80 columns
+        padding=(0, 1, 0, 0),
         title="The sample model, calibrated and measured on the standard library's source",
         title_justify="left",
     )
