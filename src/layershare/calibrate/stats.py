@@ -131,12 +131,12 @@ def calibrate(
             progress(layer, missing[-1] + 1)
             if layer in missing:
                 require_finite(block.named_parameters(weights.block_name(layer)))
-                if "inputs" in streamed and not stats.has("inputs", layer):
-                    with measuring(block, site_modules(spec, layer), magnitudes=True) as measured:
-                        stream.run()
+                wants_inputs = "inputs" in streamed and not stats.has("inputs", layer)
+                with measuring(block, site_modules(spec, layer) if wants_inputs else {}, magnitudes=True) as measured:
+                    stream.run()
+                if wants_inputs:
                     stats.write("inputs", layer, measured)
                 if "blocks" in streamed and not stats.has("blocks", layer):
-                    stream.run()
                     stats.write("blocks", layer, _change(stream, spec, layer, block))
             if layer == missing[-1]:
                 break
