@@ -68,7 +68,7 @@ class Linear:
     @property
     def part(self) -> Part:
         """The sub-layer that it belongs to."""
-        return "attention" if self.role in ("q", "k", "v", "qkv", "o") else "mlp"
+        return part_of(self.role)
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ class Spec:
         """The full name of the same tensor in another block."""
         stack = f"{self.base_prefix}{self.blocks}."
         return f"{stack}{layer}.{name[len(stack) :].partition('.')[2]}"
+
+
+def part_of(role: str) -> Part:
+    """The sub-layer that a role belongs to."""
+    return "attention" if role in ("q", "k", "v", "qkv", "o") else "mlp"
 
 
 def common_parent(names: Sequence[str]) -> str:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from layershare.errors import LayershareError
+from layershare.model.arch import part_of
 
 SPEED = "speed.json"
 """What `bench` leaves in a run's folder."""
-
-_PARTS = {"attention": {"q", "k", "v", "qkv", "o"}, "mlp": {"gate", "up", "gate_up", "down"}}
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ class Run:
             rest = (what, layers, number, edit["side"], rank, kept, facts.get("error"), facts.get("spectrum"))
             return [Cell(role, layer, *rest) for layer in layers]
         if kind == "drop":
-            roles = _PARTS.get(edit["part"], set(self.roles))
-            return [Cell(r, layer, kind, layers, kept=0.0) for r, layer in cells if r in roles and layer in layers]
+            gone = [(r, layer) for r, layer in cells if layer in layers and edit["part"] in ("block", part_of(r))]
+            return [Cell(r, layer, kind, layers, kept=0.0) for r, layer in gone]
         if kind == "merge":
             gone = dict.fromkeys(layers, 0.0) | {edit["into"]: 1.0}
             return [Cell(r, layer, kind, layers, kept=gone[layer]) for r, layer in cells if layer in gone]
