@@ -258,8 +258,10 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
         {"role": "q", "layers": [1], "rank": 9, "side": "output"},
         {"role": "gate", "layers": [0, 1, 2, 3], "rank": 20, "side": "input"},
     ]
+    plan["options"]["refit"] = True
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json"), options={"refit": True}), tmp_path / "out")
+    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+    assert results["refit"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
     base = small.model.layers
@@ -344,6 +346,8 @@ def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     assert (results["method"], results["keep"], results["calibration"]) == ("svd", 0.7, None)
     with pytest.warns(UserWarning, match="nothing was done"):
         run(recipe, tmp_path / "out")
+    with pytest.raises(LayershareError, match="carried out with the options that it names"):
+        run(recipe_for(folder, plan=str(tmp_path / "plan.json"), options={"refit": True}), tmp_path / "other")
     (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
     with pytest.raises(LayershareError, match="has changed since the finished run"):
         run(recipe, tmp_path / "out")

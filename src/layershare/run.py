@@ -120,6 +120,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
     spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
     name, plan = recipe.method, None
     if recipe.plan is not None:
+        if recipe.options:
+            raise LayershareError("A plan is carried out with the options that it names: leave out those of the recipe.")
         plan = Plan.read(recipe.plan, spec)
         name, method = plan.method, make_method(plan.method, plan.options)
     elif not method.adaptive:

@@ -75,6 +75,15 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_manifest(file: Path) -> dict[str, Any]:
+    """The content of a store's manifest; nothing if it is not there, or damaged."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
 class Store:
     """A folder of finished units, each one safetensors file, and a manifest of what they are and their checksums.
 
@@ -88,11 +97,8 @@ class Store:
         self.identity = json.loads(json.dumps(identity))
         self._units: dict[str, dict[str, Any]] = {}
         self._verified: set[str] = set()
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # none yet, or a damaged one
-            return
-        if isinstance(manifest, dict) and manifest.get("identity") == self.identity:
+        manifest = read_manifest(folder / MANIFEST)
+        if manifest.get("identity") == self.identity:
             self._units = manifest["units"]
 
     def __contains__(self, unit: str) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layershare.calibrate.stats import calibrate
+from layershare.calibrate.stats import Stats, calibrate
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
 from layershare.model.arch import describe
@@ -133,3 +133,13 @@ def test_weights_and_inputs_that_are_not_finite_are_named(text, tmp_path):
         model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
     with pytest.raises(LayershareError, match=r"hidden states of 'layers.1' overflow"):
         calibrate(Weights.of(model), describe(model), text, tmp_path, batch_size=4, kinds={"blocks"})
+
+
+def test_a_damaged_manifest_counts_as_no_statistics(text, tmp_path):
+    weights = Weights.of(tiny_model("llama"))
+    calibrate(weights, describe(weights.model), text, tmp_path, batch_size=6)
+    assert Stats.find(tmp_path, weights.fingerprint)
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    manifest.write_text("{")
+    with pytest.raises(LayershareError, match="statistics of this model on 0 texts"):
+        Stats.find(tmp_path, weights.fingerprint)

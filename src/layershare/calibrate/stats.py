@@ -19,7 +19,7 @@ from layershare.errors import LayershareError
 from layershare.model.arch import PARTS, Linear, Part, Spec
 from layershare.model.dropped import without_mlp
 from layershare.model.weights import Weights, require_finite
-from layershare.store import MANIFEST, Store, only_one
+from layershare.store import MANIFEST, Store, only_one, read_manifest
 
 Progress = Callable[[int, int], None]
 """Called with the amount of work done and the amount there is."""
@@ -53,7 +53,7 @@ class Stats:
         """The statistics of a model in a folder. Raises `LayershareError` if there are none, or of several texts."""
         found = []
         for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
-            identity = json.loads(manifest.read_text(encoding="utf-8")).get("identity", {})
+            identity = read_manifest(manifest).get("identity", {})
             if identity.get("model") == fingerprint:
                 found.append(identity)
         if len(found) != 1:

@@ -60,7 +60,7 @@ class Bolaco(Method):
     trials: Annotated[int, Field(ge=1)] = 20
     samples: Annotated[int, Field(ge=1)] = 4
     segments: Annotated[int, Field(ge=1)] = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""
