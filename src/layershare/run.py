@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
     name, plan = recipe.method, None
     if recipe.plan is not None:
         if recipe.options:
-            raise LayershareError("A plan is carried out with the options that it names: leave out those of the recipe.")
+            raise LayershareError("A plan is carried out with the options that it names; give no others beside it.")
         plan = Plan.read(recipe.plan, spec)
         name, method = plan.method, make_method(plan.method, plan.options)
     elif not method.adaptive:
