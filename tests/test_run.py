@@ -85,7 +85,7 @@ def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_
             models[True](text.tokens)
         hook.remove()
         x = torch.cat(inputs).double()
-        basis, coef = (factor.weight.T for factor in module.factors())
+        basis, coef = (factor.weight.T for factor in module.parts())
         weight = tiny_model("llama").get_parameter(f"{name}.weight").T
         expected = torch.linalg.lstsq(x @ basis.double(), x @ weight.double()).solution
         torch.testing.assert_close(coef.double(), expected, rtol=0, atol=1e-3)
@@ -265,7 +265,7 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
     base = small.model.layers
-    assert base[2].self_attn.o_proj.factors()[1] is base[0].self_attn.o_proj.basis
+    assert base[2].self_attn.o_proj.parts()[1] is base[0].self_attn.o_proj.basis
     with torch.no_grad():
         assert small(tokens()).logits.isfinite().all()
 

@@ -31,7 +31,7 @@ from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, sliced_width
+from layershare.plan.edits import Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.recipe import Calibration, Recipe
@@ -77,7 +77,7 @@ class Job:
     @property
     def kinds(self) -> frozenset[Kind]:
         """The statistics that the run needs: to plan by, or to solve groups with."""
-        solves = self.plan is None or any(isinstance(edit, Share) for edit in self.plan.edits)
+        solves = self.plan is None or bool(sharing(self.plan.edits))
         return self.method.uses if solves else frozenset()
 
     @property

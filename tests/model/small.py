@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershare.model.hub import Group, LayershareConfig, LayershareQuantizer
+from layershare.model.hub import LayershareConfig, LayershareQuantizer
 from layershare.model.layers import FactorLinear
+from layershare.model.swap import Group
 from tests.families import tiny_model, tokens
 
 RANK = 6

@@ -15,13 +15,12 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.model.hub import (
     FORMAT_VERSION,
-    Group,
     LayershareConfig,
     load,
     save,
-    swap_modules,
 )
 from layershare.model.layers import FactorLinear, SharedBasis
+from layershare.model.swap import Group, swap_modules
 from tests.families import CONFIGS, tiny_model, tokens
 from tests.model.small import adopt, compressed, logits, some_groups
 

@@ -51,7 +51,7 @@ def test_owner_layout(side):
     shapes = {"input": ((RANK, D_IN), (D_OUT, RANK)), "output": ((D_OUT, RANK), (RANK, D_IN))}
     assert (owner.basis.weight.shape, owner.coef.weight.shape) == shapes[side]
     assert isinstance(owner.basis, SharedBasis)
-    assert owner.basis in member.factors()
+    assert owner.basis in member.parts()
     assert "owner" in repr(owner)
     assert "member" in repr(member)
 
@@ -59,14 +59,14 @@ def test_owner_layout(side):
 def test_the_basis_is_looked_up_when_called():
     owner, member = group("input")
     owner.basis = nn.Linear(D_IN, RANK, bias=False)
-    assert owner.basis in member.factors()
+    assert owner.basis in member.parts()
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_the_link_and_are_independent(clone):
     layers = nn.ModuleList(group("output"))
     copied = clone(layers)
-    assert copied[0].basis is copied[1].factors()[1]
+    assert copied[0].basis is copied[1].parts()[1]
     assert copied[0].basis is not layers[0].basis
     x = torch.randn(2, D_IN)
     assert torch.equal(copied[1](x), layers[1](x))
