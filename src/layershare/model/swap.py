@@ -56,7 +56,7 @@ class Anchored:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(self.members))
-        if not _are_names(self.users):
+        if not self.members or not _are_names(self.users):
             raise LayershareError(
                 f"An entry of role '{self.role}' in 'deltas' lists no anchor or no members: repair them in config.json."
             )
@@ -189,6 +189,7 @@ def _linears(modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _are_names(names: Sequence[Any]) -> bool:
+    """Whether there are any names, and nothing else."""
     return bool(names) and all(isinstance(name, str) for name in names)
 
 
