@@ -31,7 +31,7 @@ from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, sharing, sliced_width
+from layershare.plan.edits import Delta, Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.recipe import Calibration, Recipe
@@ -128,6 +128,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
     else:
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
+    if plan is not None and refits(plan, method) and any(isinstance(edit, Delta) for edit in plan.edits):
+        raise LayershareError("Coefficients cannot be fitted again beside deltas; set the option refit to false.")
     return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
 
 
