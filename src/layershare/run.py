@@ -38,6 +38,7 @@ from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, refit_coefficients, solve
+from layershare.solve.delta import solve_deltas
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
@@ -251,6 +252,7 @@ def _carry_out(
     factored = Factored(job.spec, plan, weights, work, identity)
     with clock.step("solve") as progress:
         solve(factored, job.method, evidence, progress)
+        solve_deltas(factored, job.method, evidence, progress)
     refitted = refits(plan, job.method)
     if refitted:
         assert calibration is not None

@@ -112,6 +112,33 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     return torch.linalg.solve(normal, target)
 
 
+def weighted_mean(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:
+    """M = (ΣGᵢ)⁻¹ΣGᵢWᵢ, which minimises Σ‖Xᵢ(Wᵢ − M)‖²; d_in × d_out, float64.
+
+    `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or all `None` for Gᵢ = 1.
+    """
+    present = [gram for gram in grams if gram is not None]
+    if not present:
+        return sum((weight.double() for weight in weights), _like(weights[0])) / len(weights)
+    total = _like(weights[0])
+    for weight, gram in zip(weights, present, strict=True):
+        wide = weight.double()
+        for rows, panel in zip(total.split(_PANEL), _row_panels(gram), strict=True):
+            rows.addmm_(panel, wide)
+    root = square_root(present)
+    half = torch.linalg.solve_triangular(root.T, total, upper=False)
+    return torch.linalg.solve_triangular(root, half, upper=True)
+
+
+def energy(weight: Tensor, gram: Tensor | None) -> float:
+    """‖XW‖² = tr(WᵀGW); without a Gram, G = 1."""
+    wide = weight.double()
+    if gram is None:
+        return float(wide.square().sum())
+    panels = zip(wide.split(_PANEL), _row_panels(gram), strict=True)
+    return float(sum((rows * (panel @ wide)).sum() for rows, panel in panels))
+
+
 def principal_axes(gram: Tensor, width: int, near: Tensor | None = None) -> tuple[Tensor, float]:
     """Q: d × width, the eigenvectors of the largest eigenvalues of G = XᵀX, and the lost part ‖X − XQQᵀ‖² / ‖X‖².
 
@@ -166,6 +193,10 @@ def _output_moment(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) ->
         for rows, panel in zip(wide.split(_PANEL), _row_panels(gram), strict=True):
             _add_lower(moment, rows.T, panel @ wide)
     return moment
+
+
+def _like(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight, dtype=torch.float64)
 
 
 def _zeros(width: int, like: Tensor) -> Tensor:
