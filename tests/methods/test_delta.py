@@ -148,7 +148,7 @@ def test_a_plan_by_hand_for_one_matrix_is_carried_out_without_alignment(compress
 
 @torch.no_grad()
 def disguise(model: Any, anchor: int, target: int) -> None:
-    """Make a block a copy of another one with its neurons, heads and groups in another order, and other norms' scales."""
+    """Make a block a copy of another one with neurons, heads and groups in another order and other scales of norms."""
     blocks, draw = model.model.layers, torch.Generator().manual_seed(1)
     blocks[target].load_state_dict(blocks[anchor].state_dict())
     block = blocks[target]
@@ -252,7 +252,7 @@ def test_a_mean_has_deltas_on_both_sides(compress):
     [
         ({}, "With protect=2, no two blocks .* of this model's 4; protect fewer"),
         ({"layout": "measured"}, "With protect=2, no two blocks"),
-        ({"protect": 0, "keep": 0.5}, r"leave at least 6\d\.\d% of the targets \(.* parameters\): .*unit=both"),
+        ({"protect": 0, "keep": 0.5}, r"leave at least 6\d\.\d% of the targets \(.* parameters\); .*unit=both"),
         ({"span": 0}, "Option 'span' of delta"),
         ({"unit": "block"}, "Option 'unit' of delta"),
     ],
@@ -269,7 +269,7 @@ def test_deltas_need_their_method(tokenizer, words, tmp_path):
     model = tiny_model("llama")
     plan = layershare.make_plan(model, method="delta", keep=0.9, protect=0)
     (tmp_path / "plan.json").write_text(replace(plan, method="svd", options={}).to_json())
-    with pytest.raises(LayershareError, match="The plan has deltas, .* set its method to 'delta'"):
+    with pytest.raises(LayershareError, match=r"The plan has deltas, .* set its method to 'delta'"):
         layershare.compress(model, tokenizer, plan=tmp_path / "plan.json", text=words, **TEXT)
 
 
@@ -304,5 +304,3 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(tmp_path, tokenizer, 
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == expected
     assert (tmp_path / "memory" / "model.safetensors").read_bytes() == expected
-
-

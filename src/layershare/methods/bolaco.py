@@ -65,9 +65,7 @@ class Bolaco(Method):
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""
         if not find_spec("optuna"):
-            raise LayershareError(
-                "bolaco needs optuna; install them with `pip install 'layershare[search]'`."
-            )
+            raise LayershareError("bolaco needs optuna; install it with `pip install 'layershare[search]'`.")
         if self.segments > spec.n_layers:
             raise LayershareError(f"The model has {spec.n_layers} layers: it cannot have {self.segments} segments.")
         if budget.parameters <= sum(x.parameters for x in spec.linears if x.role in DENSE):

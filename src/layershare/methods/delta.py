@@ -1,30 +1,30 @@
 """DeltaLLM: blocks that reuse another block's weights, each with a low-rank delta of its own.
 
-Paper: Mikaelyan, Imani, Salvaris, Pathak, Fayyaz, "DeltaLLM: Compress LLMs with Low-Rank Deltas between Shared Weights",
-arXiv 2501.18596. In its symbols W_{l+i} = W_l + δ_{l→l+i}, δ of low rank: the weights of an anchor block l are stored
+Paper: Mikaelyan, Imani, Salvaris, Pathak, Fayyaz, "DeltaLLM: Compress LLMs with Low-Rank Deltas between Shared
+Weights", arXiv 2501.18596. W_{l+i} = W_l + δ_{l→l+i} with δ of low rank: the weights of an anchor block l are stored
 once, those of the blocks l+i as their deltas alone. The first two and last two blocks stay intact; MLPs lose less than
-attentions; anchors and delta blocks alternate, or several delta blocks follow an anchor ("sequential"); the deltas come
-from an SVD of the difference and are then trained, with the original as teacher. It is that training (`layershare heal`)
-that makes the model good: weights of neighbouring blocks have next to nothing in common, so a delta in closed form is
-where training starts, not a result.
+attentions; anchors and delta blocks alternate, or several delta blocks follow an anchor ("sequential"). The deltas come
+from an SVD of the difference and are then trained, with the original as teacher. It is the training that makes the
+model good: weights of neighbouring blocks have next to nothing in common, so deltas in closed form, which is all that
+there is here, are where training starts.
 
-No complete copy of the paper's settings and no code of it could be read, so this is DeltaLLM in outline. Ours is
+The paper's settings are not known here in full, and there is no code of it, so this is DeltaLLM in outline. Ours are
 
-- the SVD under the Gram G of the target's inputs: of all AB of rank r, the one that minimises ‖X(W_t − W_a − AB)‖²
-  (`weighted=false`: ‖W_t − W_a − AB‖², which is what the paper's words say).
-- that the target is brought near to the anchor first, by changes that do not change what it computes (`align`): the
+- the SVD under the Gram G = XᵀX of the target's inputs: of all AB of rank r the one that minimises
+  ‖X(W_t − W_a − AB)‖². (`weighted=false`: ‖W_t − W_a − AB‖², as the paper's words are most easily read.)
+- that the target is first brought near to the anchor by changes that do not change what it computes (`align`): the
   norms' scales go into the matrices that read them; the neurons of an MLP are permuted so that those of like
   pre-activations meet, and so are heads, query heads within the group of their key head and groups as a whole. Norms
-  are folded in plain pre-norm decoders alone (x + attention(norm(x)), then x + mlp(norm(x))), heads are permuted where q,
-  k, v and o are matrices of their own. The paper is reported to do none of this.
+  are folded in plain pre-norm decoders alone (x + attention(norm(x)), then x + mlp(norm(x))); heads are permuted where
+  q, k, v and o are matrices of their own. The paper is reported to do none of this.
 - the order in which blocks become targets: the deepest first, since the paper calls later blocks the more redundant.
-- the layout `measured`: anchor and target are the pairs, at most `span` blocks apart, whose weights differ least after
-  alignment: of the least mean of Σ_{j>r}σⱼ² / ‖XW_t‖² over their matrices, σ of X(W_t − W_a).
-- `mean`: the anchor is (ΣGᵢ)⁻¹ΣGᵢWᵢ over the anchor and its targets, and the anchor's block has a delta, too.
-- the rank, which follows from `keep`: as few targets as possible, with a rank of at least 1/32 of the width (the
-  published 90 MB of deltas of DeltaPhi are about rank 100 of a width of 3072), then the largest rank that the budget
+- the layout `measured`: the pairs of anchor and target, at most `span` blocks apart, that differ least after alignment,
+  by the mean of Σ_{j>r}σⱼ² / ‖XW_t‖² over their matrices, σ the singular values of X(W_t − W_a).
+- `mean`: the anchor is (ΣGᵢ)⁻¹ΣGᵢWᵢ over the anchor's block and its targets, and the anchor's block has a delta, too.
+- the rank, which follows from `keep`: as few targets as can meet it with a rank of at least 1/32 of the width (the
+  published 90 MB of deltas of DeltaPhi are about rank 100 at a width of 3072), then the largest rank that the budget
   allows, the same for all matrices; single ranks are added where more than 0.5 % of the budget is left.
-- `init=random`, to compare with: A random, B = 0, as LoRA starts.
+- `init=random`, to compare with: A random and B = 0, as LoRA starts.
 
 Multiplications per token and the cache of keys and values do not become fewer.
 """
@@ -112,8 +112,8 @@ class DeltaLlm(Method):
         sizes, before = (measure(spec, each) for each in (self._edits(spec, pairs), ()))
         least, whole = (getattr(each, budget.of).parameters for each in (sizes, before))
         raise LayershareError(
-            f"Deltas with these options leave at least {least / whole:.1%} of {_counted(budget)} ({least:,} parameters): "
-            "keep more, share unit=both, set layout=sequential with a longer span, or protect fewer blocks."
+            f"Deltas with these options leave at least {least / whole:.1%} of {_counted(budget)} ({least:,} "
+            "parameters); keep more, set unit=both, set layout=sequential and a longer span, or protect fewer blocks."
         )
 
     def views(self, evidence: Evidence, part: Part, anchor: int, targets: Iterable[int]) -> list[SubLayer]:

@@ -2,11 +2,12 @@
 
 Two things can be changed in a sub-layer without a change of what it computes: the order of its inner units (neurons of
 an MLP, heads of an attention), and how the scale of the norm before it is divided between norm and readers. A unit owns
-`size` columns of every reader and as many rows of the writer; an order lists, for every place, the unit that goes there.
+`size` columns of every reader and as many rows of the writer; an order lists, for every place, the unit that goes
+there.
 
-Units are compared by what their difference would cost on the target's inputs, Σ‖X(w_t − w_a)‖². As a function of the
-assignment that is the negative correlation of the units' pre-activations, both computed from the target's inputs, plus a
-constant: X W_a and X W_t meet in W_aᵀGW_t, so the Gram is all that has to be measured.
+Units are compared by what their difference costs on the target's inputs, Σ‖X(w_t − w_a)‖². For readers that is, but for
+terms that no assignment changes, the negative correlation of the units' pre-activations, the anchor's and the target's
+on the same inputs: XW_a and XW_t meet in W_aᵀGW_t, so the Gram is all that has to be measured.
 """
 
 import torch
