@@ -253,6 +253,7 @@ def test_a_mean_has_deltas_on_both_sides(compress):
         ({}, "With protect=2, no two blocks .* of this model's 4; protect fewer"),
         ({"layout": "measured"}, "With protect=2, no two blocks"),
         ({"protect": 0, "keep": 0.5}, r"leave at least 6\d\.\d% of the targets \(.* parameters\); .*unit=both"),
+        ({"protect": 0, "keep": 0.3, "layout": "measured"}, "leave at least"),
         ({"span": 0}, "Option 'span' of delta"),
         ({"unit": "block"}, "Option 'unit' of delta"),
     ],

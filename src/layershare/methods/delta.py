@@ -88,11 +88,17 @@ class DeltaLlm(Method):
         return PARTS if self.unit == "both" else (self.unit,)
 
     def require(self, spec: Spec, budget: Budget) -> None:
-        """Raise `LayershareError` if there are no blocks to share, or if a layout that is fixed misses the budget."""
+        """Raise `LayershareError` if there are no blocks to share, or if the layout cannot meet the budget.
+
+        Of a measured layout it is known that an anchor has at most `span` targets on either side of it.
+        """
+        blocks = self._candidates(spec)
         if self.layout != "measured":
             self.plan(spec, budget, None)
         elif not self._near(spec):
             raise self._nothing(spec)
+        elif all(self._alike(spec, blocks[0], block) for block in blocks):
+            self._fewest(spec, budget, self._in_order(spec, 2 * self.span))
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Delta, ...]:
         """As few targets as the budget needs, in the layout's order, at the largest rank that it allows."""
@@ -103,17 +109,25 @@ class DeltaLlm(Method):
             pairs = self._measured(evidence)
         else:
             pairs = self._in_order(spec, 1 if self.layout == "alternating" else self.span)
+        return _with_ranks(spec, self._fewest(spec, budget, pairs), budget)
+
+    def _fewest(self, spec: Spec, budget: Budget, pairs: Sequence[Pair]) -> tuple[Delta, ...]:
+        """The edits of the first pairs that meet the budget at the smallest rank.
+
+        Raises `LayershareError` if all of them together do not.
+        """
         if not pairs:
             raise self._nothing(spec)
+        edits: tuple[Delta, ...] = ()
         for count in range(1, len(pairs) + 1):
             edits = self._edits(spec, pairs[:count])
             if allows(budget, spec, edits):
-                return _with_ranks(spec, edits, budget)
-        sizes, before = (measure(spec, each) for each in (self._edits(spec, pairs), ()))
-        least, whole = (getattr(each, budget.of).parameters for each in (sizes, before))
+                return edits
+        least, whole = (getattr(measure(spec, each), budget.of).parameters for each in (edits, ()))
         raise LayershareError(
-            f"Deltas with these options leave at least {least / whole:.1%} of {_counted(budget)} ({least:,} "
-            "parameters); keep more, set unit=both, set layout=sequential and a longer span, or protect fewer blocks."
+            f"Deltas with these options leave at least {least / whole:.1%} of "
+            f"{'the targets' if budget.of == 'targets' else 'the model'} ({least:,} parameters); keep more, set "
+            "unit=both, set layout=sequential and a longer span, or protect fewer blocks."
         )
 
     def views(self, evidence: Evidence, part: Part, anchor: int, targets: Iterable[int]) -> list[SubLayer]:
@@ -213,7 +227,3 @@ def _with_ranks(spec: Spec, edits: Sequence[Delta], budget: Budget) -> tuple[Del
         sizes = [cost * rank for cost, rank in zip(costs, ranks, strict=True)]
         spend(ranks, sizes, costs, largest, left, range(len(edits)))
     return tuple(Delta(e.role, e.anchor, e.layers, rank) for e, rank in zip(edits, ranks, strict=True))
-
-
-def _counted(budget: Budget) -> str:
-    return "the targets" if budget.of == "targets" else "the model"

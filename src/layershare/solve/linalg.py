@@ -17,6 +17,8 @@ RIDGE = 1e-12
 """Added to a Gram matrix before it is inverted, relative to its mean eigenvalue; negative eigenvalues count as 0."""
 REFIT_RIDGE = 1e-8
 """The same for a refit, where nothing frees the matrix of negative eigenvalues from the rounding of float32 Grams."""
+MEAN_RIDGE = 1e-6
+"""The same for a mean of weights, where the Grams' rounding errors would be divided by each other."""
 _PANEL = 256
 """Rows or columns of a matrix that are widened to float64 at once."""
 _BLOCK = 256
@@ -115,19 +117,23 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
 def weighted_mean(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:
     """M = (ΣGᵢ)⁻¹ΣGᵢWᵢ, which minimises Σ‖Xᵢ(Wᵢ − M)‖²; d_in × d_out, float64.
 
-    `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or all `None` for Gᵢ = 1.
+    It is solved for as W̄ + (ΣGᵢ + λ1)⁻¹ΣGᵢ(Wᵢ − W̄) with the plain mean W̄, which is left where the text shows nothing; λ
+    is `MEAN_RIDGE` relative to the mean eigenvalue of ΣGᵢ. `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or
+    all `None` for the plain mean.
     """
-    present = [gram for gram in grams if gram is not None]
-    if not present:
-        return sum((weight.double() for weight in weights), _like(weights[0])) / len(weights)
-    total = _like(weights[0])
-    for weight, gram in zip(weights, present, strict=True):
-        wide = weight.double()
-        for rows, panel in zip(total.split(_PANEL), _row_panels(gram), strict=True):
-            rows.addmm_(panel, wide)
-    root = square_root(present)
-    half = torch.linalg.solve_triangular(root.T, total, upper=False)
-    return torch.linalg.solve_triangular(root, half, upper=True)
+    mean = torch.zeros_like(weights[0], dtype=torch.float64)
+    for weight in weights:
+        mean += weight.double() / len(weights)
+    total, target = _zeros(len(mean), mean), torch.zeros_like(mean)  # ΣGᵢ and ΣGᵢ(Wᵢ − W̄)
+    for weight, gram in zip(weights, grams, strict=True):
+        if gram is None:
+            return mean
+        total += gram
+        apart = weight.double() - mean
+        for rows, panel in zip(target.split(_PANEL), _row_panels(gram), strict=True):
+            rows.addmm_(panel, apart)
+    total.diagonal().add_(_ridge(total, MEAN_RIDGE))
+    return mean + torch.linalg.solve(total, target)
 
 
 def energy(weight: Tensor, gram: Tensor | None) -> float:
@@ -193,10 +199,6 @@ def _output_moment(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) ->
         for rows, panel in zip(wide.split(_PANEL), _row_panels(gram), strict=True):
             _add_lower(moment, rows.T, panel @ wide)
     return moment
-
-
-def _like(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight, dtype=torch.float64)
 
 
 def _zeros(width: int, like: Tensor) -> Tensor:
