@@ -85,7 +85,7 @@ def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_
             models[True](text.tokens)
         hook.remove()
         x = torch.cat(inputs).double()
-        basis, coef = (factor.weight.T for factor in module.factors())
+        basis, coef = (factor.weight.T for factor in module.parts())
         weight = tiny_model("llama").get_parameter(f"{name}.weight").T
         expected = torch.linalg.lstsq(x @ basis.double(), x @ weight.double()).solution
         torch.testing.assert_close(coef.double(), expected, rtol=0, atol=1e-3)
@@ -265,9 +265,20 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
     base = small.model.layers
-    assert base[2].self_attn.o_proj.factors()[1] is base[0].self_attn.o_proj.basis
+    assert base[2].self_attn.o_proj.parts()[1] is base[0].self_attn.o_proj.basis
     with torch.no_grad():
         assert small(tokens()).logits.isfinite().all()
+
+
+def test_a_refit_beside_deltas_is_refused(folder, tmp_path):
+    plan = json.loads(layershare.make_plan(tiny_model("llama"), keep=0.5, of="targets").to_json())
+    share = {"kind": "share", "role": "q", "layers": [0, 1], "rank": 9, "side": "input"}
+    plan["edits"] = [share, {"kind": "delta", "role": "up", "anchor": 0, "layers": [1], "rank": 4}]
+    plan["options"]["refit"] = True
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(LayershareError, match="beside deltas; set the option refit to false"):
+        run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_path):

@@ -31,13 +31,14 @@ from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, sliced_width
+from layershare.plan.edits import Delta, Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, refit_coefficients, solve
+from layershare.solve.delta import solve_deltas
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
 from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
@@ -77,7 +78,7 @@ class Job:
     @property
     def kinds(self) -> frozenset[Kind]:
         """The statistics that the run needs: to plan by, or to solve groups with."""
-        solves = self.plan is None or any(isinstance(edit, Share) for edit in self.plan.edits)
+        solves = self.plan is None or bool(sharing(self.plan.edits))
         return self.method.uses if solves else frozenset()
 
     @property
@@ -128,6 +129,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
     else:
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
+    if plan is not None and refits(plan, method) and any(isinstance(edit, Delta) for edit in plan.edits):
+        raise LayershareError("Coefficients cannot be fitted again beside deltas; set the option refit to false.")
     return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
 
 
@@ -249,6 +252,7 @@ def _carry_out(
     factored = Factored(job.spec, plan, weights, work, identity)
     with clock.step("solve") as progress:
         solve(factored, job.method, evidence, progress)
+        solve_deltas(factored, job.method, evidence, progress)
     refitted = refits(plan, job.method)
     if refitted:
         assert calibration is not None

@@ -15,13 +15,12 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.model.hub import (
     FORMAT_VERSION,
-    Group,
     LayershareConfig,
     load,
     save,
-    swap_modules,
 )
-from layershare.model.layers import FactorLinear, SharedBasis
+from layershare.model.layers import ComposedLinear, FactorLinear, SharedBasis, SharedDense
+from layershare.model.swap import Anchored, Group, swap_modules
 from tests.families import CONFIGS, tiny_model, tokens
 from tests.model.small import adopt, compressed, logits, some_groups
 
@@ -75,6 +74,11 @@ def test_save_load_save_and_dense_export(family, tmp_path):
     names = stored(tmp_path / "first")
     assert sum(name.endswith(".basis.weight") for name in names) == len(groups)
     assert sum(name.endswith(".coef.weight") for name in names) == sum(len(group.members) for group in groups)
+    deltas = model.hf_quantizer.edits.deltas
+    assert sum(name.endswith(".base.weight") for name in names) == len(deltas) > 0
+    for part in ("down", "up"):
+        count = sum(len(anchored.members) for anchored in deltas)
+        assert sum(name.endswith(f".{part}.weight") for name in names) == count
     assert names.pop(f"{model.base_model_prefix}.{LayershareConfig(groups).guard}") == [0]
     assert sum(torch.Size(shape).numel() for shape in names.values()) == model.num_parameters()
 
@@ -84,7 +88,7 @@ def test_save_load_save_and_dense_export(family, tmp_path):
     original.save_pretrained(tmp_path / "original")
     assert stored(tmp_path / "dense") == stored(tmp_path / "original")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert not any(isinstance(module, FactorLinear) for module in dense.modules())
+    assert not any(isinstance(module, ComposedLinear) for module in dense.modules())
     torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-5)
 
 
@@ -95,6 +99,8 @@ def test_shards_with_one_group_in_several(llama, tmp_path):
     shards = json.loads((tmp_path / "first" / "model.safetensors.index.json").read_text())["weight_map"]
     for group in model.hf_quantizer.groups:
         assert len({shards[f"model.{name}.coef.weight"] for name in group.members}) > 1
+    for anchored in model.hf_quantizer.edits.deltas:
+        assert len({shards[f"model.{name}.up.weight"] for name in anchored.members}) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert torch.equal(logits(model), logits(loaded))
     loaded.save_pretrained(tmp_path / "second", max_shard_size="15KB")
@@ -180,15 +186,17 @@ def test_the_live_model_looks_loaded(llama):
         assert each.is_quantized is False
         assert each.hf_quantizer.is_trainable
         assert type(each._no_split_modules) is type(tiny_model("llama")._no_split_modules)
-        assert {SharedBasis.__name__} <= each._no_split_modules & each.model._no_split_modules
+        assert {SharedBasis.__name__, SharedDense.__name__} <= each._no_split_modules & each.model._no_split_modules
         assert each._fsdp_plan["model.layers.*.mlp.gate_proj.basis"] == "free_full_weight"
+        assert each._fsdp_plan["model.layers.*.self_attn.v_proj.base"] == "free_full_weight"
         assert each._tp_plan["model.layers.*.mlp.gate_proj"] == "layershare_colwise"
         assert each._tp_plan["model.layers.*.mlp.down_proj"] == "layershare_rowwise"
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["version"] == FORMAT_VERSION
 
 
 def test_other_fields_of_the_config_survive():
-    content = {**LayershareConfig([Group("q", "input", 2, ("a",))]).to_dict(), "added_by": "another tool"}
+    ours = LayershareConfig([Group("q", "input", 2, ("a",))], deltas=[Anchored("k", 2, "b", ("c",))])
+    content = {**ours.to_dict(), "added_by": "another tool"}
     again: Any = LayershareConfig.from_dict(json.loads(json.dumps(content)))
     assert again.to_dict() == content
 
@@ -221,7 +229,7 @@ def test_load_and_save(llama, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
     dense = load(folder, dense=True, dtype=torch.float64)
-    assert not any(isinstance(module, FactorLinear) for module in dense.modules())
+    assert not any(isinstance(module, ComposedLinear) for module in dense.modules())
     torch.testing.assert_close(logits(dense), logits(load(folder, dtype=torch.float64)))
     dense.save_pretrained(tmp_path / "dense")
     assert torch.equal(logits(load(tmp_path / "dense", dense=True)), logits(dense))
@@ -253,6 +261,31 @@ def test_malformed_groups(llama, tmp_path, group, message):
         AutoModelForCausalLM.from_pretrained(edited(llama[1], tmp_path / "model", spoil))
 
 
+@pytest.mark.parametrize(
+    ("anchored", "message"),
+    [
+        ({"anchor": "layers.9.mlp.up_proj"}, "Unknown linear layer 'layers.9.mlp.up_proj'"),
+        ({"anchor": "layers.0.self_attn.k_proj"}, "differ in shape: they cannot share"),
+        ({"members": []}, "lists no anchor or no members"),
+        ({"anchor": 0}, "lists no anchor or no members"),
+        ({"members": ["layers.1.mlp.up_proj", "layers.1.mlp.up_proj"]}, "listed twice"),
+        ({"members": ["layers.0.self_attn.q_proj"]}, "listed twice"),
+        ({"rank": 0}, "whole number from 1 up"),
+        ({"rank": 33}, "rank 33: its matrices allow 32 at most"),
+        ({"side": "input"}, "Malformed entry"),
+    ],
+)
+def test_malformed_deltas(llama, tmp_path, anchored, message):
+    def spoil(config):
+        config["groups"] = [{"role": "q", "side": "input", "rank": 6, "members": ["layers.0.self_attn.q_proj"]}]
+        config["deltas"] = [
+            {"role": "up", "rank": 6, "anchor": "layers.0.mlp.up_proj", "members": ["layers.1.mlp.up_proj"], **anchored}
+        ]
+
+    with pytest.raises(LayershareError, match=message):
+        AutoModelForCausalLM.from_pretrained(edited(llama[1], tmp_path / "model", spoil))
+
+
 def test_swap_leaves_the_model_alone_when_it_refuses():
     model = tiny_model("llama")
     expected = logits(model)
@@ -277,6 +310,8 @@ def test_newer_format_is_refused(llama, tmp_path):
         "layers.1.self_attn.q_proj.bias",
         "layers.2.mlp.down_proj.coef.weight",
         "layers.0.self_attn.k_proj.basis.weight",
+        "layers.0.self_attn.v_proj.base.weight",
+        "layers.3.self_attn.v_proj.up.weight",
     ],
 )
 def test_missing_tensors_are_named(tmp_path, key):

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError
-from layershare.model.layers import FactorLinear, SharedBasis, Side
+from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedBasis, SharedDense, Side
 
+Layer = TypeVar("Layer", FactorLinear, DeltaLinear)
 D_IN, D_OUT, RANK = 12, 20, 5
 SIDES: list[Side] = ["input", "output"]
 
@@ -18,29 +20,74 @@ def group(side: Side, *, bias: bool = True, conv1d: bool = False, members: int =
     layers: list[FactorLinear] = []
     for _ in range(members):
         layers.append(FactorLinear(D_IN, D_OUT, RANK, bias, side, conv1d, owner=layers[0] if layers else None))
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in layer.parameters():
-                parameter.normal_()
+    return filled(layers)
+
+
+def anchored(*, bias: bool = True, conv1d: bool = False, mean: bool = False) -> list[DeltaLinear]:
+    """An anchor, with a delta of its own if the shared weight is a `mean`, and two layers with deltas to it."""
+    torch.manual_seed(0)
+    anchor = DeltaLinear(D_IN, D_OUT, RANK if mean else 0, bias, conv1d)
+    return filled([anchor, *(DeltaLinear(D_IN, D_OUT, RANK, bias, conv1d, anchor=anchor) for _ in range(2))])
+
+
+@torch.no_grad()
+def filled(layers: list[Layer]) -> list[Layer]:
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.normal_()
     return layers
+
+
+def check_forward_weight_and_dense(layer: ComposedLinear, bias: bool, conv1d: bool) -> None:
+    """They agree; the weight that model code reads is no parameter."""
+    x = torch.randn(3, 4, D_IN)
+    weight = layer.weight if conv1d else layer.weight.T
+    assert layer.weight.shape == ((D_IN, D_OUT) if conv1d else (D_OUT, D_IN))
+    assert not any(layer.weight is parameter for parameter in layer.parameters())
+    expected = x @ weight + (layer.bias if layer.bias is not None else 0)
+    torch.testing.assert_close(layer(x), expected)
+    if conv1d and not bias:
+        return  # every Conv1D has a bias
+    dense = layer.to_dense()
+    assert type(dense) is (Conv1D if conv1d else nn.Linear)
+    assert dense.weight.is_contiguous()
+    torch.testing.assert_close(dense(x), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conv1d", [True, False])
 @pytest.mark.parametrize("side", SIDES)
 def test_forward_weight_and_dense_agree(side, conv1d, bias):
-    x = torch.randn(3, 4, D_IN)
     for layer in group(side, bias=bias, conv1d=conv1d):
-        weight = layer.weight if conv1d else layer.weight.T
-        assert layer.weight.shape == ((D_IN, D_OUT) if conv1d else (D_OUT, D_IN))
-        expected = x @ weight + (layer.bias if layer.bias is not None else 0)
-        torch.testing.assert_close(layer(x), expected)
-        if conv1d and not bias:
-            continue  # every Conv1D has a bias
-        dense = layer.to_dense()
-        assert type(dense) is (Conv1D if conv1d else nn.Linear)
-        assert dense.weight.is_contiguous()
-        torch.testing.assert_close(dense(x), expected)
+        check_forward_weight_and_dense(layer, bias, conv1d)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("conv1d", [True, False])
+@pytest.mark.parametrize("mean", [True, False])
+def test_forward_weight_and_dense_of_deltas_agree(mean, conv1d, bias):
+    for layer in anchored(bias=bias, conv1d=conv1d, mean=mean):
+        check_forward_weight_and_dense(layer, bias, conv1d)
+
+
+def test_a_delta_is_added_to_the_anchors_weight():
+    anchor, member, _ = anchored(bias=False)
+    x = torch.randn(7, D_IN)
+    low_rank = member.down.weight.T @ member.up.weight.T  # A B, A: d_in × r, B: r × d_out
+    torch.testing.assert_close(member(x), x @ (anchor.base.weight.T + low_rank))
+    torch.testing.assert_close(anchor(x), x @ anchor.base.weight.T)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_anchor_layout(mean):
+    anchor, member, _ = anchored(mean=mean)
+    delta = ["down.weight", "up.weight"]
+    assert list(anchor.state_dict()) == ["bias", "base.weight", *(delta if mean else [])]
+    assert list(member.state_dict()) == ["bias", *delta]
+    assert (member.down.weight.shape, member.up.weight.shape) == ((RANK, D_IN), (D_OUT, RANK))
+    assert isinstance(anchor.base, SharedDense)
+    assert "anchor" in repr(anchor)
+    assert "delta" in repr(member)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -51,7 +98,7 @@ def test_owner_layout(side):
     shapes = {"input": ((RANK, D_IN), (D_OUT, RANK)), "output": ((D_OUT, RANK), (RANK, D_IN))}
     assert (owner.basis.weight.shape, owner.coef.weight.shape) == shapes[side]
     assert isinstance(owner.basis, SharedBasis)
-    assert owner.basis in member.factors()
+    assert owner.basis in member.parts()
     assert "owner" in repr(owner)
     assert "member" in repr(member)
 
@@ -59,46 +106,62 @@ def test_owner_layout(side):
 def test_the_basis_is_looked_up_when_called():
     owner, member = group("input")
     owner.basis = nn.Linear(D_IN, RANK, bias=False)
-    assert owner.basis in member.factors()
+    assert owner.basis in member.parts()
+    anchor, delta, _ = anchored()
+    anchor.base = nn.Linear(D_IN, D_OUT, bias=False)
+    assert anchor.base in delta.parts()
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_the_link_and_are_independent(clone):
-    layers = nn.ModuleList(group("output"))
-    copied = clone(layers)
-    assert copied[0].basis is copied[1].factors()[1]
-    assert copied[0].basis is not layers[0].basis
     x = torch.randn(2, D_IN)
-    assert torch.equal(copied[1](x), layers[1](x))
+    for layers, shared in ((group("output"), "basis"), (anchored(), "base")):
+        copied = clone(nn.ModuleList(layers))
+        assert getattr(copied[0], shared) in copied[1].parts()
+        assert getattr(copied[0], shared) is not getattr(layers[0], shared)
+        assert torch.equal(copied[1](x), layers[1](x))
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_the_basis_gets_the_sum_of_its_members_gradients(side):
-    layers = group(side, members=3)
+@pytest.mark.parametrize(
+    ("layers", "shared"),
+    [
+        *((group(side, members=3), "basis") for side in SIDES),
+        *((anchored(mean=mean), "base") for mean in (False, True)),
+    ],
+)
+def test_what_is_shared_gets_the_sum_of_its_users_gradients(layers, shared):
+    weight = getattr(layers[0], shared).weight
     x = torch.randn(7, D_IN)
     alone = []
     for layer in layers:
         layer(x).square().sum().backward()
-        alone.append(layers[0].basis.weight.grad)
-        layers[0].basis.weight.grad = None
+        alone.append(weight.grad)
+        weight.grad = None
     torch.stack([layer(x).square().sum() for layer in layers]).sum().backward()
-    torch.testing.assert_close(layers[0].basis.weight.grad, sum(alone))
+    torch.testing.assert_close(weight.grad, sum(alone))
 
 
-def test_new_factors_do_not_touch_the_random_state_and_can_be_meta():
+def test_new_layers_do_not_touch_the_random_state_and_can_be_meta():
     before = torch.get_rng_state()
-    layer = FactorLinear(D_IN, D_OUT, RANK, True, "input", device="meta", dtype=torch.bfloat16)
+    place: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    anchor = DeltaLinear(D_IN, D_OUT, 0, True, **place)
+    delta = DeltaLinear(D_IN, D_OUT, RANK, True, anchor=anchor, **place)
+    for layer in (FactorLinear(D_IN, D_OUT, RANK, True, "input", **place), anchor, delta):
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+        assert layer.weight.is_meta
+        with pytest.raises(LayershareError, match="offloaded"):
+            layer.to_dense()
     assert torch.equal(before, torch.get_rng_state())
-    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
-    assert layer.weight.is_meta
-    with pytest.raises(LayershareError, match="offloaded"):
-        layer.to_dense()
 
 
 def test_half_precision_product_is_rounded_once():
     layer = group("input", members=1)[0].to(torch.bfloat16)
     exact = layer.coef.weight.double() @ layer.basis.weight.double()
     assert torch.equal(layer.to_dense().weight, exact.float().to(torch.bfloat16))
+    anchor, delta, _ = (each.to(torch.bfloat16) for each in anchored())
+    exact = anchor.base.weight.double() + delta.up.weight.double() @ delta.down.weight.double()
+    torch.testing.assert_close(delta.to_dense().weight, exact.float().to(torch.bfloat16))
+    assert torch.equal(anchor.to_dense().weight, anchor.base.weight)
 
 
 def test_unknown_side():

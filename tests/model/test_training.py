@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from layershare.errors import LayershareError
 from layershare.model.hub import load
-from layershare.model.layers import FactorLinear
+from layershare.model.layers import DeltaLinear, FactorLinear
 from tests.families import tokens
 from tests.model.small import compressed, logits
 
@@ -76,8 +76,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(folder, reentrant):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-@pytest.mark.parametrize("target", ["coef", "basis"])
-def test_lora_on_the_factors(folder, tmp_path, target):
+@pytest.mark.parametrize("target", ["coef", "basis", "base", "down", "up"])
+def test_lora_on_factors_and_deltas(folder, tmp_path, target):
     peft = get_peft_model(load(folder), LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
     losses = step_losses(peft)
     assert losses[-1] < losses[0]
@@ -92,7 +92,7 @@ def test_lora_on_the_factors(folder, tmp_path, target):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     reloaded = load(tmp_path / "merged")
-    assert any(isinstance(module, FactorLinear) for module in reloaded.modules())
+    assert {FactorLinear, DeltaLinear} <= {type(module) for module in reloaded.modules()}
     assert torch.equal(logits(reloaded), logits(merged))
 
 

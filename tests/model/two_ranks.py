@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from layershare.model.layers import SharedBasis
+from layershare.model.layers import SharedBasis, SharedDense
 from tests.families import tokens
 
 # Column-wise with biases; row-wise with biases; fused projections with gathered outputs and split inputs.
@@ -39,7 +39,9 @@ def compare(model, folder: Path) -> None:
 def tensor_parallel(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
     factors = {n: p for n, p in model.named_parameters() if n.endswith((".basis.weight", ".coef.weight"))}
-    assert any(isinstance(parameter, DTensor) for parameter in factors.values())
+    deltas = {n: p for n, p in model.named_parameters() if n.endswith((".base.weight", ".down.weight", ".up.weight"))}
+    for parts in (factors, deltas):
+        assert any(isinstance(parameter, DTensor) for parameter in parts.values())
     compare(model, folder)
     again = folder.parent / f"{folder.name}-again"
     model.save_pretrained(again)
@@ -53,7 +55,7 @@ def fsdp(folder: Path) -> None:
     # The auto-wrap of accelerate: every class that must not be split is a unit.
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     units = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    assert any(isinstance(module, SharedBasis) for module in units)
+    assert {SharedBasis, SharedDense} <= {type(module) for module in units}
     for module in reversed(units):
         fully_shard(module)
     compare(fully_shard(model), folder)

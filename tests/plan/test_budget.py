@@ -8,7 +8,7 @@ from layershare.methods import METHODS, make_method, plan_with
 from layershare.methods.slicegpt import SliceGpt
 from layershare.model.arch import describe
 from layershare.plan.budget import Keep, measure, parse_keep
-from layershare.plan.edits import Share
+from layershare.plan.edits import Delta, Share
 from layershare.plan.ranks import uniform_rank
 from tests.families import CONFIGS
 
@@ -138,3 +138,17 @@ def test_counts_of_one_group_by_hand():
     assert before.all.parameters - written.all.parameters == (
         3 * gate.d_in * gate.d_out - 5 * (3 * gate.d_in + gate.d_out)
     )
+
+
+def test_counts_of_deltas_by_hand():
+    spec = describe(CONFIGS["llama"]())
+    gate = spec.linear("gate", 0)
+    dense, delta = gate.d_in * gate.d_out, 5 * (gate.d_in + gate.d_out)
+    before = measure(spec, ())
+    for edit, users in ((Delta("gate", 0, (1, 2), 5), 3), (Delta("gate", 0, (0, 2), 5), 2)):
+        after = measure(spec, [edit])
+        for part in ("all", "targets"):
+            old, new = getattr(before, part), getattr(after, part)
+            assert old.parameters - new.parameters == (users - 1) * dense - 2 * delta
+            assert new.multiplications - old.multiplications == 2 * delta
+        assert before.targets.bytes - after.targets.bytes == 4 * ((users - 1) * dense - 2 * delta)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -8,6 +9,8 @@ from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
+from layershare.plan.budget import measure
+from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import plan_table, size
@@ -42,6 +45,15 @@ def test_a_plan_edited_by_hand_is_measured_again(tmp_path):
         ({"role": "q", "layers": [0], "rank": 0, "side": "input"}, "rank 0"),
         ({"role": "q", "layers": [0], "rank": 2, "side": "left"}, "side"),
         ({"role": "q", "layers": [], "rank": 2, "side": "input"}, "no layers"),
+        ({"role": "up", "anchor": 9, "layers": [1], "rank": 2}, "up of layer 9, which this model does not have"),
+        ({"role": "up", "anchor": 0, "layers": [1, 9], "rank": 2}, "up of layer 9, which this model does not have"),
+        ({"role": "x", "anchor": 0, "layers": [1], "rank": 2}, "x of layer 0"),
+        ({"role": "up", "anchor": 0, "layers": [1, 1], "rank": 2}, "twice"),
+        ({"role": "up", "anchor": 0, "layers": [1, 0, 0], "rank": 2}, "twice"),
+        ({"role": "up", "anchor": 0, "layers": [1], "rank": 33}, "rank 33"),
+        ({"role": "up", "anchor": 0, "layers": [1], "rank": 0}, "rank 0"),
+        ({"role": "up", "anchor": 0, "layers": [], "rank": 2}, "a delta of no layers"),
+        ({"role": "up", "anchor": 0, "layers": [0], "rank": 2}, "a delta to its own weight alone"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(tmp_path, edit, message):
@@ -50,6 +62,47 @@ def test_plans_that_do_not_fit_are_refused(tmp_path, edit, message):
     path.write_text(json.dumps(values))
     with pytest.raises(LayershareError, match=message):
         Plan.read(path, SPEC)
+
+
+UP = Delta("up", 0, (1, 3), 2)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Share("up", (0, 2), 2, "input"), "names up of layer 0 twice"),
+        (Share("up", (2, 3), 2, "input"), "names up of layer 3 twice"),
+        (Delta("up", 2, (0,), 2), "names up of layer 0 twice"),
+        (Drop("mlp", (1,)), "names up of layer 1 twice"),
+        (Drop("block", (2,)), "cannot share weights as well"),
+        (Merge(2, (2, 3), (0.5, 0.5)), "names up of layer 3 twice"),
+        (Slice(16), "can have no other edits"),
+        (Share("up", (2,), 2, "input"), None),
+        (Delta("gate", 0, (1, 3), 2), None),
+        (Drop("attention", (0, 1)), None),
+    ],
+)
+def test_what_stands_beside_a_delta(other, message):
+    for edits in ([UP, other], [other, UP]):
+        if message is None:
+            check(SPEC, edits)
+        else:
+            with pytest.raises(LayershareError, match=message):
+                check(SPEC, edits)
+
+
+def test_a_delta_joins_only_layers_of_one_shape():
+    spec = replace(SPEC, linears=tuple(replace(x, d_out=40) if x.layer == 3 else x for x in SPEC.linears))
+    with pytest.raises(LayershareError, match="shares up of layer 3 with a layer of another shape"):
+        check(spec, [UP])
+
+
+def test_ids_and_users_of_deltas():
+    assert (UP.id, UP.users) == ("up.00+01-03", (0, 1, 3))
+    mean = Delta("up", 0, (0, 1), 2)
+    assert (mean.id, mean.users) == ("up.00+00-01", (0, 1))
+    values = json.loads(PLAN.to_json()) | {"edits": [vars(UP), vars(mean), vars(UP) | {"kind": "delta"}]}
+    assert Plan.from_json(json.dumps(values)).edits == (UP, mean, UP)
 
 
 def test_what_is_no_plan_is_refused(tmp_path):
@@ -69,6 +122,24 @@ def test_the_table_shows_groups_ranks_and_sizes():
     assert f"{PLAN.after.all.parameters:,}" in text
     assert "of memory" in text
     assert needs.stats == 4 * 4 * (3 * 32**2 + 56**2)
+
+
+def test_the_table_and_the_needs_of_deltas():
+    edits = (Delta("up", 0, (1, 3), 2), Delta("down", 1, (1, 2), 3))
+    plan = replace(PLAN, edits=edits, after=measure(SPEC, edits))
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(plan_table(SPEC, plan))
+    lines = {line.split()[1]: line for line in console.export_text().splitlines() if "delta)" in line}
+    assert "0, 1, 3" in lines["up"]
+    assert "1 × 3 (delta)" in lines["up"]
+    assert f"{3 * 32 * 56:,}" in lines["up"]
+    assert f"{32 * 56 + 2 * 2 * (32 + 56):,}" in lines["up"]
+    assert "1–2" in lines["down"]
+    assert "1 × 2 (mean, delta)" in lines["down"]
+
+    needs = estimate_needs(SPEC, plan, blocks=1, length=2, batch_size=1, kinds=())
+    assert needs.memory >= 8 * 5 * 56**2  # the eigenproblem of down's inputs
+    assert needs.output == 2 * plan.after.all.bytes
 
 
 def test_statistics_take_the_room_of_what_is_measured_and_gradients_and_searches_that_of_the_model():

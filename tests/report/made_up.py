@@ -20,6 +20,11 @@ OTHER = [
     {"kind": "novelty", "role": "up", "layers": [5]},
 ]
 
+DELTAS = [
+    {"kind": "delta", "role": "up", "anchor": 1, "layers": [2, 4], "rank": 2},
+    {"kind": "delta", "role": "down", "anchor": 1, "layers": [1, 2], "rank": 3},
+]
+
 
 def make_run(
     folder: Path,

@@ -7,7 +7,7 @@ from huggingface_hub.repocard_data import ModelCardData
 from layershare.methods import METHODS
 from layershare.report.card import card, citation
 from layershare.report.runs import Run
-from tests.report.made_up import make_run
+from tests.report.made_up import DELTAS, make_run
 
 
 def front_matter(text: str) -> dict:
@@ -68,12 +68,13 @@ def test_the_card_tells_how_this_very_model_loads(tmp_path):
             "ordinary": [block, merge],
             "nothing": [],
             "dropped": [block, {"kind": "drop", "part": "mlp", "layers": [1]}],
+            "deltas": DELTAS,
             "sliced": [{"kind": "slice", "width": 8}],
         }.items()
     }
     needs = {name: "pip install layershare" in text for name, text in cards.items()}
-    assert needs == {"ordinary": False, "nothing": False, "dropped": True, "sliced": True}
-    assert {name for name, text in cards.items() if "layershare export" in text} == {"dropped"}
+    assert needs == {"ordinary": False, "nothing": False, "dropped": True, "deltas": True, "sliced": True}
+    assert {name for name, text in cards.items() if "layershare export" in text} == {"dropped", "deltas"}
 
 
 def test_every_method_can_be_cited():

@@ -14,10 +14,10 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 from layershare.errors import LayershareError
-from layershare.report.figures import Point, frontier, points
+from layershare.report.figures import Point, describe_cell, frontier, points, sharing
 from layershare.report.page import page, report, write_pages
 from layershare.report.runs import Run
-from tests.report.made_up import OTHER, make_run
+from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
 
 SPEED = {
     "original": "someone/some-model",
@@ -104,6 +104,20 @@ def test_only_what_was_measured_alike_is_compared(tmp_path):
         ["m/a", "a3"],
         ["m/b", "b"],
     ]
+
+
+def test_the_map_shows_whose_weight_is_shared_and_where_a_delta_is_added(tmp_path):
+    run = Run.read(make_run(tmp_path / "run", edits=[*DELTAS, SHARED[0]]), "run")
+    (heatmap,) = sharing(run).data
+    words = dict(zip(heatmap.y, heatmap.text, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+    assert list(words["up"]) == ["", "A", "Aδ", "", "Aδ", ""]
+    assert list(words["down"]) == ["", "Aδ", "Aδ", "", "", ""]
+    assert list(words["q"]) == ["A", "", "A", "", "", ""]
+    assert "weight shared by layers 1, 2, 4, and a delta of its own" in describe_cell(run.cells["up", 2])
+    text = page([run])
+    assert "or one weight, to which those with δ add a delta of their own" in text
+    assert "shared by 1, 2, 4, with a delta" in text
+    assert "with δ" not in page([Run.read(make_run(tmp_path / "other"), "run")])
 
 
 def test_mistakes_are_one_sentence(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from layershare.errors import LayershareError
 from layershare.report.runs import Run
 from layershare.report.words import edits, story
-from tests.report.made_up import OTHER, SHARED, make_run
+from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
 
 
 def test_what_became_of_every_linear(tmp_path):
@@ -18,6 +18,27 @@ def test_what_became_of_every_linear(tmp_path):
     assert cells["q", 0].group == first.group != second.group
     assert (cells["down", 4].kind, cells["down", 4].kept) == ("own", 3 * 40 / (24 * 16))
     assert (cells["q", 4].kind, cells["q", 4].kept, cells["q", 4].rank) == ("dense", 1, None)
+
+
+def test_layers_with_deltas(tmp_path):
+    folder = make_run(tmp_path / "run", edits=DELTAS)
+    results = json.loads((folder / "results.json").read_text())
+    results["groups"] = {"up.01+02-04": {"error": 0.25}, "down.01+01-02": {"error": 0.5}}
+    (folder / "results.json").write_text(json.dumps(results))
+    run = Run.read(folder, "run")
+    cells, delta = run.cells, 16 + 24
+    anchor, member = cells["up", 1], cells["up", 4]
+    assert (anchor.kind, anchor.layers, anchor.rank, anchor.error) == ("anchor", (1, 2, 4), None, None)
+    assert (member.kind, member.layers, member.rank, member.error) == ("delta", (1, 2, 4), 2, 0.25)
+    assert anchor.group == member.group == 0
+    assert (anchor.kept, member.kept) == (1 / 3, 1 / 3 + 2 * delta / (16 * 24))
+    assert sum(cells["up", layer].kept or 0 for layer in (1, 2, 4)) == pytest.approx(1 + 2 * 2 * delta / (16 * 24))
+    both = [cells["down", layer] for layer in (1, 2)]
+    assert {(cell.kind, cell.layers, cell.rank, cell.error) for cell in both} == {("delta", (1, 2), 3, 0.5)}
+    assert {cell.kept for cell in both} == {1 / 2 + 3 * delta / (16 * 24)}
+    assert edits(run) == (
+        "1 weight shared by 2 layers, with deltas; 1 weight shared by 3 layers, with deltas; 25 matrices unchanged"
+    )
 
 
 def test_edits_of_other_kinds(tmp_path):

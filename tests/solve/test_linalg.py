@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from layershare.solve.linalg import low_rank, refit, share_input, share_output, spectrum, square_root
+from layershare.solve.linalg import (
+    energy,
+    low_rank,
+    refit,
+    share_input,
+    share_output,
+    spectrum,
+    square_root,
+    weighted_mean,
+)
 
 
 def random_inputs(n, d, tokens=200, scale=True):
@@ -187,3 +196,30 @@ def test_the_spectrum_is_that_of_the_scaled_weights(n, d_in, d_out, side, weight
     torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-8, atol=1e-8 * float(expected[0]))
     assert float(values[len(expected) :].sum()) < 1e-8 * float(expected[0])
     assert n > 1 or len(values) == min(d_in, d_out)
+
+
+def test_the_weighted_mean_is_the_least_squares_solution_over_all_layers():
+    inputs, grams = random_inputs(3, 20)
+    weights = [torch.randn(20, 7, dtype=torch.float64) for _ in range(3)]
+    expected = torch.linalg.lstsq(
+        torch.cat(inputs), torch.cat([x @ w for x, w in zip(inputs, weights, strict=True)])
+    ).solution
+    torch.testing.assert_close(weighted_mean(weights, grams), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weighted_mean(weights, [None] * 3), sum(weights) / 3)
+
+
+def test_the_weighted_mean_is_the_plain_one_where_the_text_shows_nothing():
+    x = torch.randn(40, 8)
+    gram = torch.zeros(20, 20)
+    gram[:8, :8] = x.T @ x
+    weights = [torch.randn(20, 7) for _ in range(2)]
+    mean = weighted_mean(weights, [gram, 3 * gram])
+    torch.testing.assert_close(mean[:8], ((weights[0] + 3 * weights[1]) / 4)[:8].double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean[8:], (sum(weights) / 2)[8:].double())
+
+
+def test_energy_is_that_of_the_outputs():
+    (x,), (gram,) = random_inputs(1, 20)
+    weight = torch.randn(20, 7, dtype=torch.float64)
+    assert energy(weight, gram) == pytest.approx(float((x @ weight).square().sum()))
+    assert energy(weight, None) == pytest.approx(float(weight.square().sum()))

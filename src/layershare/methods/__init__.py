@@ -12,6 +12,7 @@ from layershare.methods.asvd import Asvd
 from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.bolaco import Bolaco
 from layershare.methods.d_rank import DRank
+from layershare.methods.delta import DeltaLlm
 from layershare.methods.evidence import Evidence
 from layershare.methods.fwsvd import FwSvd
 from layershare.methods.joint_drop import AttentionDrop, BlockDrop, JointDrop, MlpDrop
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "svd": Svd,
     "asvd": Asvd,
     "bolaco": Bolaco,
+    "delta": DeltaLlm,
     "slicegpt": SliceGpt,
     "shortgpt": ShortGpt,
     "joint-drop": JointDrop,

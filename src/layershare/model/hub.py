@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version as installed
 from itertools import chain
 from pathlib import Path
@@ -19,73 +19,30 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from layershare.errors import LayershareError, incomplete, unknown
-from layershare.model.arch import PARTS, Part, common_parent, find_blocks
-from layershare.model.dropped import DroppedAttention, DroppedLinear, drop_mlp, zeroed
-from layershare.model.layers import SIDES, FactorLinear, Side
+from layershare.errors import LayershareError, incomplete
+from layershare.model.dropped import DroppedAttention, DroppedLinear
+from layershare.model.layers import ComposedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
+from layershare.model.swap import Anchored, Dropped, Group, drop_modules, make_dense, swap_modules
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "layershare"
 SHIM = "modeling_layershare"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Layers that share one basis, the owner first; `members` are module names relative to the base model.
-
-    Raises `LayershareError` for a side, rank or member list that cannot be.
-    """
-
-    role: str
-    side: Side
-    rank: int
-    members: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if self.side not in SIDES:
-            raise unknown("side", str(self.side), SIDES)
-        object.__setattr__(self, "members", tuple(self.members))
-        if not self.members or not all(isinstance(name, str) for name in self.members):
-            raise LayershareError(f"A group of role '{self.role}' lists no member layers: repair its 'members'.")
-        if type(self.rank) is not int or self.rank < 1:
-            raise LayershareError(
-                f"The group of '{self.members[0]}' has rank {self.rank!r}: give a whole number from 1 up."
-            )
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sub-layer that one block has lost; `members` are the names of its linears, the one that writes last.
-
-    Raises `LayershareError` for a part or member list that cannot be.
-    """
-
-    part: Part
-    members: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise unknown("part", str(self.part), PARTS)
-        object.__setattr__(self, "members", tuple(self.members))
-        if not self.members or not all(isinstance(name, str) for name in self.members):
-            raise LayershareError(f"A dropped {self.part} lists no linear layers: repair its 'members'.")
-
-
 class LayershareConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
-    `groups`: `Group`s or their JSON form; `dropped`: `Dropped`s likewise; `slice`: a `Sliced` likewise; `compression`:
-    free notes for people (method, keep, ...). All, and whatever other tools add, are written again on a re-save.
+    `groups`: `Group`s or their JSON form; `deltas`, `dropped`: `Anchored`s and `Dropped`s likewise; `slice`: a `Sliced`
+    likewise; `compression`: free notes for people (method, keep, ...). All, and whatever other tools add, are written
+    again on a re-save.
 
     Raises `LayershareError` for a newer format or malformed groups.
     """
@@ -98,6 +55,7 @@ class LayershareConfig(QuantizationConfigMixin):
         layershare_version: str | None = None,
         dropped: Iterable[Dropped | dict[str, Any]] = (),
         slice: Sliced | dict[str, Any] | None = None,
+        deltas: Iterable[Anchored | dict[str, Any]] = (),
         quant_method: str = QUANT_METHOD,
         **more: Any,
     ) -> None:
@@ -111,11 +69,13 @@ class LayershareConfig(QuantizationConfigMixin):
         self.layershare_version = layershare_version or installed("layershare")
         try:
             self.groups = tuple(group if isinstance(group, Group) else Group(**group) for group in groups)
+            self.deltas = tuple(each if isinstance(each, Anchored) else Anchored(**each) for each in deltas)
             self.dropped = tuple(each if isinstance(each, Dropped) else Dropped(**each) for each in dropped)
             self.slice = Sliced.from_json(slice) if isinstance(slice, dict) else slice
         except (TypeError, KeyError) as error:
             raise LayershareError(f"Malformed entry in quantization_config of config.json ({error}).") from error
         names = list(chain.from_iterable(each.members for each in (*self.groups, *self.dropped)))
+        names += chain.from_iterable(each.users for each in self.deltas)
         if twice := {name for name in names if names.count(name) > 1}:
             raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one group only.")
         self.compression = dict(compression or {})
@@ -125,11 +85,13 @@ class LayershareConfig(QuantizationConfigMixin):
     def guard(self) -> str | None:
         """The dense weight, relative to the base model, that is stored as a tensor of size zero; `None` without edits.
 
-        It is the first one that is gone (of a group, a dropped sub-layer, the norms of a sliced model). A load without
-        this package finds a weight of the wrong shape and fails, instead of finding none and initialising the
-        compressed layers at random.
+        It is the first one that is gone (of a group, an anchor, a dropped sub-layer, the norms of a sliced model). A
+        load without this package finds a weight of the wrong shape and fails, instead of finding none and initialising
+        the compressed layers at random.
         """
-        members = [each.members[0] for each in (*self.groups, *self.dropped)]
+        members = [each.members[0] for each in self.groups]
+        members += [each.anchor for each in self.deltas]
+        members += [each.members[0] for each in self.dropped]
         if self.slice is not None:
             members.append(self.slice.stream.sublayers[0].norm)
         return f"{members[0]}.weight" if members else None
@@ -138,6 +100,9 @@ class LayershareConfig(QuantizationConfigMixin):
         """The JSON form, as it stands in `config.json`."""
         values = super().to_dict()
         values["groups"] = [{**asdict(group), "members": list(group.members)} for group in self.groups]
+        del values["deltas"]
+        if self.deltas:
+            values["deltas"] = [{**asdict(each), "members": list(each.members)} for each in self.deltas]
         del values["dropped"]
         if self.dropped:
             values["dropped"] = [{**asdict(each), "members": list(each.members)} for each in self.dropped]
@@ -185,7 +150,7 @@ class LayershareQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         drop_modules(model, self.edits.dropped)
-        swap_modules(model, self.groups)
+        swap_modules(model, self.groups, self.edits.deltas)
         if self.edits.slice is not None:
             slice_modules(model, self.edits.slice)
         _refuse_incomplete(model, checkpoint_files or ())
@@ -195,7 +160,7 @@ class LayershareQuantizer(HfQuantizer):
         return model
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        """Adapt a tensor-parallel plan to the factored layers."""
+        """Adapt a tensor-parallel plan to the layers that share."""
         adapt_tensor_plan(model, plan)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> PreTrainedModel:
@@ -225,82 +190,13 @@ class LayershareQuantizer(HfQuantizer):
                 "A sliced model has no dense equivalent: an ordinary model has no place for its shortcut matrices; "
                 "use it as it is."
             )
-        factored = {name: module for name, module in model.named_modules() if isinstance(module, FactorLinear)}
-        for module in factored.values():
-            module.require_plain_factors()
-        for name, module in factored.items():
-            model.set_submodule(name, module.to_dense())
-        _restore_dropped(model)
+        make_dense(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
 
 register_quantization_config(QUANT_METHOD)(LayershareConfig)
 register_quantizer(QUANT_METHOD)(LayershareQuantizer)
-
-
-def swap_modules(model: PreTrainedModel, groups: Sequence[Group]) -> None:
-    """Replace the members of every group by `FactorLinear`s, in place: on a meta skeleton or a real model.
-
-    Biases are kept; factors are left uninitialised on the device and in the dtype of the dense weight.
-    Raises `LayershareError`, with the model unchanged, for unknown or unfit members and impossible ranks.
-    """
-    base = model.base_model
-    modules = dict(base.named_modules())
-    for group in groups:
-        _check(group, modules)
-    for group in groups:
-        owner = None
-        for name in group.members:
-            dense = modules[name]
-            factored = FactorLinear(
-                *_dims(dense),
-                group.rank,
-                bias=dense.bias is not None,
-                side=group.side,
-                conv1d=isinstance(dense, Conv1D),
-                owner=owner,
-                device=dense.weight.device,  # pyright: ignore[reportArgumentType]
-                dtype=dense.weight.dtype,  # pyright: ignore[reportArgumentType]
-            )
-            factored.bias = dense.bias  # pyright: ignore[reportAttributeAccessIssue]
-            base.set_submodule(name, factored.train(dense.training))
-            owner = owner or factored
-
-
-def drop_modules(model: PreTrainedModel, dropped: Sequence[Dropped]) -> None:
-    """Put modules without weights in the place of the dropped sub-layers, in place.
-
-    Raises `LayershareError`, with the model unchanged, for members that are no linears of the model.
-    """
-    base = model.base_model
-    stack, _ = find_blocks(model)
-    modules = dict(base.named_modules())
-    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    for name in chain.from_iterable(each.members for each in dropped):
-        if name not in linears:
-            raise unknown("linear layer", name, linears)
-    for each in dropped:
-        if each.part == "attention":
-            parent = common_parent(each.members)
-            layer = int(parent.removeprefix(f"{stack}.").partition(".")[0])
-            base.set_submodule(parent, DroppedAttention(modules[parent], layer))
-        else:
-            drop_mlp(base, each.members)
-
-
-def _restore_dropped(model: Any) -> None:
-    """Give dropped sub-layers back their dense modules, with zeros for weights, in place."""
-    device = model.device
-    missing = {name: module for name, module in model.named_modules() if isinstance(module, DroppedAttention)}
-    if missing:
-        with torch.device("meta"):
-            skeleton = type(model)(model.config)
-        for name in missing:
-            model.set_submodule(name, zeroed(skeleton.get_submodule(name).to(model.dtype), device))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, DroppedLinear):
-            model.set_submodule(name, module.to_dense(device, model.dtype))
 
 
 def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
@@ -319,7 +215,7 @@ def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrain
     model, loading = loaded
     if missing := loading["missing_keys"]:  # transformers makes them up
         raise incomplete(folder, missing)
-    kinds = FactorLinear | DroppedAttention | DroppedLinear | SlicedNorm
+    kinds = ComposedLinear | DroppedAttention | DroppedLinear | SlicedNorm
     ours = any(isinstance(module, kinds) for module in model.modules())
     return model.dequantize() if dense and ours else model
 
@@ -356,37 +252,9 @@ def _base_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
-def _dims(dense: nn.Module) -> tuple[int, int]:
-    """`(d_in, d_out)` of a dense layer."""
-    assert isinstance(dense, nn.Linear | Conv1D)
-    d_out, d_in = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
-    return d_in, d_out
-
-
-def _check(group: Group, modules: dict[str, nn.Module]) -> None:
-    """Raise where `group` does not fit the model's `modules`."""
-    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    for name in group.members:
-        if isinstance(modules.get(name), FactorLinear):
-            raise LayershareError(f"Layer '{name}' is compressed already: start from the original model.")
-        if name not in linears:
-            raise unknown("linear layer", name, linears)
-    dims = [_dims(modules[name]) for name in group.members]
-    shared, private = (0, 1) if group.side == "input" else (1, 0)
-    if len({each[shared] for each in dims}) > 1:
-        raise LayershareError(
-            f"The members of the group of '{group.members[0]}' differ in their {group.side} width: they cannot share."
-        )
-    limit = min(dims[0][shared], sum(each[private] for each in dims))
-    if group.rank > limit:
-        raise LayershareError(
-            f"The group of '{group.members[0]}' has rank {group.rank}: its matrices allow {limit} at most."
-        )
-
-
 def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Raise where the safetensors `files` lack a tensor of a factored layer, or of any layer of a sliced model, or hold
-    it in another shape.
+    """Raise where the safetensors `files` lack a tensor of a layer that shares, or of any layer of a sliced model, or
+    hold it in another shape.
 
     transformers would initialise a missing one at random, with no more than a warning. Only headers are read.
     """
@@ -398,8 +266,8 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
             shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a mapping
     stored = {key.removeprefix(f"{model.base_model_prefix}."): shape for key, shape in shapes.items()}
     kinds = {name: type(module) for name, module in model.named_modules()}
-    factored = tuple(f"{name}." for name, kind in kinds.items() if kind is FactorLinear)
-    ours = ("",) if SlicedNorm in kinds.values() else factored
+    composed = tuple(f"{name}." for name, kind in kinds.items() if issubclass(kind, ComposedLinear))
+    ours = ("",) if SlicedNorm in kinds.values() else composed
     for name, tensor in model.named_parameters():
         if not name.startswith(ours):
             continue

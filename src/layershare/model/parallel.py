@@ -1,7 +1,7 @@
-"""How transformers' own tensor parallelism and FSDP split factored layers.
+"""How transformers' own tensor parallelism and FSDP split layers that share.
 
 A transformers plan names layers with wildcards (`layers.*.self_attn.q_proj`), so one entry covers the dense and the
-factored layers of a partly compressed model, on either side. Each style below therefore decides per module.
+compressed layers of a partly compressed model, on either side. Each style below therefore decides per module.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from transformers.distributed.tensor_parallel import (
     TensorParallelLayer,
 )
 
-from layershare.model.layers import FactorLinear, SharedBasis
+from layershare.model.layers import ComposedLinear, DeltaLinear, SharedLinear
 from layershare.model.sliced import SlicedNorm
 
 # The style of a dense layer -> the styles of the factor that meets the input and of the one that makes the output
-# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width.
+# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width. The shared weight of
+# layers with deltas is split as the dense one, and so its output is that of the delta's last factor.
 _FACTOR_STYLES: dict[str, tuple[str | None, str]] = {
     "colwise": (None, "colwise"),
     "colwise_gather_output": (None, "colwise_gather_output"),
@@ -30,31 +31,34 @@ _PREFIX = "layershare_"
 
 
 class FactorStyle(TensorParallelLayer):
-    """The dense style for dense layers, its counterpart on both factors for factored ones."""
+    """The dense style for dense layers and shared weights, its counterpart on both factors of a product."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.dense: TensorParallelLayer = ALL_PARALLEL_STYLES[name]
 
     def should_use_local_tensors(self, module) -> Any:
-        """A factored layer adds its slice of the bias to its slice of the output, both as plain tensors."""
+        """A layer that shares adds its slice of the bias to its slice of the output, both as plain tensors."""
         return True
 
     def shard_param(self, module, param, mesh) -> None:
-        """Shard one parameter of `module` itself; of a factored layer that is the bias."""
-        if not isinstance(module, FactorLinear) or self.name == "colwise":
+        """Shard one parameter of `module` itself; of a layer that shares that is the bias."""
+        if not isinstance(module, ComposedLinear) or self.name == "colwise":
             self.dense.shard_param(module, param, mesh)
 
     def install_forward(self, module, mesh):
-        """Shard and hook the factors that `module` registers: a shared basis once, by its owner."""
-        if not isinstance(module, FactorLinear):
+        """Shard and hook the parts that `module` registers: what is shared once, by its owner or anchor."""
+        if not isinstance(module, ComposedLinear):
             return self.dense.install_forward(module, mesh)
+        styles = _FACTOR_STYLES[self.name]
+        if isinstance(module, DeltaLinear):
+            styles = (self.name, *styles)
         registered = set(module.children())
-        for factor, name in zip(module.factors(), _FACTOR_STYLES[self.name], strict=True):
-            if name is not None and factor in registered:
+        for part, name in zip(module.parts(), styles, strict=False):  # an anchor without a delta has no factors
+            if name is not None and part in registered:
                 style = ALL_PARALLEL_STYLES[name]
-                style.shard_param(factor, "weight", mesh)
-                style.install_forward(factor, mesh)
+                style.shard_param(part, "weight", mesh)
+                style.install_forward(part, mesh)
         return super().install_forward(module, mesh)
 
 
@@ -69,25 +73,25 @@ def _pattern(name: str) -> str:
 
 
 def adapt_tensor_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
-    """Give the entries of `plan` that cover a factored layer the matching style, in place.
+    """Give the entries of `plan` that cover a layer that shares the matching style, in place.
 
     A sliced model has no plan, so that transformers refuses to split it: a sum over split writers would count the
     shortcuts several times.
     """
     if any(isinstance(module, SlicedNorm) for module in model.modules()):
         plan.clear()
-    factored = {_pattern(name) for name, module in model.named_modules() if isinstance(module, FactorLinear)}
-    for key in plan.keys() & factored:
+    composed = {_pattern(name) for name, module in model.named_modules() if isinstance(module, ComposedLinear)}
+    for key in plan.keys() & composed:
         if plan[key] in _FACTOR_STYLES:
             plan[key] = _PREFIX + plan[key]
 
 
 def adapt_sharding(model: PreTrainedModel) -> None:
-    """Make each shared basis an FSDP unit of its own, because layers outside its owner's block use it as well."""
+    """Make what is shared an FSDP unit of its own, because layers outside its owner's block use it as well."""
+    shared = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, SharedLinear)}
     if plan := model._fsdp_plan:
-        names = [name for name, module in model.named_modules() if isinstance(module, SharedBasis)]
-        plan.update({_pattern(name): "free_full_weight" for name in names})
+        plan.update({_pattern(name): "free_full_weight" for name in shared})
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             whole = part._no_split_modules or set()
-            part._no_split_modules = type(whole)([*whole, *({SharedBasis.__name__} - set(whole))])
+            part._no_split_modules = type(whole)([*whole, *sorted({*shared.values()} - set(whole))])

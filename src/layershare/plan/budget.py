@@ -9,7 +9,7 @@ from math import floor, prod
 from layershare.errors import LayershareError, unknown
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
-from layershare.plan.edits import Edit, Share, Side, dropped_parts, kept_layers, sliced_width, widths
+from layershare.plan.edits import Delta, Edit, Share, Side, dropped_parts, kept_layers, sharing, sliced_width, widths
 from layershare.plan.layout import checkpoint_tensors, origins
 from layershare.plan.slices import target_names
 
@@ -81,6 +81,12 @@ def share_parameters(spec: Spec, edit: Share) -> int:
     return edit.rank * unit_cost(spec, edit.role, edit.layers, edit.side)
 
 
+def delta_parameters(spec: Spec, edit: Delta) -> int:
+    """Parameters of the shared weight and of n deltas to it: d_in·d_out + n·r(d_in + d_out)."""
+    linear = spec.linear(edit.role, edit.anchor)
+    return linear.parameters + len(edit.layers) * edit.rank * (linear.d_in + linear.d_out)
+
+
 def unit_cost(spec: Spec, role: str, layers: Sequence[int], side: Side) -> int:
     """Parameters of one unit of rank in a group."""
     shared, private = widths(spec.linear(role, layers[0]), side)
@@ -91,8 +97,7 @@ def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     """Exact sizes of the model after the edits (none: of the dense model)."""
     if sliced_width(edits):
         return _measure_sliced(spec, edits)
-    shares = [edit for edit in edits if isinstance(edit, Share)]
-    shared = {(edit.role, layer) for edit in shares for layer in edit.layers}
+    shared = sharing(edits)
     kept, dropped = set(kept_layers(spec.n_layers, edits)), set(dropped_parts(edits))
     stays = [x for x in spec.linears if x.layer in kept and (x.layer, x.part) not in dropped]
     dense = [x for x in stays if (x.role, x.layer) not in shared]
@@ -100,12 +105,17 @@ def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     rest = sum(prod(spec.tensors[name][0]) for name in sources if name not in spec.buffers)
     rest -= sum(linear.parameters for linear in dense)
     parameters = multiplications = data = 0
-    for edit in shares:
+    for edit in dict.fromkeys(shared.values()):
         linear = spec.linear(edit.role, edit.layers[0])
-        count = share_parameters(spec, edit)
+        products = len(edit.layers) * edit.rank * (linear.d_in + linear.d_out)
+        if isinstance(edit, Share):
+            count = share_parameters(spec, edit)
+        else:
+            count = delta_parameters(spec, edit)
+            products += len(edit.users) * linear.parameters
         parameters += count
         data += count * spec.tensors[spec.weight_name(linear)][1].itemsize
-        multiplications += len(edit.layers) * edit.rank * (linear.d_in + linear.d_out)
+        multiplications += products
     for linear in dense:
         parameters += linear.parameters
         multiplications += linear.parameters

@@ -28,6 +28,36 @@ class Share:
         """A name for files and tables: `q.00-01`."""
         return f"{self.role}.{'-'.join(f'{layer:02d}' for layer in self.layers)}"
 
+    @property
+    def users(self) -> tuple[int, ...]:
+        """All layers that use the shared basis."""
+        return self.layers
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Layers that use the weight of an anchor layer, each with a low-rank delta of its own: Wₜ ≈ W + AₜBₜ.
+
+    W: d_in × d_out is stored once, at the anchor; Aₜ: d_in × r, Bₜ: r × d_out for every t of `layers`. The anchor's own
+    weight is W, unless it is one of `layers`: then it has a delta, too, and W is nobody's own (a mean).
+    """
+
+    role: str
+    anchor: int
+    layers: tuple[int, ...]
+    rank: int
+    kind: Literal["delta"] = "delta"
+
+    @property
+    def id(self) -> str:
+        """A name for files and tables, the anchor first: `up.02+03-04`."""
+        return f"{self.role}.{self.anchor:02d}+{'-'.join(f'{layer:02d}' for layer in self.layers)}"
+
+    @property
+    def users(self) -> tuple[int, ...]:
+        """All layers that use the shared weight, the anchor among them."""
+        return self.layers if self.anchor in self.layers else (self.anchor, *self.layers)
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -62,12 +92,21 @@ class Slice:
     kind: Literal["slice"] = "slice"
 
 
-Edit = Share | Drop | Merge | Slice
+Edit = Share | Delta | Drop | Merge | Slice
 
 
 def sliced_width(edits: Sequence[Edit]) -> int | None:
     """The width that the hidden states are sliced to, `None` if they are not."""
     return next((edit.width for edit in edits if isinstance(edit, Slice)), None)
+
+
+def sharing(edits: Sequence[Edit]) -> dict[tuple[str, int], Share | Delta]:
+    """(role, layer) -> the edit that replaces that linear's weight by something that it shares."""
+    found: dict[tuple[str, int], Share | Delta] = {}
+    for edit in edits:
+        if isinstance(edit, Share | Delta):
+            found.update(dict.fromkeys(((edit.role, layer) for layer in edit.users), edit))
+    return found
 
 
 def widths(linear: Linear, side: Side) -> tuple[int, int]:
@@ -103,12 +142,14 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
         assert not isinstance(edit, Slice)
         if not edit.layers:
             raise LayershareError(f"The plan has a {edit.kind} of no layers; give it some or delete it.")
-        for layer in edit.layers:
+        for layer in edit.users if isinstance(edit, Share | Delta) else edit.layers:
             if not 0 <= layer < spec.n_layers:
-                what = f"{edit.role} of layer {layer}" if isinstance(edit, Share) else f"layer {layer}"
+                what = f"{edit.role} of layer {layer}" if isinstance(edit, Share | Delta) else f"layer {layer}"
                 raise LayershareError(f"The plan names {what}, which this model does not have.")
         if isinstance(edit, Share):
             _check_share(spec, edit)
+        elif isinstance(edit, Delta):
+            _check_delta(spec, edit)
         elif isinstance(edit, Drop):
             if edit.part not in (*PARTS, "block"):
                 raise unknown("part", edit.part, (*PARTS, "block"))
@@ -121,7 +162,7 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
     kept = kept_layers(spec.n_layers, edits)
     if not kept:
         raise LayershareError("The plan leaves no layer of the model; keep at least one.")
-    if len(kept) < spec.n_layers and any(isinstance(edit, Share) for edit in edits):
+    if len(kept) < spec.n_layers and sharing(edits):
         raise LayershareError("A plan that removes whole layers cannot share weights as well; compress in two steps.")
 
 
@@ -134,10 +175,10 @@ def _check_slice(spec: Spec, edits: Sequence[Edit]) -> None:
         raise LayershareError(f"The plan slices to width {width}; this model's hidden states have {dense}.")
 
 
-def _claims(spec: Spec, edit: Share | Drop | Merge) -> list[tuple[str, int]]:
+def _claims(spec: Spec, edit: Share | Delta | Drop | Merge) -> list[tuple[str, int]]:
     """The (role, layer) pairs that an edit changes."""
-    if isinstance(edit, Share):
-        return [(edit.role, layer) for layer in edit.layers]
+    if isinstance(edit, Share | Delta):
+        return [(edit.role, layer) for layer in edit.users]
     parts = (edit.part,) if isinstance(edit, Drop) and edit.part != "block" else PARTS
     return [(linear.role, layer) for layer in edit.layers for part in parts for linear in spec.part(layer, part)]
 
@@ -150,16 +191,36 @@ def _check_merge(edit: Merge) -> None:
 
 
 def _check_share(spec: Spec, edit: Share) -> None:
-    first = None
-    for layer in edit.layers:
-        where = f"{edit.role} of layer {layer}"
+    linear = _check_alike(spec, edit.role, edit.layers)
+    shared, private = widths(linear, edit.side)
+    _check_rank(edit, edit.layers[0], min(shared, private * len(edit.layers)))
+
+
+def _check_delta(spec: Spec, edit: Delta) -> None:
+    if edit.layers == (edit.anchor,):
+        raise LayershareError(
+            f"The plan gives {edit.role} of layer {edit.anchor} a delta to its own weight alone; name other layers."
+        )
+    linear = _check_alike(spec, edit.role, edit.users)
+    _check_rank(edit, edit.layers[0], min(linear.d_in, linear.d_out))
+
+
+def _check_alike(spec: Spec, role: str, layers: Sequence[int]) -> Linear:
+    """The first of the linears that share. Raises if the model lacks one, or if they differ in shape."""
+    linears: list[Linear] = []
+    for layer in layers:
+        where = f"{role} of layer {layer}"
         try:
-            linear = spec.linear(edit.role, layer)
+            linears.append(spec.linear(role, layer))
         except KeyError as error:
             raise LayershareError(f"The plan names {where}, which this model does not have.") from error
-        first = first or linear
-        if (linear.d_in, linear.d_out) != (first.d_in, first.d_out):
+        if (linears[-1].d_in, linears[-1].d_out) != (linears[0].d_in, linears[0].d_out):
             raise LayershareError(f"The plan shares {where} with a layer of another shape.")
-        shared, private = widths(linear, edit.side)
-        if not 1 <= edit.rank <= min(shared, private * len(edit.layers)):
-            raise LayershareError(f"The plan gives {where} rank {edit.rank}, which its shape does not allow.")
+    return linears[0]
+
+
+def _check_rank(edit: Share | Delta, layer: int, limit: int) -> None:
+    if not 1 <= edit.rank <= limit:
+        raise LayershareError(
+            f"The plan gives {edit.role} of layer {layer} rank {edit.rank}, which its shape does not allow."
+        )

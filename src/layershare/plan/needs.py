@@ -7,7 +7,7 @@ from math import prod
 from layershare.calibrate.stats import Kind
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import measure
-from layershare.plan.edits import Share, sliced_width, widths
+from layershare.plan.edits import Delta, Share, sharing, sliced_width, widths
 from layershare.plan.plan import Plan
 
 GRAM_ITEMSIZE = 4
@@ -38,8 +38,8 @@ def estimate_needs(
 ) -> Needs:
     """Estimate memory and disk of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
-    Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group in
-    float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
+    Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
+    in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
     gradients need, and of twice the model for methods that search: the model and what they try in its place.
     Without a plan yet, every target is taken to be solved for itself, at full size.
     """
@@ -64,10 +64,10 @@ def estimate_needs(
         )
     if plan is None:
         full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
-        shares, after = list(full), measure(spec, ())
+        edits, after = list(full), measure(spec, ())
     else:
-        shares, after = [edit for edit in plan.edits if isinstance(edit, Share)], plan.after
-    steps = [_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in shares]
+        edits, after = list(dict.fromkeys(sharing(plan.edits).values())), plan.after
+    steps = [_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in edits]
     streams = refits or "inputs" in kinds or "blocks" in kinds
     if streams:
         steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
@@ -85,9 +85,15 @@ def estimate_needs(
     )
 
 
-def _solving(linear: Linear, edit: Share) -> int:
-    """Float64 matrices while a group is solved: the eigenproblem and its work space, one weight, the factors."""
+def _solving(linear: Linear, edit: Share | Delta) -> int:
+    """Float64 matrices while a group or a delta is solved: the eigenproblem and its work space, weights, the factors.
+
+    A delta needs three weights, the anchor's, its target's and their difference.
+    """
     n = len(edit.layers)
+    if isinstance(edit, Delta):
+        factors = n * edit.rank * (linear.d_in + linear.d_out)
+        return _eigenproblem(linear.d_in) + 8 * (3 * linear.parameters + factors)
     shared, private = widths(linear, edit.side)
     width = shared if n > 1 else min(shared, private)
     return _eigenproblem(width) + 8 * (linear.parameters + edit.rank * (shared + n * private))

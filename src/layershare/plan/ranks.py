@@ -102,17 +102,7 @@ def allocate(
     left = parameters - sum(sizes)
     if left > TOLERANCE * parameters:
         lost = [rank - whole for rank, whole in zip(exact, ranks, strict=True)] if gains is None else gains
-        turns = sorted(range(len(groups)), key=lambda i: (-lost[i], i))
-        fits = True
-        while fits:
-            fits = False
-            for i in turns:
-                step = min(costs[i], dense[i] - sizes[i])
-                if 0 < step <= left:
-                    ranks[i] += 1
-                    sizes[i] += step
-                    left -= step
-                    fits = True
+        spend(ranks, sizes, costs, dense, left, sorted(range(len(groups)), key=lambda i: (-lost[i], i)))
     shares = []
     for group, rank, size, whole in zip(groups, ranks, sizes, dense, strict=True):
         if rank < 1:
@@ -122,3 +112,27 @@ def allocate(
         if size < whole:
             shares.append(Share(group.role, group.layers, rank, group.side))
     return in_order(spec, shares)
+
+
+def spend(
+    ranks: list[int],
+    sizes: list[int],
+    costs: Sequence[int],
+    largest: Sequence[int],
+    left: int,
+    turns: Sequence[int],
+) -> None:
+    """Raise ranks in place by one each, in `turns`, round after round, as long as any fits into `left` parameters.
+
+    A rank costs its `costs`, and no size grows beyond its `largest`.
+    """
+    fits = True
+    while fits:
+        fits = False
+        for i in turns:
+            step = min(costs[i], largest[i] - sizes[i])
+            if 0 < step <= left:
+                ranks[i] += 1
+                sizes[i] += step
+                left -= step
+                fits = True

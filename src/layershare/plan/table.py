@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from layershare.model.arch import WRITERS, Linear, Spec
-from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Merge, Share, dropped_parts, kept_layers, sliced_width
+from layershare.plan.budget import delta_parameters, share_parameters
+from layershare.plan.edits import Delta, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 
@@ -20,13 +20,12 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
         groups.add_column(column)
     for column in ("groups", "rank", "parameters", "after", "kept"):
         groups.add_column(column, justify="right")
-    shares = [edit for edit in plan.edits if isinstance(edit, Share)]
-    shared = {(edit.role, layer) for edit in shares for layer in edit.layers}
+    shared = sharing(plan.edits)
     sliced = sliced_width(plan.edits)
     kept, dropped = set(kept_layers(spec.n_layers, plan.edits)), set(dropped_parts(plan.edits))
     for role, linears in spec.by_role.items():
-        edits = [edit for edit in shares if edit.role == role]
-        for _, run in groupby(edits, key=lambda edit: (len(edit.layers), edit.side, edit.rank)):
+        edits = [edit for edit in dict.fromkeys(shared.values()) if edit.role == role]
+        for _, run in groupby(edits, key=lambda edit: (len(edit.users), len(edit.layers), _how(edit), edit.rank)):
             _add_groups(groups, spec, list(run))
         stays = [x for x in linears if x.layer in kept and (x.layer, x.part) not in dropped]
         if gone := [x for x in linears if x not in stays]:
@@ -84,19 +83,30 @@ def size(count: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _add_groups(table: Table, spec: Spec, edits: list[Share]) -> None:
+def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
     linear = spec.linear(edits[0].role, edits[0].layers[0])
-    before = sum(spec.linear(edit.role, layer).parameters for edit in edits for layer in edit.layers)
-    after = sum(share_parameters(spec, edit) for edit in edits)
-    n = len(edits[0].layers)
+    before = sum(spec.linear(edit.role, layer).parameters for edit in edits for layer in edit.users)
+    after = sum(_parameters(spec, edit) for edit in edits)
+    n = len(edits[0].users)
     table.add_row(
         edits[0].role,
-        _range([layer for edit in edits for layer in edit.layers]),
+        _range([layer for edit in edits for layer in edit.users]),
         f"{linear.d_in} × {linear.d_out}",
-        f"{len(edits)} × {n} ({edits[0].side})" if n > 1 else f"{len(edits)} × 1",
+        f"{len(edits)} × {n} ({_how(edits[0])})" if n > 1 else f"{len(edits)} × 1",
         f"{edits[0].rank:,}",
         *_kept(before, after),
     )
+
+
+def _how(edit: Share | Delta) -> str:
+    """The side that a group shares, or that its layers have deltas: all of them, or all but the anchor."""
+    if isinstance(edit, Share):
+        return edit.side
+    return "delta" if len(edit.layers) < len(edit.users) else "mean, delta"
+
+
+def _parameters(spec: Spec, edit: Share | Delta) -> int:
+    return share_parameters(spec, edit) if isinstance(edit, Share) else delta_parameters(spec, edit)
 
 
 def _add_sliced(table: Table, linears: Sequence[Linear], width: int) -> None:

@@ -104,20 +104,20 @@ def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Poin
 
 
 def sharing(run: Run) -> go.Figure:
-    """Who shares with whom: layers × roles, a colour and a letter per group of a role."""
+    """Who shares with whom: layers × roles, a colour and a letter per group of a role, δ where a delta is added."""
     kinds, colours = list(_COLOURS), [*_COLOURS.values(), *PALETTE]
 
     def colour(cell: Cell) -> int:
-        if cell.kind != "share":
+        if not cell.shares:
             kind = cell.kind if cell.kind in kinds else "other"
             return kinds.index(kind if cell.kept != 0 else "gone")
         assert cell.group is not None
         return len(kinds) + (cell.group + 2 * run.roles.index(cell.role)) % len(PALETTE)
 
     def word(cell: Cell) -> str:
-        if cell.kind == "share":
+        if cell.shares:
             assert cell.group is not None
-            return _letters(cell.group)
+            return _letters(cell.group) + ("δ" if cell.kind == "delta" else "")
         return "×" if cell.kept == 0 else "+" if cell.kind == "merge" else ""
 
     return _map(run, colour, word, colours=_steps(colours), ends=(-0.5, len(colours) - 0.5))
@@ -244,6 +244,8 @@ def describe_cell(cell: Cell) -> str:
         "dense": "unchanged",
         "own": "own factors",
         "share": f"basis shared by {_layers(cell)} ({cell.side} side)",
+        "anchor": f"weight shared by {_layers(cell)}",
+        "delta": f"weight shared by {_layers(cell)}, and a delta of its own",
         "merge": f"merged with {_layers(cell)}",
         "drop": "dropped",
     }

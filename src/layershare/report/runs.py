@@ -8,17 +8,21 @@ from typing import Any
 
 from layershare.errors import LayershareError
 from layershare.model.arch import part_of
+from layershare.plan.edits import Delta
 
 SPEED = "speed.json"
 """What `bench` leaves in a run's folder."""
+SHARING = ("share", "anchor", "delta")
+"""The kinds of cells that use weights together with others."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What became of one linear: `kind` is dense, own (own factors), share, drop, merge, or the name of another edit.
+    """What became of one linear: `kind` is dense, own (own factors), share, anchor (its weight is shared), delta (to a
+    shared weight), drop, merge, or the name of another edit.
 
-    `group` numbers the groups of a role in the order of the plan. `kept` is the fraction of parameters that is left
-    (`None`: not known), a shared basis being split evenly among its users.
+    `layers` are those that share, or go together. `group` numbers the groups of a role in the order of the plan. `kept`
+    is the fraction of parameters that is left (`None`: not known), what is shared being split evenly among its users.
     """
 
     role: str
@@ -31,6 +35,11 @@ class Cell:
     kept: float | None = 1.0
     error: float | None = None
     spectrum: dict[str, list[float]] | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether it uses weights together with other layers."""
+        return self.kind in SHARING
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,8 @@ class Run:
             what = "share" if len(layers) > 1 else "own"
             rest = (what, layers, number, edit["side"], rank, kept, facts.get("error"), facts.get("spectrum"))
             return [Cell(role, layer, *rest) for layer in layers]
+        if kind == "delta":
+            return self._with_deltas(Delta(**{**edit, "layers": layers}), counts)
         if kind == "drop":
             gone = [(r, layer) for r, layer in cells if layer in layers and edit["part"] in ("block", part_of(r))]
             return [Cell(r, layer, kind, layers, kept=0.0) for r, layer in gone]
@@ -144,6 +155,19 @@ class Run:
             return [Cell(r, layer, kind, layers, kept=gone[layer]) for r, layer in cells if layer in gone]
         touched = [key for key in cells if edit.get("role", key[0]) == key[0] and (not layers or key[1] in layers)]
         return [Cell(*key, kind, layers, rank=edit.get("rank"), kept=None) for key in touched]
+
+    def _with_deltas(self, edit: Delta, counts: dict[str, int]) -> list[Cell]:
+        """The cells of an anchor and of the layers with deltas to it."""
+        role, users, number = edit.role, edit.users, counts[edit.role]
+        counts[role] += 1
+        d_in, d_out = self.results["shapes"][role][edit.anchor]
+        base = 1 / len(users)
+        kept = base + edit.rank * (d_in + d_out) / (d_in * d_out)
+        error = self.results["groups"].get(edit.id, {}).get("error")
+        anchor = [Cell(role, edit.anchor, "anchor", users, number, kept=base)] if edit.anchor not in edit.layers else []
+        return anchor + [
+            Cell(role, layer, edit.kind, users, number, rank=edit.rank, kept=kept, error=error) for layer in edit.layers
+        ]
 
 
 def _json(path: Path) -> Any:

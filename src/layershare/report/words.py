@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from layershare.plan.table import size
-from layershare.report.runs import Run
+from layershare.report.runs import SHARING, Run
 
 _UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
 
@@ -73,13 +73,10 @@ def sizes(run: Run) -> list[tuple[str, str, str, float]]:
 
 def edits(run: Run) -> str:
     """What the plan does, counted: `15 bases shared by 2 layers each; 40 matrices with own factors`."""
-    parts = []
-    groups = {(cell.role, cell.layers) for cell in run.cells.values() if cell.kind == "share"}
-    for n in sorted({len(layers) for _, layers in groups}):
-        number = sum(len(layers) == n for _, layers in groups)
-        parts.append(f"{number} {'bases' if number > 1 else 'basis'} shared by {n} layers{' each' * (number > 1)}")
+    parts = _shared(run, ("share",), "basis", "bases")
+    parts += [f"{part}, with deltas" for part in _shared(run, ("anchor", "delta"), "weight", "weights")]
     kinds = Counter(cell.kind for cell in run.cells.values())
-    for kind in sorted(kinds.keys() - {"share", "drop", "merge", "slice"}, key=lambda kind: (kind == "dense", kind)):
+    for kind in sorted(kinds.keys() - {*SHARING, "drop", "merge", "slice"}, key=lambda kind: (kind == "dense", kind)):
         words = {"own": "with own factors", "dense": "unchanged"}.get(kind, f"changed by {kind}")
         parts.append(f"{kinds[kind]} {'matrices' if kinds[kind] > 1 else 'matrix'} {words}")
     for edit in run.plan["edits"]:
@@ -92,6 +89,16 @@ def edits(run: Run) -> str:
         elif edit.get("kind") == "merge":
             parts.append(f"{layers} merged into layer {edit['into']}")
     return "; ".join(parts) or "nothing was changed"
+
+
+def _shared(run: Run, kinds: tuple[str, ...], one: str, many: str) -> list[str]:
+    """How many layers share one of these, for each number of layers."""
+    groups = {(cell.role, cell.layers) for cell in run.cells.values() if cell.kind in kinds}
+    parts = []
+    for n in sorted({len(layers) for _, layers in groups}):
+        number = sum(len(layers) == n for _, layers in groups)
+        parts.append(f"{number} {many if number > 1 else one} shared by {n} layers{' each' * (number > 1)}")
+    return parts
 
 
 def calibration(run: Run) -> str:

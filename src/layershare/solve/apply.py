@@ -19,9 +19,9 @@ from layershare.methods.method import Method
 from layershare.model.arch import Linear, Spec
 from layershare.model.layers import FactorLinear
 from layershare.model.weights import Weights
-from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share, sliced_width
-from layershare.plan.layout import origins
+from layershare.plan.budget import delta_parameters, share_parameters
+from layershare.plan.edits import Delta, Share, sliced_width
+from layershare.plan.layout import delta_tensors, origins, share_tensors
 from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
 from layershare.store import Store
@@ -39,7 +39,10 @@ class Factored:
         self.refits = Store(folder / "refit", {**identity, "edits": [unit_name(edit) for edit in self.shares]})
         self.width = sliced_width(plan.edits)
         self.slices = Store(folder / "slice", {**identity, "width": self.width})
+        self.anchored = [edit for edit in plan.edits if isinstance(edit, Delta)]
+        self.deltas = Store(folder / "deltas", {**identity, "edits": [f"{e.id}.{e.rank}" for e in self.anchored]})
         self._lost: dict[str, float] = {}
+        self._found: dict[str, dict[str, Any]] = {}
         self._origins = origins(spec, plan.edits)
         self._places: dict[str, tuple[Store, str]] = {}
         for edit in self.shares:
@@ -66,6 +69,21 @@ class Factored:
         self.slices.write(unit, tensors, {"errors": errors})
         self.sliced(unit)
 
+    def has_delta(self, unit: str) -> bool:
+        """Whether a unit of layers with deltas is there; if so, its tensors come from it from now on."""
+        there = self._find(self.deltas, unit)
+        if there:
+            self._found |= self.deltas.facts(unit)
+        return there
+
+    def write_delta(self, unit: str, tensors: dict[str, Tensor], facts: dict[str, dict[str, Any]]) -> None:
+        """Store a unit of layers with deltas: the tensors of some `Delta`s, and dense ones that change along with them.
+
+        All by their full names in the checkpoint; `facts`: id of a `Delta` -> what is known of it, such as its `error`.
+        """
+        self.deltas.write(unit, tensors, facts)
+        self.has_delta(unit)
+
     def _find(self, store: Store, unit: str) -> bool:
         if unit in store:
             self._places.update(dict.fromkeys(store.names(unit), (store, unit)))
@@ -82,10 +100,19 @@ class Factored:
         """Group -> rank, parameters, `error` and `spectrum` of its solution; place in a sliced model -> its `error`.
 
         `error` is Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit; `spectrum` see `sampled`.
+        Of a `Delta`, by its id, what was noted when it was written.
         Of a slice the error is Σ‖X − XQQᵀ‖² / Σ‖X‖², X as the model that is sliced up to there makes it.
         """
         places = {place: {"error": error} for place, error in self._lost.items()}
-        return places | {
+        deltas = {
+            edit.id: {
+                "rank": edit.rank,
+                "parameters": delta_parameters(self.spec, edit),
+                **self._found.get(edit.id, {}),
+            }
+            for edit in self.anchored
+        }
+        shares = {
             edit.id: {
                 "rank": edit.rank,
                 "parameters": share_parameters(self.spec, edit),
@@ -93,6 +120,7 @@ class Factored:
             }
             for edit in self.shares
         }
+        return places | shares | deltas
 
 
 def solve(
@@ -173,7 +201,7 @@ def _refit_layer(
     new = {}
     for linear, edit in fitted:
         weight, module = modules[linear.name]
-        first, second = module.factors()
+        first, second = module.parts()
         dense = row_convention(weight.to(second.weight.device), linear)
         second.weight.copy_(refit(first.weight.T, grams[linear.site], dense).T)
         new[_second_factor(spec, linear, edit)] = second.weight
@@ -201,8 +229,12 @@ def members(spec: Spec, edit: Share) -> list[Linear]:
 
 def factor_names(spec: Spec, edit: Share) -> list[str]:
     """Names of a group's tensors in the checkpoint: the basis, then each layer's coefficients."""
-    names = [f"{spec.base_prefix}{linear.name}" for linear in members(spec, edit)]
-    return [f"{names[0]}.basis.weight", *(f"{name}.coef.weight" for name in names)]
+    return list(share_tensors(spec, edit))
+
+
+def delta_names(spec: Spec, edit: Delta) -> list[str]:
+    """Names of a `Delta`'s tensors in the checkpoint: the base, then down and up of each of its layers."""
+    return list(delta_tensors(spec, edit))
 
 
 def unit_name(edit: Share) -> str:

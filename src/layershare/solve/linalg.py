@@ -17,6 +17,8 @@ RIDGE = 1e-12
 """Added to a Gram matrix before it is inverted, relative to its mean eigenvalue; negative eigenvalues count as 0."""
 REFIT_RIDGE = 1e-8
 """The same for a refit, where nothing frees the matrix of negative eigenvalues from the rounding of float32 Grams."""
+MEAN_RIDGE = 1e-6
+"""The same for a mean of weights, where the Grams' rounding errors would be divided by each other."""
 _PANEL = 256
 """Rows or columns of a matrix that are widened to float64 at once."""
 _BLOCK = 256
@@ -110,6 +112,37 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
         target.addmm_(weighted.T, dense)
     normal.diagonal().add_(_ridge(normal, REFIT_RIDGE))
     return torch.linalg.solve(normal, target)
+
+
+def weighted_mean(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:
+    """M = (ΣGᵢ)⁻¹ΣGᵢWᵢ, which minimises Σ‖Xᵢ(Wᵢ − M)‖²; d_in × d_out, float64.
+
+    It is solved for as W̄ + (ΣGᵢ + λ1)⁻¹ΣGᵢ(Wᵢ − W̄) with the plain mean W̄, which is left where the text shows nothing; λ
+    is `MEAN_RIDGE` relative to the mean eigenvalue of ΣGᵢ. `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or
+    all `None` for the plain mean.
+    """
+    mean = torch.zeros_like(weights[0], dtype=torch.float64)
+    for weight in weights:
+        mean += weight.double() / len(weights)
+    total, target = _zeros(len(mean), mean), torch.zeros_like(mean)  # ΣGᵢ and ΣGᵢ(Wᵢ − W̄)
+    for weight, gram in zip(weights, grams, strict=True):
+        if gram is None:
+            return mean
+        total += gram
+        apart = weight.double() - mean
+        for rows, panel in zip(target.split(_PANEL), _row_panels(gram), strict=True):
+            rows.addmm_(panel, apart)
+    total.diagonal().add_(_ridge(total, MEAN_RIDGE))
+    return mean + torch.linalg.solve(total, target)
+
+
+def energy(weight: Tensor, gram: Tensor | None) -> float:
+    """‖XW‖² = tr(WᵀGW); without a Gram, G = 1."""
+    wide = weight.double()
+    if gram is None:
+        return float(wide.square().sum())
+    panels = zip(wide.split(_PANEL), _row_panels(gram), strict=True)
+    return float(sum((rows * (panel @ wide)).sum() for rows, panel in panels))
 
 
 def principal_axes(gram: Tensor, width: int, near: Tensor | None = None) -> tuple[Tensor, float]:

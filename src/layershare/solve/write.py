@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
-from layershare.model.hub import Dropped, Group, LayershareConfig, write_shim
+from layershare.model.hub import LayershareConfig, write_shim
 from layershare.model.sliced import Sliced
+from layershare.model.swap import Anchored, Dropped, Group
 from layershare.model.weights import require_finite
 from layershare.plan.edits import dropped_parts, kept_layers
 from layershare.plan.layout import checkpoint_tensors, guard_of
@@ -30,10 +31,11 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
     kept = kept_layers(factored.spec.n_layers, plan.edits)
     if len(kept) < factored.spec.n_layers:
         cut_layers(config, kept)
-    groups, dropped, sliced = groups_of(factored), dropped_of(factored), slice_of(factored)
+    groups, deltas = groups_of(factored), deltas_of(factored)
+    dropped, sliced = dropped_of(factored), slice_of(factored)
     if sliced is not None:
         config.tie_word_embeddings = False
-    ours = bool(groups or dropped) or sliced is not None
+    ours = bool(groups or deltas or dropped) or sliced is not None
     if ours:
         notes = {
             "method": plan.method,
@@ -42,7 +44,7 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
             "of": plan.of,
             "model": recipe.model,
         }
-        config.quantization_config = LayershareConfig(groups, compression=notes, dropped=dropped, slice=sliced)
+        config.quantization_config = LayershareConfig(groups, notes, deltas=deltas, dropped=dropped, slice=sliced)
     config.save_pretrained(folder)
     if ours:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -77,6 +79,15 @@ def groups_of(factored: Factored) -> list[Group]:
         Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(factored.spec, edit)))
         for edit in factored.shares
     ]
+
+
+def deltas_of(factored: Factored) -> list[Anchored]:
+    """The `Delta`s of a plan, as the checkpoint's config lists them."""
+    spec, found = factored.spec, []
+    for edit in factored.anchored:
+        members = tuple(spec.linear(edit.role, layer).name for layer in edit.layers)
+        found.append(Anchored(edit.role, edit.rank, spec.linear(edit.role, edit.anchor).name, members))
+    return found
 
 
 def dropped_of(factored: Factored) -> list[Dropped]:
