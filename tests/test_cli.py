@@ -105,6 +105,17 @@ def test_compress_list_evaluate_generate_export(layershare, here):
         torch.testing.assert_close(dense(tokens()).logits, small(tokens()).logits, rtol=1e-3, atol=1e-4)
 
 
+def test_refine(layershare, here):
+    code, _, err = layershare(*COMPRESS, "--refine", "--set", "refine.epochs=1", "--set", "refine.lr=0.001")
+    assert code == 0, err
+    noted = json.loads((here / "small" / "results.json").read_text())["refine"]
+    assert (noted["epochs"], noted["lr"], len(noted["blocks"])) == (1, 0.001, 4)
+    code, _, err = layershare("compress", "dense", "-o", "same", "--method", "svd", "--keep", "1", "--refine")
+    assert code == 2
+    assert "no block has factors to refine" in err
+    assert not (here / "same").exists()
+
+
 def test_every_run_has_pages_and_a_report_shows_its_speed(layershare, here):
     code, _, err = layershare(*COMPRESS)
     assert code == 0, err

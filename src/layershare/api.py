@@ -41,6 +41,7 @@ def compress(
     batch_size: int = 4,
     stats: str | Path | None = None,
     plan: str | Path | None = None,
+    refine: bool | dict[str, Any] = False,
     folder: str | Path | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -49,8 +50,9 @@ def compress(
     `keep`: a fraction (`0.8`), parameters (`"5.4B"`) or bytes (`"11GB"`), counted `of="all"` parameters or of the
     `"targets"` alone. `text`: what to compress for, as `load_text` takes it, in `blocks` blocks of `length` tokens
     (`None`: the model's context, at most 2048). `stats`: a folder in which the measured statistics are kept for further
-    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `folder`: where
-    to leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `options` are the
+    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `refine`: train
+    each block towards the original's afterwards; a dict sets `epochs`, `lr`, `batch_size`, `norms`. `folder`: where to
+    leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `options` are the
     method's own, such as `group_size=4`. The result is what `from_pretrained` gives for the folder: it saves with
     `save_pretrained` and trains like any model.
 
@@ -72,6 +74,7 @@ def compress(
                 "batch_size": batch_size,
                 "stats": None if stats is None else str(stats),
             },
+            "refine": {} if refine is True else refine or None,
         }
     )
     with TemporaryDirectory(prefix="layershare-") as temporary:

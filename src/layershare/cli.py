@@ -91,6 +91,9 @@ def compress(
     length: Length = None,
     stats: StatsFolder = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan (edited by hand, say).")] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=25).")
+    ] = False,
     test: Annotated[
         str | None, typer.Option("--eval", help="Measure the result on the held-out part of a text.")
     ] = None,
@@ -108,6 +111,7 @@ def compress(
         "dtype": dtype,
         "device": device,
         "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
+        "refine": {} if refine else None,
         "evaluation": None if test is None else _given(text=test, length=length),
     }
     _run(_recipe(values, option, changes), output)

@@ -59,11 +59,26 @@ class Test:
 
 
 @dataclass(frozen=True)
+class Refine:
+    """How each block's own factors are trained towards the original block: AdamW, with cosine decay from `lr` to 0.
+
+    `batch_size`: text blocks per step. `norms`: train the norms of blocks with factors, too.
+    """
+
+    __pydantic_config__ = _STRICT
+    epochs: Annotated[int, Field(ge=1)] = 25
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    norms: bool = False
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One compression: what, how, how small, on which text, measured on which.
 
     `keep`: `0.8`, `5.4B` or `11GB`, counted `of` all parameters or of the targets. `plan`: a plan file to carry out
     in place of the method's own. `dtype`: in which the model is run and stored, `auto` for the checkpoint's.
+    `refine`: train each block on the calibration text after it is solved; not done without.
     """
 
     __pydantic_config__ = _STRICT
@@ -77,6 +92,7 @@ class Recipe:
     device: str = "auto"
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     calibration: Calibration = field(default_factory=Calibration)
+    refine: Refine | None = None
     evaluation: Test | None = None
 
     def to_yaml(self) -> str:
@@ -124,7 +140,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
         *section, key = [str(part) for part in first["loc"]] or ["recipe"]
         if first["type"] == "unexpected_keyword_argument":
-            known = {"": Recipe, "calibration": Calibration, "evaluation": Test}[".".join(section)]
+            known = {"": Recipe, "calibration": Calibration, "refine": Refine, "evaluation": Test}[".".join(section)]
             where = f"key in {section[0]}" if section else "key"
             raise unknown(where, key, [each.name for each in fields(known)]) from error
         if first["type"] == "missing":
