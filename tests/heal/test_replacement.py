@@ -12,6 +12,7 @@ from layershare.errors import LayershareError
 from layershare.heal.replacement import LOGGED, Replacement, ReplacementCallback, gates
 from layershare.model.arch import find_blocks
 from layershare.model.hub import load
+from layershare.model.layers import SharedLinear
 from tests.families import CONFIGS, tiny_model, tokens
 from tests.model.small import compressed, logits
 
@@ -77,7 +78,8 @@ def test_gradients_reach_only_the_students_open_blocks():
         student(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(parameter.grad is None for parameter in blocks_of(original).parameters())
     for number, block in enumerate(blocks_of(student)):
-        own = [p for name, p in block.named_parameters() if "basis" not in name]  # a basis serves other blocks, too
+        shared = {p for m in block.modules() if isinstance(m, SharedLinear) for p in m.parameters()}
+        own = [p for p in block.parameters() if p not in shared]  # what is shared serves other blocks, too
         assert all((p.grad is None) == (number == 1) for p in own)
 
 
