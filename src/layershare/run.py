@@ -213,7 +213,7 @@ def run(
             weights = Weights.of(model)
         weights.require_sound()
         job = prepare(recipe, weights.model)  # with the dtypes that the weights really have
-        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, _Clock(report), pages)
+        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, Clock(report), pages)
 
 
 def _carry_out(
@@ -225,7 +225,7 @@ def _carry_out(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Text | None,
     test: Trial | None,
-    clock: "_Clock",
+    clock: "Clock",
     pages: bool,
 ) -> dict[str, Any]:
     """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
@@ -401,7 +401,7 @@ def _measure(
     return results
 
 
-class _Clock:
+class Clock:
     """Announces steps and keeps their wall time in seconds."""
 
     def __init__(self, report: Report) -> None:
@@ -410,6 +410,7 @@ class _Clock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
+        """Announce and time a step; gives the function that takes its progress."""
         start = time.perf_counter()
         yield self._report(name)
         self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,287 @@
+"""The HF Trainer with our loss, our order of the data, and checkpoints that hold no more than what trains."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from layershare.calibrate.drivers import evaluating
+from layershare.calibrate.stats import Progress
+from layershare.errors import LayershareError
+from layershare.healing.losses import cross_entropy, hidden_distance, kl_divergence
+from layershare.healing.settings import Healing, Loss
+from layershare.model.arch import find_blocks
+
+Say = Callable[[str], None]
+"""Takes a line about how the training goes."""
+WEIGHTS = "trained.safetensors"
+WHOLE = "whole"
+"""The file that is written last into a checkpoint; one without it is half of one."""
+_TIMED = 5
+"""Steps after which the time that is left is told; the first one, which compiles, is not counted."""
+
+
+class Ordered(Dataset):
+    """Blocks [n, length] of a text in the order in which they are trained on: `size` of them, epoch after epoch.
+
+    Every epoch has its own permutation by seed and number, so the order is the same on every rank and after a resume.
+    """
+
+    def __init__(self, tokens: Tensor, size: int, seed: int) -> None:
+        self.tokens = tokens
+        epochs = math.ceil(size / len(tokens))
+        generator = torch.Generator().manual_seed(seed)
+        self.order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(epochs)])[:size]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.order[index]
+        return {"input_ids": self.tokens[row], "row": row}
+
+
+class Objective:
+    """The loss of a batch, and its parts by name: (1 − α)·CE + α·KD + hidden weight · hidden distance."""
+
+    def __init__(self, loss: Loss, teacher: PreTrainedModel | None) -> None:
+        self.loss, self.teacher = loss, teacher
+
+    def __call__(self, model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the predictions for tokens [b, t]."""
+        of_ce, of_kd = self.loss.weights
+        asked: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+        asked["output_hidden_states"] = self.loss.hidden > 0
+        theirs = None
+        if self.teacher is not None and self.loss.teaches:
+            with torch.no_grad():
+                theirs = self.teacher(**asked)
+        ours = model(**asked)
+        parts = {}
+        if of_ce:
+            parts["ce"] = cross_entropy(ours.logits, tokens)
+        if of_kd:
+            assert theirs is not None
+            parts["kd"] = kl_divergence(ours.logits, theirs.logits, self.loss.temperature)
+        if self.loss.hidden:
+            assert theirs is not None
+            states = [each.hidden_states[1:] for each in (ours, theirs)]
+            if [s.shape for s in states[0]] != [s.shape for s in states[1]]:
+                raise LayershareError(
+                    "The teacher has other hidden states than this model (blocks or width): loss.hidden must be 0."
+                )
+            parts["hidden"] = hidden_distance(*states)
+        weights = {"ce": of_ce, "kd": of_kd, "hidden": self.loss.hidden}
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum(), parts
+
+
+class HealTrainer(Trainer):
+    """The Trainer: what is ours is the loss, the order, and what a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, objective: Objective, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.objective = objective
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by accumulation steps
+        self.remove_callback(PrinterCallback)
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
+        """The objective. Raises `LayershareError` if it is not a number."""
+        loss, parts = self.objective(model, inputs["input_ids"])
+        if not torch.isfinite(loss):
+            raise self.diverged()
+        for name, part in parts.items():
+            self._parts.setdefault(name, []).append(part.detach())
+        return loss
+
+    def diverged(self) -> LayershareError:
+        """The error for a loss or weights that are no numbers."""
+        kept = last_checkpoint(Path(str(self.args.output_dir)))
+        where = f"; the last good checkpoint is '{kept}'" if kept else ""
+        return LayershareError(
+            f"The loss is not a number in step {self.state.global_step + 1}{where}. "
+            "Start again with a smaller optimizer.lr, in another folder."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the parts of the loss beside it."""
+        for name, values in self._parts.items():
+            gathered = self.accelerator.gather(torch.stack(values).mean()[None])
+            logs[name] = gathered.mean().item()  # pyright: ignore[reportAttributeAccessIssue]
+        self._parts.clear()
+        super().log(logs, start_time)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        assert self.model is not None
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained parameters. Raises `LayershareError` if one is not finite."""
+        if self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        trained = {name: parameter.detach().contiguous() for name, parameter in self._trained().items()}
+        if not all(torch.isfinite(each).all() for each in trained.values()):
+            raise self.diverged()
+        if self.args.should_save:
+            folder = Path(str(output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trained, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        trained = self._trained()
+        with torch.no_grad():
+            for name, tensor in load_file(Path(resume_from_checkpoint) / WEIGHTS).items():
+                trained[name].copy_(tensor)
+
+
+class Watch(TrainerCallback):
+    """Reports progress, tells how it goes, measures on held-out blocks, and marks checkpoints that are whole."""
+
+    def __init__(
+        self, trainer: HealTrainer, held_out: Tensor, every: int, rows: int, progress: Progress, say: Say
+    ) -> None:
+        self.trainer, self.held_out, self.every, self.rows = trainer, held_out, every, rows
+        self.progress, self.say = progress, say
+        self._clock: list[float] = []
+        size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+        self.tokens = size * held_out.shape[1]
+        self.speed = 0.0
+        """Tokens per second, of all steps but the first."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Measure before the first step."""
+        self.first = state.global_step
+        self.progress(state.global_step, state.max_steps)
+        if state.global_step == 0:
+            self._measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Tell speed and time left after some steps; measure every so many."""
+        self.progress(state.global_step, state.max_steps)
+        self._clock.append(time.perf_counter())
+        if len(self._clock) == _TIMED + 1:
+            speed = self.tokens * _TIMED / (self._clock[-1] - self._clock[0])
+            left = (state.max_steps - state.global_step) * self.tokens / speed
+            self.say(f"{speed:,.0f} tokens per second: about {minutes(left)} to go.")
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            began = time.perf_counter()
+            self._measure(state)
+            self._clock = [each + time.perf_counter() - began for each in self._clock]  # it does not count as training
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Note the speed."""
+        if len(self._clock) > 1:
+            self.speed = self.tokens * (len(self._clock) - 1) / (self._clock[-1] - self._clock[0])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Tell the loss."""
+        if logs and "loss" in logs:
+            self.say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Mark the checkpoint as whole."""
+        if args.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    def _measure(self, state: Any) -> None:
+        with self.trainer.accelerator.autocast():
+            nll = held_out_loss(self.trainer.model_wrapped, self.held_out, self.rows, self.trainer.args.device)
+        perplexity = math.exp(min(nll, 700))
+        state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
+        self.say(f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}")
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokens: Tensor, rows: int, device: torch.device) -> float:
+    """Mean negative log-likelihood, in nats per token, of blocks [n, length], so many at once."""
+    with evaluating(model):
+        sums = [
+            len(batch) * cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
+            for batch in tokens.to(device).split(rows)
+        ]
+    return float(torch.stack(sums).double().sum()) / len(tokens)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+@contextmanager
+def compiled(*models: PreTrainedModel | None) -> Iterator[None]:
+    """Models whose blocks are compiled one by one for the duration: what is put around blocks compiles nothing anew."""
+    blocks = [block for model in models if model is not None for block in find_blocks(model)[1]]
+    for block in blocks:
+        block.compile(dynamic=False)
+    # Blocks of one class share their code's cache, and every block that differs has an entry of its own in it.
+    limit = 8 * len(blocks) + 8
+    try:
+        with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=8 * limit):
+            yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes: int, device: str) -> TrainingArguments:
+    """The Trainer's arguments for a healing of so many steps, in micro-batches of `micro` rows."""
+    optimizer = healing.optimizer
+    log = healing.log_every or max(1, steps // 50)
+    save = healing.save_every or max(1, steps // 10)
+    checkpointing = {"gradient_checkpointing": True} if healing.gradient_checkpointing else {}
+    with warnings.catch_warnings():
+        # Newer versions of transformers have another name for it, older ones do not know that.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        return TrainingArguments(
+            str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=healing.batch_size // (micro * processes),
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataloader_pin_memory=device != "cpu",
+            optim=optimizer.name,
+            optim_target_modules=list(optimizer.targets) or None,
+            optim_args=optimizer.arguments,
+            learning_rate=optimizer.lr,
+            lr_scheduler_type=optimizer.schedule,
+            warmup_steps=math.ceil(optimizer.warmup * steps),
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            bf16=healing.precision == "bfloat16",
+            use_cpu=device == "cpu",
+            **checkpointing,
+            logging_steps=log,
+            logging_nan_inf_filter=False,
+            save_steps=-(-save // log) * log,  # a resumed log then means over the same steps
+            save_total_limit=2,
+            report_to=list(healing.report_to),
+            disable_tqdm=True,
+            log_level="error",
+            log_level_replica="error",
+            seed=healing.seed,
+        )
+
+
+def minutes(seconds: float) -> str:
+    """A duration in words: `40 s`, `3.5 min`, `2.1 h`."""
+    return next(
+        f"{seconds / factor:.2g} {unit}"
+        for unit, factor in (("h", 3600), ("min", 60), ("s", 1))
+        if seconds >= factor or unit == "s"
+    )
