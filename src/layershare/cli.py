@@ -192,6 +192,9 @@ def heal(
     loss: Annotated[
         str | None, typer.Option("--loss", help="ce (default), distill from the original, or both.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace the original's blocks by this model's step by step.")
+    ] = False,
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="The original, if the folder does not name it.")
     ] = None,
@@ -228,7 +231,7 @@ def heal(
         "evaluation.text": test,
         "device": device,
     }
-    job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ())))
+    job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
     with _progress() as (report, say):
         results = heal_folder(job, output, report=report, say=say)
     for when, evaluation in results["healing"].get("evaluation", {}).items():

@@ -102,8 +102,11 @@ class Recipe:
 
 
 def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
-    """`parse_as` for the recipe of a compression."""
-    return parse_as(Recipe, text, changes)
+    """Read a recipe, with changes such as `calibration.blocks=32` applied.
+
+    Raises `LayershareError`, with a suggestion, for what is not a recipe.
+    """
+    return make_recipe(changed(values_of(text), changes))
 
 
 def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -112,7 +115,7 @@ def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """`make_as` for the recipe of a compression."""
+    """A recipe from plain values. Raises as `parse_recipe`."""
     return make_as(Recipe, values)
 
 
@@ -124,17 +127,22 @@ def read_text(path: str | Path) -> str:
         raise LayershareError(f"The recipe '{path}' cannot be read ({type(error).__name__}).") from error
 
 
-def parse_as(kind: type[_T], text: str, changes: tuple[str, ...] = ()) -> _T:
-    """Read a recipe of some kind, with changes such as `calibration.blocks=32` applied.
-
-    Raises `LayershareError`, with a suggestion, for what is not a recipe.
-    """
+def values_of(text: str) -> dict[str, Any]:
+    """The plain values of a recipe. Raises `LayershareError` if it is not YAML, or no mapping."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise LayershareError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise LayershareError("The recipe must be a mapping of keys to values, at least `model`.")
+    return values
+
+
+def changed(values: dict[str, Any], changes: tuple[str, ...]) -> dict[str, Any]:
+    """The values with changes such as `calibration.blocks=32` applied, in place.
+
+    Raises `LayershareError` for what is no change.
+    """
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
@@ -143,11 +151,11 @@ def parse_as(kind: type[_T], text: str, changes: tuple[str, ...] = ()) -> _T:
             _put(values, path.split("."), yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise LayershareError(f"The value in '{change}' is not YAML.") from error
-    return make_as(kind, values)
+    return values
 
 
 def make_as(kind: type[_T], values: dict[str, Any]) -> _T:
-    """A recipe of some kind from plain values. Raises as `parse_as`."""
+    """A recipe of some kind, a dataclass, from plain values. Raises as `parse_recipe`."""
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

@@ -1,9 +1,10 @@
 """One healing: check, measure, train, measure, publish. Killed anywhere, the same call continues."""
 
+import copy
 import json
 import shutil
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.folders import WORK, is_finished, publish, require_disk, work_folder
+from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose, merge
+from layershare.healing.replacement import ReplacementCallback, gates
 from layershare.healing.settings import Healing
 from layershare.healing.training import (
     HealTrainer,
@@ -34,6 +38,7 @@ from layershare.healing.training import (
 from layershare.model.arch import describe
 from layershare.model.hub import QUANT_METHOD, load, save
 from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.weights import Weights
 from layershare.report.page import write_pages
 from layershare.report.results import environment
 from layershare.run import Clock, Report, block_length, device_of, silent
@@ -78,20 +83,30 @@ class HealJob:
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
         return choose(load(self.folder, dtype=torch.float32), self.healing)
 
-    def load_teacher(self) -> PreTrainedModel | None:
-        """The teacher, frozen, if the training needs one."""
-        if not self.healing.loss.teaches:
+    def load_teacher(self, folder: Path, device: str, progress: Progress) -> PreTrainedModel | StoredLogits | None:
+        """The teacher, frozen, on a device; its logits, kept in `folder`, if they are to be stored; `None` without."""
+        if not self.healing.teaches:
             return None
         assert self.teacher is not None
-        if isinstance(self.teacher, PreTrainedModel):
-            return self.teacher
-        dtype = getattr(torch, self.healing.precision)
-        return load(resolve(self.teacher), dtype=dtype).requires_grad_(False).eval()
+        k = self.healing.loss.store_teacher
+        # The student's hidden states are in float32, and some families' blocks want their weights to be so, too.
+        dtype = "float32" if self.healing.replace else self.healing.precision
+        if k is None:
+            given = self.teacher
+            model: Any = load(resolve(given), dtype=dtype) if isinstance(given, str) else copy.deepcopy(given)
+            return model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+        with PartialState().main_process_first():
+            if isinstance(self.teacher, PreTrainedModel):
+                weights = Weights.of(self.teacher)
+            else:
+                weights = Weights.open(resolve(self.teacher), folder / "scratch", dtype=dtype, device=device)
+            used = self.train_tokens[: self.steps * self.healing.batch_size]
+            return StoredLogits.make(weights, used, folder, k, self.micro, progress=progress)
 
     def needs(self, student: PreTrainedModel) -> HealNeeds:
         """What training will need."""
         teacher = 0
-        if self.healing.loss.teaches:
+        if self.healing.teaches and self.healing.loss.store_teacher is None:
             each = 2 if self.healing.precision == "bfloat16" else 4
             original = read_config(self.teacher) if isinstance(self.teacher, str) else self.teacher
             assert original is not None
@@ -112,11 +127,11 @@ def prepare_healing(healing: Healing, *, teacher: PreTrainedModel | None = None,
     folder, config, device = Path(source), read_config(source), device_of(healing.device)
     tokenizer = read_tokenizer(source)
     master = teacher if teacher is not None else healing.teacher or _original(folder, config)
-    if master is None and healing.loss.teaches:
+    if master is None and healing.teaches:
         raise LayershareError(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
-    if master is not None and (healing.loss.teaches or healing.evaluation is not None):
+    if master is not None and (healing.teaches or healing.evaluation is not None):
         theirs = master.config if isinstance(master, PreTrainedModel) else read_config(master)
         if theirs.vocab_size != config.vocab_size:
             raise LayershareError(
@@ -156,11 +171,8 @@ def prepare_healing(healing: Healing, *, teacher: PreTrainedModel | None = None,
 
 def _original(folder: Path, config: PreTrainedConfig) -> str | None:
     """The name of the model that a folder's was made from, where it says so."""
-    try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError):
-        notes = getattr(config, "quantization_config", None) or {}
-        return notes.get("compression", {}).get("model")
+    notes = getattr(config, "quantization_config", None) or {}
+    return _results(folder).get("model") or notes.get("compression", {}).get("model")
 
 
 def heal_folder(
@@ -174,7 +186,7 @@ def heal_folder(
     """
     out, healing = Path(out), job.healing
     if is_finished(out, healing.to_yaml(), HEAL):
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        results = _results(out)
         shutil.rmtree(out / WORK, ignore_errors=True)
         date = results["healing"]["date"]
         warnings.warn(f"'{out}' holds this very healing, finished {date}: nothing was done.", stacklevel=2)
@@ -202,11 +214,10 @@ def _carry_out(
         with clock.step("evaluate before") as progress:
             done["before"] = _measure(job, job.folder, progress)
     state.wait_for_everyone()
-    with clock.step("train") as progress:
-        student, log, speed = train(job, student, work / "training", progress, say)
+    student, log, speed = train(job, student, work / "training", clock, say)
     if not state.is_main_process:
         state.wait_for_everyone()
-        return json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return _results(out)
     staging = work / "model"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -215,12 +226,11 @@ def _carry_out(
     if job.trial is not None:
         with clock.step("evaluate after") as progress:
             done["after"] = _measure(job, staging, progress)
-    file = job.folder / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results = _results(job.folder)
     teacher = job.teacher.name_or_path if isinstance(job.teacher, PreTrainedModel) else job.teacher
     results["healing"] = {
         "settings": asdict(healing),
-        "teacher": teacher if healing.loss.teaches else None,
+        "teacher": teacher if healing.teaches else None,
         "text": {**job.text.identity, "seed": healing.text.seed, "held_out": healing.text.held_out},
         "needs": asdict(needs),
         "tokens_per_second": round(speed, 1),
@@ -236,11 +246,16 @@ def _carry_out(
         write_pages(staging, out.name)
     publish(staging, out)
     state.wait_for_everyone()
-    return results
+    return _results(out)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    file = folder / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def train(
-    job: HealJob, student: Any, folder: Path, progress: Any, say: Say
+    job: HealJob, student: Any, folder: Path, clock: Clock, say: Say
 ) -> tuple[PreTrainedModel, list[dict[str, Any]], float]:
     """Train, from the last checkpoint in the folder if there is one.
 
@@ -248,18 +263,25 @@ def train(
     """
     healing = job.healing
     options = arguments(healing, folder, job.steps, job.micro, job.processes, job.device)
-    teacher = job.load_teacher()
-    if teacher is not None:
-        teacher.to(options.device)  # pyright: ignore[reportArgumentType]
+    with clock.step("teacher") if healing.loss.store_teacher else nullcontext(silent("")) as progress:
+        teacher = job.load_teacher(folder / "teacher", str(options.device), progress)
     data = Ordered(job.train_tokens, job.steps * healing.batch_size, healing.text.seed)
-    trainer = HealTrainer(student, Objective(healing.loss, teacher), args=options, train_dataset=data)
-    every = healing.evaluate_every or max(1, job.steps // 10)
-    watch = Watch(trainer, job.held_out, every, job.micro, progress, say)
-    trainer.add_callback(watch)
-    inner = student if isinstance(student, PreTrainedModel) else student.get_base_model()
+    model = student if isinstance(student, PreTrainedModel) else student.get_base_model()
+    original = teacher if isinstance(teacher, PreTrainedModel) else None
     if job.device == "cpu":
         torch.set_flush_denormal(True)
-    with compiled(inner, teacher) if healing.compile else nullcontext():
+    with ExitStack() as stack:
+        if healing.compile:
+            stack.enter_context(compiled(model, original))
+        trainer = HealTrainer(student, Objective(healing.loss, model, teacher), args=options, train_dataset=data)
+        if healing.replace is not None:
+            assert original is not None
+            found = stack.enter_context(gates(model, original, healing.replace))
+            trainer.add_callback(ReplacementCallback(found, healing.seed))
+        progress = stack.enter_context(clock.step("train"))
+        every = healing.evaluate_every or max(1, job.steps // 10)
+        watch = Watch(trainer, job.held_out, every, job.micro, progress, say)
+        trainer.add_callback(watch)
         checkpoint = last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained = merge(trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False))
@@ -269,7 +291,7 @@ def train(
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
-    model = model.to(job.config.dtype or torch.float32)
+    model.to(job.config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
         save(model, staging, job.tokenizer)
     else:

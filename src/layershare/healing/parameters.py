@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from layershare.errors import LayershareError, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
-from layershare.model.layers import FactorLinear
+from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedLinear
 
 
 def choose(model: PreTrainedModel, healing: Healing) -> Any:
@@ -60,12 +60,12 @@ def norms(model: nn.Module) -> set[str]:
 
 
 def deltas(model: nn.Module) -> set[str]:
-    """The names of the low-rank deltas: `down` and `up` of a layer that has a `base`, or uses another's."""
+    """The names of the two factors of every delta."""
     return {
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith((".down.weight", ".up.weight"))
-        and type(model.get_submodule(name.rsplit(".", 2)[0])).__name__ == "DeltaLinear"
+        f"{name}.{child}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, DeltaLinear) and module.rank
+        for child in ("down", "up")
     }
 
 
@@ -73,25 +73,34 @@ def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     """The names of the linears that get an adapter. Raises `LayershareError` for a name that no linear has."""
     stack, _ = find_blocks(model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(f"{prefix}{stack}.") and isinstance(module, nn.Linear | Conv1D)
+    inside = {name: module for name, module in model.named_modules() if name.startswith(f"{prefix}{stack}.")}
+    linears = [name for name, module in inside.items() if isinstance(module, nn.Linear | Conv1D)]
+    composed = {name: module for name, module in inside.items() if isinstance(module, ComposedLinear)}
+    parts = {f"{name}.{child}": name for name, module in composed.items() for child, _ in module.named_children()}
+    own = {
+        f"{name}.{child}"
+        for name, each in composed.items()
+        for child, part in each.named_children()
+        if part is each.own
     }
     if lora.on == "linears":
-        return list(linears)
-    kinds = {"coefficients": ("coef",), "factors": ("coef", "basis")}
-    if isinstance(lora.on, str):
-        found = [name for name in linears if name.rpartition(".")[2] in kinds[lora.on]]
-        if not found:
-            raise LayershareError(f"No matrix of this model is factored, so it has no {lora.on}; use lora.on=linears.")
-        return found
-    shown = {name: name.removesuffix(".coef") for name in linears if not name.endswith(".basis")}
-    known = {each.rpartition(".")[2] for each in shown.values()}
-    for word in lora.on:
-        if word not in known:
-            raise unknown("LoRA target", word, known)
-    return [name for name, each in shown.items() if each.rpartition(".")[2] in lora.on]
+        return linears
+    if lora.on == "factors":
+        found = list(parts)
+    elif lora.on == "coefficients":
+        found = [name for name in parts if name in own and not isinstance(inside[name], SharedLinear)]
+    else:
+        # A composed layer goes by its own name, and its own part gets the adapter.
+        called = {
+            name: parts.get(name, name).rpartition(".")[2] for name in linears if name not in parts or name in own
+        }
+        for word in lora.on:
+            if word not in called.values():
+                raise unknown("LoRA target", word, set(called.values()))
+        return [name for name, word in called.items() if word in lora.on]
+    if not found:
+        raise LayershareError(f"No matrix of this model is factored, so it has no {lora.on}; use lora.on=linears.")
+    return found
 
 
 def merge(model: Any) -> PreTrainedModel:

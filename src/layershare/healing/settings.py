@@ -9,7 +9,8 @@ import yaml
 from pydantic import Field
 
 from layershare.errors import LayershareError
-from layershare.recipe import STRICT, Test, parse_as, read_text
+from layershare.healing.replacement import Replacement
+from layershare.recipe import STRICT, Test, changed, make_as, read_text, values_of
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -46,6 +47,14 @@ class Loss:
     alpha: Fraction = 0.5
     temperature: Positive = 1.0
     hidden: Annotated[float, Field(ge=0)] = 0.0
+    store_teacher: Count | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `LayershareError` for a stored teacher whose hidden states are wanted, or who is not in the loss."""
+        if self.store_teacher is not None and (self.hidden or self.kind == "ce"):
+            raise LayershareError(
+                "loss.store_teacher keeps the teacher's logits, for a loss of `distill` or `both` with loss.hidden 0."
+            )
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -105,11 +114,11 @@ class Optimizer:
 class Healing:
     """One healing: of which folder, what trains, on which loss and text, how, measured on which.
 
-    `norms`: the norms train, too. `teacher`: the original if `None`. `batch_size`: blocks per step, of all processes
-    together; `micro_batch`: blocks at once in one process. Weights are held and changed in float32 and multiplied in
-    `precision`. `compile`: the blocks, one by one. `*_every`: steps between lines of the log, measurements on the
-    held-out blocks and checkpoints (`None`: some fifty, ten and ten in a run). `report_to`: trackers that the HF
-    Trainer knows.
+    `norms`: the norms train, too. `teacher`: the original if `None`. `replace`: progressive module replacement.
+    `batch_size`: blocks per step, of all processes together; `micro_batch`: blocks at once in one process. Weights are
+    held and changed in float32, and multiplied in `precision`. `compile`: the blocks, one by one. `*_every`: steps
+    between lines of the log, measurements on the held-out blocks and checkpoints (`None`: some fifty, ten and ten in a
+    run). `report_to`: trackers that the HF Trainer knows.
     """
 
     __pydantic_config__ = STRICT
@@ -119,6 +128,7 @@ class Healing:
     norms: bool = False
     lora: Lora = field(default_factory=Lora)
     loss: Loss = field(default_factory=Loss)
+    replace: Replacement | None = None
     text: TrainingText = field(default_factory=TrainingText)
     optimizer: Optimizer = field(default_factory=Optimizer)
     batch_size: Count = 8
@@ -135,16 +145,31 @@ class Healing:
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     evaluation: Test | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `LayershareError` for a replacement by blocks of a teacher of whom there are logits alone."""
+        if self.replace is not None and self.loss.store_teacher is not None:
+            raise LayershareError("Replacement needs the teacher's blocks in memory: leave loss.store_teacher out.")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether training needs the teacher."""
+        return self.loss.teaches or self.replace is not None
+
     def to_yaml(self) -> str:
         """The settings with all their values, as copied into the output."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def read_healing(path: Path | None, given: dict[str, Any], changes: tuple[str, ...] = ()) -> Healing:
+def read_healing(
+    path: Path | None, given: dict[str, Any], changes: tuple[str, ...] = (), *, replace: bool = False
+) -> Healing:
     """Settings from a recipe (`None`: all defaults), with some given by their full key, and changes such as `seed=1`.
 
-    Raises as `parse_as`, and if there is no such file.
+    `replace`: with progressive replacement, by its defaults if the recipe has none. Raises as `parse_as`, and if there
+    is no such file.
     """
-    text = "{}" if path is None else read_text(path)
+    values = {} if path is None else values_of(read_text(path))
+    if replace:
+        values["replace"] = values.get("replace") or {}
     settings = tuple(f"{key}={json.dumps(value)}" for key, value in given.items())
-    return parse_as(Healing, text, (*settings, *changes))
+    return make_as(Healing, changed(values, (*settings, *changes)))

@@ -18,7 +18,13 @@ from transformers.trainer_callback import PrinterCallback
 from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.stats import Progress
 from layershare.errors import LayershareError
-from layershare.healing.losses import cross_entropy, hidden_distance, kl_divergence
+from layershare.healing.distill import (
+    StoredLogits,
+    cross_entropy,
+    hidden_distance,
+    kl_divergence,
+    top_k_divergence,
+)
 from layershare.healing.settings import Healing, Loss
 from layershare.model.arch import find_blocks
 
@@ -34,14 +40,15 @@ _TIMED = 5
 class Ordered(Dataset):
     """Blocks [n, length] of a text in the order in which they are trained on: `size` of them, epoch after epoch.
 
-    Every epoch has its own permutation by seed and number, so the order is the same on every rank and after a resume.
+    Every epoch has its own permutation, and all follow from the seed: the order is the same on every rank and after a
+    resume. Of blocks that do not all take part, the first ones do.
     """
 
     def __init__(self, tokens: Tensor, size: int, seed: int) -> None:
-        self.tokens = tokens
-        epochs = math.ceil(size / len(tokens))
+        self.tokens = tokens[:size]
+        epochs, rows = math.ceil(size / len(tokens)), len(self.tokens)
         generator = torch.Generator().manual_seed(seed)
-        self.order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(epochs)])[:size]
+        self.order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])[:size]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -52,37 +59,58 @@ class Ordered(Dataset):
 
 
 class Objective:
-    """The loss of a batch, and its parts by name: (1 − α)·CE + α·KD + hidden weight · hidden distance."""
+    """The loss of a batch, and its parts by name: (1 − α)·CE + α·KD + hidden weight · hidden distance.
 
-    def __init__(self, loss: Loss, teacher: PreTrainedModel | None) -> None:
-        self.loss, self.teacher = loss, teacher
+    The teacher is a model, or its logits on disk, or `None` if there is none in the loss.
+    """
 
-    def __call__(self, model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the predictions for tokens [b, t]."""
+    def __init__(self, loss: Loss, student: PreTrainedModel, teacher: PreTrainedModel | StoredLogits | None) -> None:
+        self.loss, self.student, self.teacher = loss, student, teacher
+
+    def __call__(self, model: nn.Module, tokens: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the predictions for tokens [b, t], the `rows` [b] of the text.
+
+        `model` is the student, with all that is wrapped around it.
+        """
         of_ce, of_kd = self.loss.weights
         asked: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
-        asked["output_hidden_states"] = self.loss.hidden > 0
-        theirs = None
-        if self.teacher is not None and self.loss.teaches:
-            with torch.no_grad():
+        states: list[list[Tensor]] = [[], []]
+        theirs: Any = None
+        if isinstance(self.teacher, PreTrainedModel) and self.loss.teaches:
+            with torch.no_grad(), self._kept(self.teacher, states[1]):
                 theirs = self.teacher(**asked)
-        ours = model(**asked)
+        with self._kept(self.student, states[0]):
+            ours: Any = model(**asked)
         parts = {}
         if of_ce:
             parts["ce"] = cross_entropy(ours.logits, tokens)
-        if of_kd:
-            assert theirs is not None
+        if of_kd and isinstance(self.teacher, StoredLogits):
+            parts["kd"] = top_k_divergence(ours.logits, *self.teacher.rows(rows), self.loss.temperature)
+        elif of_kd:
             parts["kd"] = kl_divergence(ours.logits, theirs.logits, self.loss.temperature)
         if self.loss.hidden:
-            assert theirs is not None
-            states = [each.hidden_states[1:] for each in (ours, theirs)]
-            if [s.shape for s in states[0]] != [s.shape for s in states[1]]:
+            if [each.shape for each in states[0]] != [each.shape for each in states[1]]:
                 raise LayershareError(
-                    "The teacher has other hidden states than this model (blocks or width): loss.hidden must be 0."
+                    "The teacher has other hidden states than this model, more or wider ones: set loss.hidden to 0."
                 )
             parts["hidden"] = hidden_distance(*states)
         weights = {"ce": of_ce, "kd": of_kd, "hidden": self.loss.hidden}
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum(), parts
+
+    @contextmanager
+    def _kept(self, model: PreTrainedModel, states: list[Tensor]) -> Iterator[None]:
+        """Put what leaves each block of a model into a list, if the loss wants it."""
+
+        def keep(block: nn.Module, args: Any, output: Any) -> None:
+            states.append(output if isinstance(output, Tensor) else output[0])
+
+        blocks = find_blocks(model)[1] if self.loss.hidden else []
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class HealTrainer(Trainer):
@@ -97,7 +125,7 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """The objective. Raises `LayershareError` if it is not a number."""
-        loss, parts = self.objective(model, inputs["input_ids"])
+        loss, parts = self.objective(model, inputs["input_ids"], inputs["row"])
         if not torch.isfinite(loss):
             raise self.diverged()
         for name, part in parts.items():
@@ -222,26 +250,31 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 @contextmanager
 def compiled(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Models whose blocks are compiled one by one for the duration: what is put around blocks compiles nothing anew."""
+    """Models whose blocks are compiled one by one for the duration.
+
+    It is their `forward` that is: gates, hooks and gradient checkpointing stay outside and compile nothing anew.
+    """
     blocks = [block for model in models if model is not None for block in find_blocks(model)[1]]
     for block in blocks:
-        block.compile(dynamic=False)
-    # Blocks of one class share their code's cache, and every block that differs has an entry of its own in it.
+        block.forward = torch.compile(block.forward, dynamic=False)
+    # Blocks of one class share their code's cache, and every block that differs has entries of its own in it.
     limit = 8 * len(blocks) + 8
     try:
         with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=8 * limit):
             yield
     finally:
         for block in blocks:
-            block._compiled_call_impl = None
+            del block.forward
 
 
 def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes: int, device: str) -> TrainingArguments:
     """The Trainer's arguments for a healing of so many steps, in micro-batches of `micro` rows."""
     optimizer = healing.optimizer
+    # Where a gate takes the original's block, the student's gets no gradient.
+    unused = healing.replace is not None
     log = healing.log_every or max(1, steps // 50)
     save = healing.save_every or max(1, steps // 10)
-    checkpointing = {"gradient_checkpointing": True} if healing.gradient_checkpointing else {}
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if healing.gradient_checkpointing else {}
     with warnings.catch_warnings():
         # Newer versions of transformers have another name for it, older ones do not know that.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
@@ -252,6 +285,7 @@ def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes:
             gradient_accumulation_steps=healing.batch_size // (micro * processes),
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
+            ddp_find_unused_parameters=unused,
             dataloader_pin_memory=device != "cpu",
             optim=optimizer.name,
             optim_target_modules=list(optimizer.targets) or None,

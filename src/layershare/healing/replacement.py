@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from layershare.errors import LayershareError
 from layershare.model.arch import find_blocks
 from layershare.model.sliced import SlicedNorm
+from layershare.recipe import STRICT
 
 LOGGED = "replacement"
 """The name under which the mean probability is logged."""
@@ -42,6 +43,7 @@ class Replacement:
     that cannot be.
     """
 
+    __pydantic_config__ = STRICT
     start: float = 0.3
     ramp: float = 0.6
     spread: float = 0.5

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from layershare.errors import LayershareError
-from layershare.heal import distill
-from layershare.heal.distill import StoredLogits, cross_entropy, hidden_distance, kl_divergence, top_k_divergence
+from layershare.healing import distill
+from layershare.healing.distill import StoredLogits, cross_entropy, hidden_distance, kl_divergence, top_k_divergence
 from layershare.model.weights import Weights
 from tests.families import CONFIGS, VOCAB, tiny_model, tokens
 
