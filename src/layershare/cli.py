@@ -204,6 +204,9 @@ def heal(
     epochs: Annotated[float | None, typer.Option("--epochs", help="Train for so many epochs (default: 1).")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Blocks per step.")] = None,
+    search: Annotated[
+        int | None, typer.Option("--search", min=1, help="Try so many settings in short trainings first.")
+    ] = None,
     test: Annotated[
         str | None, typer.Option("--eval", help="Measure before and after on the held-out part of a text.")
     ] = None,
@@ -213,7 +216,10 @@ def heal(
     ] = None,
 ) -> None:
     """Train a compressed model so that it wins back what it lost; run again to continue an interrupted healing."""
-    from layershare.healing.heal import heal_folder, prepare_healing
+    from accelerate import PartialState
+
+    from layershare.healing.heal import heal_folder
+    from layershare.healing.job import prepare_healing
     from layershare.healing.settings import read_healing
 
     _quiet()
@@ -228,12 +234,15 @@ def heal(
         "text.epochs": epochs,
         "optimizer.lr": lr,
         "batch_size": batch_size,
+        "search.trials": search,
         "evaluation.text": test,
         "device": device,
     }
     job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
     with _progress() as (report, say):
         results = heal_folder(job, output, report=report, say=say)
+    if not PartialState().is_main_process:
+        return
     for when, evaluation in results["healing"].get("evaluation", {}).items():
         console.print(f"{when.capitalize()} healing:")
         _print_evaluation(evaluation, False)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from layershare.errors import LayershareError
-from layershare.healing.heal import prepare_healing
+from layershare.healing.job import prepare_healing
 from layershare.healing.parameters import choose, merge
 from layershare.healing.training import HealTrainer, Objective, Ordered, last_checkpoint
 from layershare.model.hub import load
@@ -115,7 +115,7 @@ def test_a_killed_healing_goes_on_to_the_same_bits(small, tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         heal(small, tmp_path / "killed", **changes)
     monkeypatch.undo()
-    training = tmp_path / "killed" / ".run" / "training"
+    (training,) = (tmp_path / "killed" / ".run").glob("training-*")
     assert last_checkpoint(training) == training / "checkpoint-4"
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [".run"]
     (training / "checkpoint-6").mkdir()  # half of one, as a kill leaves it
@@ -249,7 +249,7 @@ class TestBadInput:
             LayershareError, match=r"not a number in step \d; the last good checkpoint is .*checkpoint-"
         ):
             heal(small, tmp_path / "out", train="full", optimizer={"lr": 1e30, "warmup": 1.0, "max_grad_norm": 1e30})
-        assert (tmp_path / "out" / ".run" / "training").is_dir()
+        assert list((tmp_path / "out" / ".run").glob("training-*/checkpoint-*/trained.safetensors"))
 
     def test_nothing_is_left_of_a_loss_that_is_no_number_at_once(self, small, tmp_path):
         with pytest.raises(LayershareError, match="not a number in step"):

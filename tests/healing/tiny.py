@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from layershare.healing.heal import HealJob, heal_folder, prepare_healing
+from layershare.healing.heal import heal_folder
+from layershare.healing.job import HealJob, prepare_healing
 from layershare.healing.settings import Healing
 from layershare.recipe import make_as, make_recipe
 from layershare.run import run

@@ -111,6 +111,15 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Short trainings before the long one, each with `budget` of its steps, to choose settings by held-out loss."""
+
+    __pydantic_config__ = STRICT
+    trials: Count = 10
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+@dataclass(frozen=True)
 class Healing:
     """One healing: of which folder, what trains, on which loss and text, how, measured on which.
 
@@ -118,7 +127,7 @@ class Healing:
     `batch_size`: blocks per step, of all processes together; `micro_batch`: blocks at once in one process. Weights are
     held and changed in float32, and multiplied in `precision`. `compile`: the blocks, one by one. `*_every`: steps
     between lines of the log, measurements on the held-out blocks and checkpoints (`None`: some fifty, ten and ten in a
-    run). `report_to`: trackers that the HF Trainer knows.
+    run). `report_to`: trackers that the HF Trainer knows. `search`: choose learning rate, loss and replacement first.
     """
 
     __pydantic_config__ = STRICT
@@ -144,6 +153,7 @@ class Healing:
     device: str = "auto"
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     evaluation: Test | None = None
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         """Raise `LayershareError` for a replacement by blocks of a teacher of whom there are logits alone."""

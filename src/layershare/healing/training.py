@@ -4,7 +4,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from layershare.healing.distill import (
     kl_divergence,
     top_k_divergence,
 )
+from layershare.healing.job import HealJob
+from layershare.healing.parameters import merge
+from layershare.healing.replacement import ReplacementCallback, gates
 from layershare.healing.settings import Healing, Loss
 from layershare.model.arch import find_blocks
 
@@ -113,6 +117,10 @@ class Objective:
                 hook.remove()
 
 
+class Diverged(LayershareError):
+    """The loss, or a weight, is no number."""
+
+
 class HealTrainer(Trainer):
     """The Trainer: what is ours is the loss, the order, and what a checkpoint holds."""
 
@@ -124,7 +132,7 @@ class HealTrainer(Trainer):
         self._parts: dict[str, list[Tensor]] = {}
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
-        """The objective. Raises `LayershareError` if it is not a number."""
+        """The objective. Raises `Diverged` if it is not a number."""
         loss, parts = self.objective(model, inputs["input_ids"], inputs["row"])
         if not torch.isfinite(loss):
             raise self.diverged()
@@ -132,11 +140,11 @@ class HealTrainer(Trainer):
             self._parts.setdefault(name, []).append(part.detach())
         return loss
 
-    def diverged(self) -> LayershareError:
+    def diverged(self) -> Diverged:
         """The error for a loss or weights that are no numbers."""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         where = f"; the last good checkpoint is '{kept}'" if kept else ""
-        return LayershareError(
+        return Diverged(
             f"The loss is not a number in step {self.state.global_step + 1}{where}. "
             "Start again with a smaller optimizer.lr, in another folder."
         )
@@ -154,7 +162,7 @@ class HealTrainer(Trainer):
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained parameters. Raises `LayershareError` if one is not finite."""
+        """Write the trained parameters. Raises `Diverged` if one is not finite."""
         if self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
         trained = {name: parameter.detach().contiguous() for name, parameter in self._trained().items()}
@@ -265,6 +273,63 @@ def compiled(*models: PreTrainedModel | None) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+        torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after training, without adapters, on the CPU; the Trainer's log; tokens per second."""
+
+    model: PreTrainedModel
+    log: list[dict[str, Any]]
+    speed: float
+
+    @property
+    def held_out_loss(self) -> float:
+        """That of the last measurement on the held-out blocks."""
+        return next(entry["held_out_loss"] for entry in reversed(self.log) if "held_out_loss" in entry)
+
+
+def train(
+    job: HealJob, teacher: PreTrainedModel | StoredLogits | None, folder: Path, progress: Progress, say: Say
+) -> Trained:
+    """Train, from the last checkpoint in the folder if there is one. Raises `Diverged` as `HealTrainer` does."""
+    healing, student = job.healing, job.student()
+    options = arguments(healing, folder, job.steps, job.micro, job.processes, job.device)
+    data = Ordered(job.train_tokens, job.steps * healing.batch_size, healing.text.seed)
+    model = student if isinstance(student, PreTrainedModel) else student.get_base_model()
+    original = teacher if isinstance(teacher, PreTrainedModel) else None
+    if original is not None:
+        original.to(options.device)  # pyright: ignore[reportArgumentType]
+    if job.device == "cpu":
+        torch.set_flush_denormal(True)
+    with ExitStack() as stack:
+        if healing.compile:
+            stack.enter_context(compiled(model, original))
+        trainer = HealTrainer(student, Objective(healing.loss, model, teacher), args=options, train_dataset=data)
+        if healing.replace is not None:
+            assert original is not None
+            found = stack.enter_context(gates(model, original, healing.replace))
+            trainer.add_callback(ReplacementCallback(found, healing.seed))
+        every = healing.evaluate_every or max(1, job.steps // 10)
+        watch = Watch(trainer, job.held_out, every, job.micro, progress, say)
+        trainer.add_callback(watch)
+        checkpoint = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trained = merge(_whole(job, trainer, student))
+    trained.config.use_cache = job.config.use_cache
+    return Trained(trained.requires_grad_(True).cpu(), trainer.state.log_history, watch.speed)
+
+
+def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:
+    """The trained model out of what accelerate wrapped it in, on the main process all of it where it was sharded."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    whole = job.student()
+    if trainer.accelerator.is_main_process:
+        whole.load_state_dict(state)
+    return whole
 
 
 def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes: int, device: str) -> TrainingArguments:
