@@ -14,17 +14,6 @@ from layershare.model.layers import FactorLinear
 from tests.families import tokens
 from tests.healing.tiny import changed, compress_tiny, heal, job, results_of, settings, weights
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The text has .* tokens, fewer",
-    "ignore:`(is_)?gradient_checkpointing:FutureWarning",
-)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, tokenizer, words):
-    return compress_tiny(tmp_path_factory.mktemp("heal"), tokenizer, words)
-
-
 FACTORS = (".coef.weight", ".basis.weight")
 NORMS = ("norm.weight",)
 

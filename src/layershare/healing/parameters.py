@@ -1,5 +1,6 @@
 """Which parameters train, by name; LoRA is PEFT's, and is merged when training is done."""
 
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -120,4 +121,7 @@ def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks by a name that transformers has since changed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
