@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from layershare.errors import LayershareError
 from layershare.healing.job import prepare_healing
-from layershare.healing.parameters import choose, merge
+from layershare.healing.parameters import choose, lora_targets, merge
+from layershare.healing.settings import Lora
 from layershare.healing.training import HealTrainer, Objective, Ordered, last_checkpoint
 from layershare.model.hub import load
 from layershare.model.layers import FactorLinear
@@ -61,6 +62,33 @@ def test_a_shared_basis_gets_the_sum_of_its_members_gradients(small):
             total = torch.stack([members[each].grad for each in users]).sum(0)  # pyright: ignore
             torch.testing.assert_close(own.grad, total)
             assert len(users) in (1, 2)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tokenizer, words):
+    """A model whose layers 1 and 2 use weights of layer 0 and deltas."""
+    folder = tmp_path_factory.mktemp("deltas")
+    options = {"protect": 0, "layout": "sequential"}
+    return compress_tiny(folder, tokenizer, words, method="delta", keep=0.9, options=options)
+
+
+def test_deltas_train_alone(shared, tmp_path):
+    done = heal(shared, tmp_path / "out", train="deltas", loss={"kind": "both"}, replace={})
+    every = weights(shared)
+    expected = {name for name in every if name.endswith((".down.weight", ".up.weight"))}
+    assert expected
+    assert changed(shared, tmp_path / "out") == expected
+    assert done["needs"]["trained"] == sum(every[name].numel() for name in expected)
+    probabilities = [entry["replacement"] for entry in done["log"] if "replacement" in entry]
+    assert probabilities == sorted(probabilities)
+    assert probabilities[-1] == 1
+
+
+def test_deltas_have_coefficients_and_names(shared):
+    inside = {"coefficients": (".up",), "factors": (".up", ".down", ".base"), ("up_proj",): (".up_proj.up",)}
+    for on, ends in inside.items():
+        targets = lora_targets(load(shared), Lora(on=on))  # pyright: ignore[reportArgumentType]
+        assert {end for end in ends if any(name.endswith(end) for name in targets)} == set(ends)
 
 
 def test_merged_adapters_keep_logits_and_sharing(small):
@@ -181,6 +209,35 @@ def test_an_ordinary_model_heals_without_results(small, tmp_path):
     assert set(results_of(tmp_path / "out")) == {"healing"}
 
 
+def test_the_search_takes_the_best_and_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
+    options = {"train": "factors", "loss": {"kind": "both"}, "search": {"trials": 4, "budget": 0.5}}
+    whole = heal(small, tmp_path / "whole", **options)
+    trials = whole["search"]["trials"]
+    assert trials[0]["settings"] == {"optimizer.lr": 1e-2, "loss.alpha": 0.5, "loss.temperature": 1.0}
+    best = min(trials, key=lambda trial: trial["held_out_loss"])["settings"]
+    chosen = whole["search"]["chosen"]
+    assert (chosen["optimizer"]["lr"], chosen["loss"]["alpha"]) == (best["optimizer.lr"], best["loss.alpha"])
+    assert whole["settings"]["optimizer"]["lr"] == 1e-2
+
+    step, calls = HealTrainer.compute_loss, []
+
+    def killed(self, *args, **more):
+        calls.append(1)
+        if len(calls) == 10:  # in the third trial of four steps each
+            raise KeyboardInterrupt
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(HealTrainer, "compute_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        heal(small, tmp_path / "killed", **options)
+    calls.clear()
+    calls += [1] * 100
+    again = heal(small, tmp_path / "killed", **options)
+    assert len(calls) == 100 + 2 * 4 + 8
+    assert again["search"] == whole["search"]
+    assert changed(tmp_path / "whole", tmp_path / "killed") == set()
+
+
 def test_every_epoch_has_its_own_order_of_the_same_blocks():
     blocks = torch.arange(10)[:, None]
     order = Ordered(blocks, 25, seed=3)
@@ -244,6 +301,10 @@ class TestBadInput:
         with pytest.raises(LayershareError, match="not a number in step"):
             heal(small, tmp_path / "out", train="full", optimizer={"lr": 1e30, "warmup": 0}, save_every=8, log_every=8)
         assert not (tmp_path / "out").exists()
+
+    def test_optuna_is_missing(self, small, monkeypatch):
+        monkeypatch.setattr("layershare.healing.job.find_spec", lambda name: None)
+        self.refuses(small, "pip install 'layershare.search.'", search={})
 
     def test_peft_is_missing(self, small, monkeypatch):
         monkeypatch.setattr("layershare.healing.parameters.find_spec", lambda name: None)

@@ -91,6 +91,11 @@ class Gate:
         """The probability with which it is open when a part `done` ∈ [0, 1] of the training is over."""
         return self.schedule.probability(done, self.depth)
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything in the student's block is trained."""
+        return any(parameter.requires_grad for parameter in self._block.parameters())
+
     def enter(self) -> None:
         """Take the place of the block's forward."""
         self._block.forward = self  # pyright: ignore[reportAttributeAccessIssue]  # not a method
@@ -156,7 +161,8 @@ class ReplacementCallback(TrainerCallback):
     """Opens and closes the gates before each optimizer step, and logs the mean probability as `replacement`.
 
     A draw depends on (seed, step, block) alone: it is the same on every process and after a resume. If it would leave
-    all gates closed, the one that missed by least is opened, or nothing that is trained might take part in the step.
+    all gates closed before blocks that train, the one of these that missed by least is opened, or nothing that is
+    trained might take part in the step.
     """
 
     def __init__(self, gates: Sequence[Gate], seed: int) -> None:
@@ -172,8 +178,9 @@ class ReplacementCallback(TrainerCallback):
             Random(f"{self.seed} {state.global_step} {gate.number}").random() - p
             for gate, p in zip(self.gates, probabilities, strict=True)
         ]
+        nearest = min((miss for gate, miss in zip(self.gates, misses, strict=True) if gate.trains), default=None)
         for gate, miss in zip(self.gates, misses, strict=True):
-            gate.open = miss < 0 or miss == min(misses)
+            gate.open = miss < 0 or miss == nearest
         self.mean = sum(probabilities) / len(probabilities)
 
     def on_log(
