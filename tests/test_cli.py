@@ -55,7 +55,7 @@ def test_help_does_not_import_torch():
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    for verb in ("run", "plan", "calibrate", "compress", "eval", "bench", "report", "export", "ls", "generate"):
+    for verb in ("run", "plan", "calibrate", "compress", "heal", "eval", "bench", "report", "export", "ls", "generate"):
         assert f"  {verb} " in shown
 
 

@@ -1,5 +1,6 @@
 """The Python interface: what the command line does, on models in memory."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,11 +15,14 @@ from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.speed import measure_speed
 from layershare.evaluate.trial import load_trial
 from layershare.folders import require_new
+from layershare.healing.heal import heal_folder
+from layershare.healing.job import prepare_healing
+from layershare.healing.settings import make_healing
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
@@ -80,6 +84,54 @@ def compress(
     with TemporaryDirectory(prefix="layershare-") as temporary:
         out = Path(temporary) / "model" if folder is None else Path(folder)
         run(recipe, out, model=model, tokenizer=tokenizer, text=text, pages=folder is not None)
+        return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
+
+
+def heal(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    teacher: PreTrainedModel | str | Path | None = None,
+    train: str = "lora",
+    loss: str = "ce",
+    text: Source = "wikitext2",
+    length: int | None = None,
+    tokens: int | None = None,
+    epochs: float | None = None,
+    lr: float = 1e-4,
+    batch_size: int = 8,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A compressed model, trained so that it wins back what it lost; the given ones are not changed.
+
+    `teacher`: the original, in memory or by name (`None`: as the model says that it was made from). `train`: `lora`,
+    `factors`, `norms`, `full` or `deltas`; `loss`: `ce`, `distill` or `both`. `text`: what to train on, as `load_text`
+    takes it, in blocks of `length` tokens, `batch_size` of them per step, for so many `tokens` or `epochs` (one).
+    `folder`: where to leave the finished checkpoint (and continue an interrupted healing), by default a temporary one.
+    `settings`: whatever else `Healing` has, such as `replace={}`, `compile=True` or `lora={"rank": 16}`.
+
+    Raises `LayershareError` for what cannot be done, before anything is computed, and when the loss is no number.
+    """
+    given = {
+        "model": model.name_or_path or model.config.model_type,
+        "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
+        "train": train,
+        "loss.kind": loss,
+        "text.text": str(text) if isinstance(text, str | Path) else f"strings {_digest(text)}",
+        "text.length": length,
+        "text.tokens": tokens,
+        "text.epochs": epochs,
+        "optimizer.lr": lr,
+        "batch_size": batch_size,
+    }
+    healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
+    with TemporaryDirectory(prefix="layershare-") as temporary:
+        source, out = Path(temporary) / "compressed", Path(temporary) / "model" if folder is None else Path(folder)
+        model.save_pretrained(source)
+        (tokenizer or tokenizer_of(model)).save_pretrained(source)
+        master = teacher if isinstance(teacher, PreTrainedModel) else None
+        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 

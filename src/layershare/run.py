@@ -28,7 +28,7 @@ from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Share, sharing, sliced_width
@@ -186,9 +186,7 @@ def run(
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
-        if model is not None and not model.name_or_path:  # its type, which stands for a name, may be another's
-            raise LayershareError("This model was not loaded by a name, so its tokenizer is not known; give it, too.")
-        tokenizer = read_tokenizer(recipe.model)
+        tokenizer = read_tokenizer(recipe.model) if model is None else tokenizer_of(model)
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None

@@ -14,10 +14,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, load_text
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, unknown
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
@@ -123,6 +126,7 @@ def prepare_healing(
     """
     if healing.search is not None and find_spec("optuna") is None:
         raise LayershareError("The search needs optuna: pip install 'layershare[search]'.")
+    _require_known(healing)
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
@@ -168,6 +172,23 @@ def prepare_healing(
             "processes; change batch_size or micro_batch."
         )
     return HealJob(healing, folder, device, config, tokenizer, master, blocks, trial, steps, micro, processes)
+
+
+def _require_known(healing: Healing) -> None:
+    """Raise `LayershareError` for an optimizer, schedule or tracker that the Trainer does not know."""
+    optimizer = healing.optimizer
+    if optimizer.name not in list(OptimizerNames):
+        raise unknown("optimizer", optimizer.name, [each.value for each in OptimizerNames])
+    if optimizer.name.startswith(("galore", "apollo")) and not optimizer.targets:
+        raise LayershareError(f"'{optimizer.name}' needs optimizer.targets, such as [attn, mlp]: what it projects.")
+    if optimizer.schedule not in list(SchedulerType):
+        raise unknown("schedule", optimizer.schedule, [each.value for each in SchedulerType])
+    available = get_available_reporting_integrations()
+    for tracker in healing.report_to:
+        if tracker not in available:
+            raise LayershareError(
+                f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
+            )
 
 
 def _original(folder: Path, config: PreTrainedConfig) -> str | None:

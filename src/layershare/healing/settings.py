@@ -175,11 +175,15 @@ def read_healing(
 ) -> Healing:
     """Settings from a recipe (`None`: all defaults), with some given by their full key, and changes such as `seed=1`.
 
-    `replace`: with progressive replacement, by its defaults if the recipe has none. Raises as `parse_as`, and if there
-    is no such file.
+    `replace`: with progressive replacement, by its defaults if the recipe has none. Raises as `read_recipe`.
     """
     values = {} if path is None else values_of(read_text(path))
     if replace:
         values["replace"] = values.get("replace") or {}
+    return make_healing(values, given, changes)
+
+
+def make_healing(values: dict[str, Any], given: dict[str, Any], changes: tuple[str, ...] = ()) -> Healing:
+    """Settings from plain values, in which some are given by their full key, and changes. Raises as `read_healing`."""
     settings = tuple(f"{key}={json.dumps(value)}" for key, value in given.items())
     return make_as(Healing, changed(values, (*settings, *changes)))

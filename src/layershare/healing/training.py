@@ -315,7 +315,10 @@ def train(
         watch = Watch(trainer, job.held_out, every, job.micro, progress, say)
         trainer.add_callback(watch)
         checkpoint = last_checkpoint(folder)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except ImportError as error:
+            raise LayershareError(f"The optimizer '{healing.optimizer.name}' is not installed: {error}") from error
     trained = merge(_whole(job, trainer, student))
     trained.config.use_cache = job.config.use_cache
     return Trained(trained.requires_grad_(True).cpu(), trainer.state.log_history, watch.speed)
