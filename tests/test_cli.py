@@ -55,7 +55,7 @@ def test_help_does_not_import_torch():
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    for verb in ("run", "plan", "calibrate", "compress", "eval", "bench", "report", "export", "ls", "generate"):
+    for verb in ("run", "plan", "calibrate", "compress", "heal", "eval", "bench", "report", "export", "ls", "generate"):
         assert f"  {verb} " in shown
 
 
@@ -103,6 +103,17 @@ def test_compress_list_evaluate_generate_export(layershare, here):
     assert "quantization_config" not in json.loads((here / "wide" / "config.json").read_text())
     with torch.no_grad():
         torch.testing.assert_close(dense(tokens()).logits, small(tokens()).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_refine(layershare, here):
+    code, _, err = layershare(*COMPRESS, "--refine", "--set", "refine.epochs=1", "--set", "refine.lr=0.001")
+    assert code == 0, err
+    noted = json.loads((here / "small" / "results.json").read_text())["refine"]
+    assert (noted["epochs"], noted["lr"], len(noted["blocks"])) == (1, 0.001, 4)
+    code, _, err = layershare("compress", "dense", "-o", "same", "--method", "svd", "--keep", "1", "--refine")
+    assert code == 2
+    assert "no block has factors to refine" in err
+    assert not (here / "same").exists()
 
 
 def test_every_run_has_pages_and_a_report_shows_its_speed(layershare, here):

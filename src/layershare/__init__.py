@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layershare.api import compress, make_plan, measure
+    from layershare.api import compress, heal, make_plan, measure
     from layershare.errors import LayershareError, UnsupportedModelError
     from layershare.evaluate.divergence import Evaluation
     from layershare.model.arch import Spec, describe
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "compress": "api",
+    "heal": "api",
     "measure": "api",
     "make_plan": "api",
     "Evaluation": "evaluate.divergence",
@@ -40,6 +41,7 @@ __all__ = [
     "UnsupportedModelError",
     "compress",
     "describe",
+    "heal",
     "load",
     "make_plan",
     "measure",

@@ -1,5 +1,6 @@
 """The Python interface: what the command line does, on models in memory."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,11 +15,14 @@ from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.speed import measure_speed
 from layershare.evaluate.trial import load_trial
 from layershare.folders import require_new
+from layershare.healing.heal import heal_folder
+from layershare.healing.job import prepare_healing
+from layershare.healing.settings import make_healing
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
@@ -41,6 +45,7 @@ def compress(
     batch_size: int = 4,
     stats: str | Path | None = None,
     plan: str | Path | None = None,
+    refine: bool | dict[str, Any] = False,
     folder: str | Path | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -49,8 +54,9 @@ def compress(
     `keep`: a fraction (`0.8`), parameters (`"5.4B"`) or bytes (`"11GB"`), counted `of="all"` parameters or of the
     `"targets"` alone. `text`: what to compress for, as `load_text` takes it, in `blocks` blocks of `length` tokens
     (`None`: the model's context, at most 2048). `stats`: a folder in which the measured statistics are kept for further
-    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `folder`: where
-    to leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `options` are the
+    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `refine`: train
+    each block towards the original's afterwards; a dict sets `epochs`, `lr`, `batch_size`, `norms`. `folder`: where to
+    leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `options` are the
     method's own, such as `group_size=4`. The result is what `from_pretrained` gives for the folder: it saves with
     `save_pretrained` and trains like any model.
 
@@ -72,11 +78,60 @@ def compress(
                 "batch_size": batch_size,
                 "stats": None if stats is None else str(stats),
             },
+            "refine": {} if refine is True else refine or None,
         }
     )
     with TemporaryDirectory(prefix="layershare-") as temporary:
         out = Path(temporary) / "model" if folder is None else Path(folder)
         run(recipe, out, model=model, tokenizer=tokenizer, text=text, pages=folder is not None)
+        return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
+
+
+def heal(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    teacher: PreTrainedModel | str | Path | None = None,
+    train: str = "lora",
+    loss: str = "ce",
+    text: Source = "wikitext2",
+    length: int | None = None,
+    tokens: int | None = None,
+    epochs: float | None = None,
+    lr: float = 1e-4,
+    batch_size: int = 8,
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A compressed model, trained so that it wins back what it lost; the given ones are not changed.
+
+    `teacher`: the original, in memory or by name (`None`: as the model says that it was made from). `train`: `lora`,
+    `factors`, `norms`, `full` or `deltas`; `loss`: `ce`, `distill` or `both`. `text`: what to train on, as `load_text`
+    takes it, in blocks of `length` tokens, `batch_size` of them per step, for so many `tokens` or `epochs` (one).
+    `folder`: where to leave the finished checkpoint (and continue an interrupted healing), by default a temporary one.
+    `settings`: whatever else `Healing` has, such as `replace={}`, `compile=True` or `lora={"rank": 16}`.
+
+    Raises `LayershareError` for what cannot be done, before anything is computed, and when the loss is no number.
+    """
+    given = {
+        "model": model.name_or_path or model.config.model_type,
+        "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
+        "train": train,
+        "loss.kind": loss,
+        "text.text": str(text) if isinstance(text, str | Path) else f"strings {_digest(text)}",
+        "text.length": length,
+        "text.tokens": tokens,
+        "text.epochs": epochs,
+        "optimizer.lr": lr,
+        "batch_size": batch_size,
+    }
+    healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
+    with TemporaryDirectory(prefix="layershare-") as temporary:
+        source, out = Path(temporary) / "compressed", Path(temporary) / "model" if folder is None else Path(folder)
+        model.save_pretrained(source)
+        (tokenizer or tokenizer_of(model)).save_pretrained(source)
+        master = teacher if isinstance(teacher, PreTrainedModel) else None
+        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from layershare.errors import LayershareError
 
 if TYPE_CHECKING:
+    from layershare.healing.training import Say
     from layershare.recipe import Recipe
     from layershare.run import Report
 
@@ -91,6 +92,9 @@ def compress(
     length: Length = None,
     stats: StatsFolder = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan (edited by hand, say).")] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=25).")
+    ] = False,
     test: Annotated[
         str | None, typer.Option("--eval", help="Measure the result on the held-out part of a text.")
     ] = None,
@@ -108,6 +112,7 @@ def compress(
         "dtype": dtype,
         "device": device,
         "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
+        "refine": {} if refine else None,
         "evaluation": None if test is None else _given(text=test, length=length),
     }
     _run(_recipe(values, option, changes), output)
@@ -136,7 +141,7 @@ def plan(
 
     _require_parent(output)
     recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype}, option)
-    with _progress() as report:
+    with _progress() as (report, _):
         job = plan_only(recipe, stats, report)
     assert job.plan is not None
     if output is not None:
@@ -165,13 +170,83 @@ def calibrate(
     from layershare.run import calibrate_to
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
-    with _progress() as report:
+    with _progress() as (report, _):
         folder = calibrate_to(
             _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}),
             (*STREAMED, "fisher") if fisher else STREAMED,
             report,
         )
     console.print(f"Statistics are in {folder}.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def heal(
+    folder: Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")],
+    output: Out,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Settings (YAML); options here come before it.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="lora (default), factors, norms, full or deltas.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="ce (default), distill from the original, or both.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace the original's blocks by this model's step by step.")
+    ] = False,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="The original, if the folder does not name it.")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="As for compress; the part to train on.")] = None,
+    length: Length = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Train on so many tokens.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Train for so many epochs (default: 1).")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Blocks per step.")] = None,
+    search: Annotated[
+        int | None, typer.Option("--search", min=1, help="Try so many settings in short trainings first.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option("--eval", help="Measure before and after on the held-out part of a text.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, …")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Set a setting: lora.rank=16, compile=true. Repeatable.")
+    ] = None,
+) -> None:
+    """Train a compressed model so that it wins back what it lost; run again to continue an interrupted healing."""
+    from accelerate import PartialState
+
+    from layershare.healing.heal import heal_folder
+    from layershare.healing.job import prepare_healing
+    from layershare.healing.settings import read_healing
+
+    _quiet()
+    given = {
+        "model": folder,
+        "teacher": teacher,
+        "train": train,
+        "loss.kind": loss,
+        "text.text": text,
+        "text.length": length,
+        "text.tokens": tokens,
+        "text.epochs": epochs,
+        "optimizer.lr": lr,
+        "batch_size": batch_size,
+        "search.trials": search,
+        "evaluation.text": test,
+        "device": device,
+    }
+    job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
+    with _progress() as (report, say):
+        results = heal_folder(job, output, report=report, say=say)
+    if not PartialState().is_main_process:
+        return
+    for when, evaluation in results["healing"].get("evaluation", {}).items():
+        console.print(f"{when.capitalize()} healing:")
+        _print_evaluation(evaluation, False)
+    console.print(f"The healed model is in {output}.", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -214,7 +289,7 @@ def evaluate(
         dtype=dtype,
     )
     test["text"] = text or (None if tasks else "wikitext2")
-    with _progress() as report:
+    with _progress() as (report, _):
         results = evaluate_folder(
             folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
         )
@@ -250,7 +325,7 @@ def bench(
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output
     _require_parent(file)
-    with _progress() as report:
+    with _progress() as (report, _):
         speed = bench_folder(
             folder,
             original,
@@ -333,7 +408,7 @@ def _run(recipe: "Recipe", output: Path) -> None:
         console.print(needs_sentence(job.needs), highlight=False, soft_wrap=True)
     else:
         console.print(plan_table(job.spec, job.plan, job.needs))
-    with _progress() as report:
+    with _progress() as (report, _):
         results = run(recipe, output, report=report)
     if job.plan is None:
         console.print(plan_table(job.spec, Plan.read(output / "plan.json", job.spec)))
@@ -369,8 +444,8 @@ def _print_evaluation(evaluation: dict[str, Any], json: bool) -> None:
 
 
 @contextmanager
-def _progress() -> "Iterator[Report]":
-    """A bar per step, with the time left."""
+def _progress() -> "Iterator[tuple[Report, Say]]":
+    """A bar per step, with the time left, and what prints a line above the bars."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -388,7 +463,7 @@ def _progress() -> "Iterator[Report]":
             task = bars.add_task(step, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        yield report
+        yield report, lambda line: bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _require_parent(file: Path | None) -> None:

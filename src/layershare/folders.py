@@ -18,32 +18,32 @@ WORK = ".run"
 RECIPE = "recipe.yaml"
 
 
-def is_finished(out: Path, recipe: str) -> bool:
-    """Whether `out` holds the run of this very recipe, finished.
+def is_finished(out: Path, recipe: str, name: str = RECIPE) -> bool:
+    """Whether `out` holds the run of this very recipe, finished; `name` is that of the recipe's file.
 
     Raises `LayershareError` if it is a file, or holds something else than that run, finished or not.
     """
     if not require_folder(out).exists():
         return False
-    finished = (out / "config.json").is_file() and (out / RECIPE).is_file()
+    finished = (out / "config.json").is_file() and (out / name).is_file()
     place = out if finished else out / WORK
-    if (place / RECIPE).is_file():
-        if (place / RECIPE).read_text(encoding="utf-8") == recipe:
+    if (place / name).is_file():
+        if (place / name).read_text(encoding="utf-8") == recipe:
             return finished
         state = "a finished" if finished else "an unfinished"
         raise LayershareError(
             f"The folder '{out}' holds {state} run of another recipe; delete it or name another folder."
         )
-    if not _killed_at_once(out):
+    if not _killed_at_once(out, name):
         require_new(out)
     return False
 
 
-def _killed_at_once(out: Path) -> bool:
+def _killed_at_once(out: Path, name: str) -> bool:
     """Whether there is nothing but what a run leaves that is killed before it has written its recipe."""
     if [path.name for path in out.iterdir()] != [WORK]:
         return False
-    return {path.name for path in (out / WORK).iterdir()} <= {LOCK, f"{RECIPE}.part"}
+    return {path.name for path in (out / WORK).iterdir()} <= {LOCK, f"{name}.part"}
 
 
 def require_new(out: Path) -> None:
@@ -73,8 +73,8 @@ def require_disk(needs: dict[Path, int]) -> None:
 
 
 @contextmanager
-def work_folder(out: Path, recipe: str) -> Iterator[Path]:
-    """The folder in `out` for an unfinished run.
+def work_folder(out: Path, recipe: str, name: str = RECIPE) -> Iterator[Path]:
+    """The folder in `out` for an unfinished run; `name` is that of its recipe's file.
 
     If the run fails before any work is finished, the folder is removed, and so are those around it that were made for
     it and hold nothing else. Raises `LayershareError` if it cannot be made, or if another process works in it.
@@ -82,7 +82,7 @@ def work_folder(out: Path, recipe: str) -> Iterator[Path]:
     work = out / WORK
     made = [path for path in (work, *work.parents) if not path.exists()]
     with only_one(work):
-        write_atomically(work / RECIPE, recipe.encode())
+        write_atomically(work / name, recipe.encode())
         try:
             yield work
         except Exception:

@@ -1,15 +1,16 @@
 """A recipe says all that a run needs, in strict YAML: unknown keys and wrong values are errors with a suggestion."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from layershare.errors import LayershareError, unknown
 
-_STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid")
+_T = TypeVar("_T")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """In which a model is run; `auto` for the checkpoint's."""
@@ -22,7 +23,7 @@ class Calibration:
     `stats`: a folder to keep the measured statistics in; runs with the same model and text share it.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     text: str = "wikitext2"
     blocks: Annotated[int, Field(ge=1)] = 256
     length: Annotated[int, Field(ge=2)] | None = None
@@ -40,7 +41,7 @@ class Test:
     """
 
     __test__ = False
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     text: str | None = "wikitext2"
     blocks: Annotated[int, Field(ge=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
@@ -59,14 +60,29 @@ class Test:
 
 
 @dataclass(frozen=True)
+class Refine:
+    """How each block's own factors are trained towards the original block: AdamW, with cosine decay from `lr` to 0.
+
+    `batch_size`: text blocks per step. `norms`: train the norms of blocks with factors, too.
+    """
+
+    __pydantic_config__ = STRICT
+    epochs: Annotated[int, Field(ge=1)] = 25
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    norms: bool = False
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One compression: what, how, how small, on which text, measured on which.
 
     `keep`: `0.8`, `5.4B` or `11GB`, counted `of` all parameters or of the targets. `plan`: a plan file to carry out
     in place of the method's own. `dtype`: in which the model is run and stored, `auto` for the checkpoint's.
+    `refine`: train each block on the calibration text after it is solved; not done without.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     model: str
     method: str = "basis-sharing"
     options: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +93,7 @@ class Recipe:
     device: str = "auto"
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     calibration: Calibration = field(default_factory=Calibration)
+    refine: Refine | None = None
     evaluation: Test | None = None
 
     def to_yaml(self) -> str:
@@ -89,12 +106,43 @@ def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
 
     Raises `LayershareError`, with a suggestion, for what is not a recipe.
     """
+    return make_recipe(changed(values_of(text), changes))
+
+
+def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file. Raises as `parse_recipe`, and if there is no such file."""
+    return parse_recipe(read_text(path), changes)
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from plain values. Raises as `parse_recipe`."""
+    return make_as(Recipe, values)
+
+
+def read_text(path: str | Path) -> str:
+    """What is in a recipe file. Raises `LayershareError` if there is no such file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayershareError(f"The recipe '{path}' cannot be read ({type(error).__name__}).") from error
+
+
+def values_of(text: str) -> dict[str, Any]:
+    """The plain values of a recipe. Raises `LayershareError` if it is not YAML, or no mapping."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise LayershareError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise LayershareError("The recipe must be a mapping of keys to values, at least `model`.")
+    return values
+
+
+def changed(values: dict[str, Any], changes: tuple[str, ...]) -> dict[str, Any]:
+    """The values with changes such as `calibration.blocks=32` applied, in place.
+
+    Raises `LayershareError` for what is no change.
+    """
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
@@ -103,33 +151,31 @@ def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
             _put(values, path.split("."), yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise LayershareError(f"The value in '{change}' is not YAML.") from error
-    return make_recipe(values)
+    return values
 
 
-def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file. Raises as `parse_recipe`, and if there is no such file."""
+def make_as(kind: type[_T], values: dict[str, Any]) -> _T:
+    """A recipe of some kind, a dataclass, from plain values. Raises as `parse_recipe`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayershareError(f"The recipe '{path}' cannot be read ({type(error).__name__}).") from error
-    return parse_recipe(text, changes)
-
-
-def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A recipe from plain values. Raises as `parse_recipe`."""
-    try:
-        return TypeAdapter(Recipe).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         # A misspelt key is both unknown and missing; its own name is the better hint.
         first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
         *section, key = [str(part) for part in first["loc"]] or ["recipe"]
         if first["type"] == "unexpected_keyword_argument":
-            known = {"": Recipe, "calibration": Calibration, "evaluation": Test}[".".join(section)]
             where = f"key in {section[0]}" if section else "key"
-            raise unknown(where, key, [each.name for each in fields(known)]) from error
+            raise unknown(where, key, _keys(kind, section)) from error
         if first["type"] == "missing":
             raise LayershareError(f"The recipe lacks the key '{key}'.") from error
         raise LayershareError(f"'{'.'.join([*section, key])}' in the recipe: {first['msg']}.") from error
+
+
+def _keys(kind: Any, section: list[str]) -> list[str]:
+    """The keys of a section of a kind of recipe."""
+    for name in section:
+        hint = get_type_hints(kind)[name]
+        kind = next(each for each in (hint, *get_args(hint)) if is_dataclass(each))
+    return [each.name for each in fields(kind)]
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:

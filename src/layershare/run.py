@@ -1,4 +1,4 @@
-"""One run: calibrate, plan, solve, refit, write, measure, publish. Killed anywhere, the same call continues."""
+"""One run: calibrate, plan, solve, refit, refine, write, measure, publish. Killed anywhere, the same call continues."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Share, sharing, sliced_width
@@ -40,9 +40,10 @@ from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, refit_coefficients, solve
 from layershare.solve.delta import solve_deltas
 from layershare.solve.linalg import REFIT_RIDGE, RIDGE
+from layershare.solve.refine import refine_blocks, require_refinable
 from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
-from layershare.store import make_folder, write_atomically, write_json
+from layershare.store import Store, make_folder, write_atomically, write_json
 
 LENGTH = 2048
 """Tokens per block where the model's context allows it, as in the papers."""
@@ -84,6 +85,8 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether the run needs a text."""
+        if self.recipe.refine is not None:
+            return True
         if self.plan is None:
             return bool(self.kinds) or self.method.searches
         return bool(self.kinds) or self.refits or sliced_width(self.plan.edits) is not None
@@ -100,6 +103,7 @@ class Job:
             batch_size=options.batch_size,
             kinds=self.kinds,
             refits=self.refits,
+            refines=self.recipe.refine is not None,
             searches=self.plan is None and self.method.searches,
         )
 
@@ -131,6 +135,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
     if plan is not None and refits(plan, method) and any(isinstance(edit, Delta) for edit in plan.edits):
         raise LayershareError("Coefficients cannot be fitted again beside deltas; set the option refit to false.")
+    if recipe.refine is not None and plan is not None:
+        require_refinable(plan.edits)
     return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
 
 
@@ -180,9 +186,7 @@ def run(
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
-        if model is not None and not model.name_or_path:  # its type, which stands for a name, may be another's
-            raise LayershareError("This model was not loaded by a name, so its tokenizer is not known; give it, too.")
-        tokenizer = read_tokenizer(recipe.model)
+        tokenizer = read_tokenizer(recipe.model) if model is None else tokenizer_of(model)
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None
@@ -207,7 +211,7 @@ def run(
             weights = Weights.of(model)
         weights.require_sound()
         job = prepare(recipe, weights.model)  # with the dtypes that the weights really have
-        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, _Clock(report), pages)
+        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, Clock(report), pages)
 
 
 def _carry_out(
@@ -219,7 +223,7 @@ def _carry_out(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Text | None,
     test: Trial | None,
-    clock: "_Clock",
+    clock: "Clock",
     pages: bool,
 ) -> dict[str, Any]:
     """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
@@ -258,6 +262,15 @@ def _carry_out(
         assert calibration is not None
         with clock.step("refit") as progress:
             refit_coefficients(factored, calibration, progress=progress, **passes)
+    refined = None
+    if recipe.refine is not None:
+        assert calibration is not None
+        with clock.step("refine") as progress:
+            seed = recipe.calibration.seed
+            settings = {**asdict(recipe.refine), "seed": seed, "rows": recipe.calibration.batch_size, "refit": refitted}
+            store = Store(work / "refine", {**identity, "edits": asdict(plan)["edits"], "refine": settings})
+            targets, inputs = (Stream(weights, calibration.tokens, **passes) for _ in range(2))
+            refined = refine_blocks(factored, store, targets, inputs, recipe.refine, seed, progress)
     if factored.width is not None:
         assert calibration is not None
         with clock.step("slice") as progress:
@@ -277,6 +290,7 @@ def _carry_out(
         "ridge": RIDGE,
         "refit": refitted,
         "refit_ridge": REFIT_RIDGE,
+        "refine": refined,
         "groups": factored.facts(),
         "shapes": shapes(job.spec),
     }
@@ -385,7 +399,7 @@ def _measure(
     return results
 
 
-class _Clock:
+class Clock:
     """Announces steps and keeps their wall time in seconds."""
 
     def __init__(self, report: Report) -> None:
@@ -394,6 +408,7 @@ class _Clock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
+        """Announce and time a step; gives the function that takes its progress."""
         start = time.perf_counter()
         yield self._report(name)
         self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.errors import LayershareError, unknown
 
@@ -53,3 +53,10 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LayershareError(f"The tokenizer of '{name}' cannot be loaded: {reason}") from error
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model in memory, by the name that it was loaded by. Raises `LayershareError` without one."""
+    if not model.name_or_path:
+        raise LayershareError("This model was not loaded by a name, so its tokenizer is not known; give it, too.")
+    return read_tokenizer(model.name_or_path)

@@ -172,18 +172,19 @@ class Weights:
                 setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
         return model.requires_grad_(False)
 
-    def shell(self) -> PreTrainedModel:
+    def shell(self, *, head: bool = False) -> PreTrainedModel:
         """A copy of the model for running what lies outside of the blocks; let go of it to free its memory.
 
-        Its modules are its own, its tensors are the model's. Where those are on disk, everything but the blocks and the
-        output head is loaded (on the CPU: memory-mapped, so an embedding costs only the rows that are looked up).
+        Its modules are its own, its tensors are the model's. Where those are on disk, everything but the blocks and,
+        without `head`, the output head is loaded (on the CPU: memory-mapped, so an embedding costs only the rows that
+        are looked up).
         """
         tensors = (*self.model.parameters(), *self.model.buffers())
         shell = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}).eval()
         if self._stored is None:
             return shell
-        head = self.model.get_output_embeddings()
-        skipped = set() if head is None else {id(tensor) for tensor in head.parameters()}
+        output = self.model.get_output_embeddings()
+        skipped = set() if head or output is None else {id(tensor) for tensor in output.parameters()}
         skipped -= {id(tensor) for tensor in self.model.get_input_embeddings().parameters()}
         outside = {
             name: self.tensor(name).to(self.device)
@@ -192,6 +193,8 @@ class Weights:
             and id(self.model.get_parameter_or_buffer(name)) not in skipped
         }
         shell.load_state_dict(outside, assign=True, strict=False)
+        if head:
+            shell.tie_weights()
         for name, buffer in shell.named_buffers():
             owner, _, attribute = name.rpartition(".")
             setattr(shell.get_submodule(owner), attribute, buffer.to(self.device))

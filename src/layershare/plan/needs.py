@@ -34,13 +34,15 @@ def estimate_needs(
     batch_size: int,
     kinds: Collection[Kind],
     refits: bool = False,
+    refines: bool = False,
     searches: bool = False,
 ) -> Needs:
     """Estimate memory and disk of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
-    gradients need, and of twice the model for methods that search: the model and what they try in its place.
+    gradients need, of twice the model for methods that search (the model and what they try in its place), and of
+    refining a block: it and the original's, its factors four times over in float32, and the activations of a batch.
     Without a plan yet, every target is taken to be solved for itself, at full size.
     """
     stack = f"{spec.base_prefix}{spec.blocks}."
@@ -71,6 +73,10 @@ def estimate_needs(
     streams = refits or "inputs" in kinds or "blocks" in kinds
     if streams:
         steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
+    if refines:
+        dense = max(sum(x.parameters for x in spec.linears if x.layer == layer) for layer in range(spec.n_layers))
+        steps.append(2 * max(block) + 4 * 4 * dense + 4 * batch)
+        states *= 2
     model, text = measure(spec, ()).all.bytes, batch // batch_size
     logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
     if "fisher" in kinds:
@@ -81,7 +87,7 @@ def estimate_needs(
     return Needs(
         memory=int(SLACK * max(steps, default=0)),
         stats=(sum(grams) if "inputs" in kinds else 0) + (pooled if "blocks" in kinds else 0),
-        output=2 * after.all.bytes + (states if streams else 0),
+        output=2 * after.all.bytes + (states if streams or refines else 0),
     )
 
 

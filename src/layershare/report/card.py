@@ -13,7 +13,19 @@ from layershare.errors import LayershareError
 from layershare.methods import METHODS
 from layershare.model.source import SAMPLE, resolve
 from layershare.report.runs import Run
-from layershare.report.words import blocks, calibration, edits, loading, options, percent, scores, sizes, story
+from layershare.report.words import (
+    blocks,
+    calibration,
+    edits,
+    healed,
+    healing,
+    loading,
+    options,
+    percent,
+    scores,
+    sizes,
+    story,
+)
 
 _CARD = """\
 ---
@@ -34,7 +46,7 @@ Made by layershare {layershare} with the method `{method}`{options}: {edits}. Co
 {table}
 
 {measured}
-
+{healing}
 ## How to load it
 
 {install}```python
@@ -58,6 +70,16 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 ## Citation
 
 {citation}
+"""
+
+_HEALING = """
+## Healing
+
+{story}. `heal.yaml` has every setting.
+
+| | before | after |
+| --- | ---: | ---: |
+{table}
 """
 
 _INSTALL = """\
@@ -101,11 +123,20 @@ def card(run: Run) -> str:
         calibration=calibration(run),
         table="\n".join(rows),
         measured=measured,
+        healing=_healing(run),
         base=base,
         install="" if run.ordinary else _INSTALL,
         loading=loading(run),
         citation=citation(run.results["method"]),
     )
+
+
+def _healing(run: Run) -> str:
+    """The section about training, of a model that was trained."""
+    if run.healing is None:
+        return ""
+    rows = [f"| {name} | {before} | {after} |" for name, before, after in healed(run)]
+    return _HEALING.format(story=healing(run), table="\n".join(rows))
 
 
 def citation(method: str) -> str:

@@ -103,6 +103,25 @@ def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Poin
     return _plain(figure)
 
 
+def healing(log: Sequence[dict[str, Any]]) -> go.Figure:
+    """The loss while training, and the held-out loss, by step."""
+    figure = go.Figure()
+    for number, (key, name) in enumerate((("loss", "training loss"), ("held_out_loss", "held-out cross-entropy"))):
+        line = [(entry["step"], entry[key]) for entry in log if key in entry]
+        figure.add_scatter(
+            x=[step for step, _ in line],
+            y=[loss for _, loss in line],
+            name=name,
+            mode="lines+markers" if number else "lines",
+            line={"color": PALETTE[number], "width": 1.5},
+            hovertemplate=f"step %{{x}}: {name} %{{y:.4f}}<extra></extra>",
+        )
+    figure.update_layout(height=260, margin={"l": 8, "r": 8, "t": 8, "b": 8}, legend={"orientation": "h", "y": 1.1})
+    figure.update_xaxes(title="step", automargin=True, zeroline=False)
+    figure.update_yaxes(title="nats per token", automargin=True, zeroline=False)
+    return _plain(figure)
+
+
 def sharing(run: Run) -> go.Figure:
     """Who shares with whom: layers × roles, a colour and a letter per group of a role, δ where a delta is added."""
     kinds, colours = list(_COLOURS), [*_COLOURS.values(), *PALETTE]

@@ -78,11 +78,13 @@ def listing(folder: Path) -> Table:
         if (results := _results(path)) is None or WORK in path.parts:
             continue
         after, before = results["after"]["all"], results["before"]["all"]
-        perplexity = results.get("evaluation", {}).get("perplexity", {}).get("value")
+        healing = results.get("healing")
+        measured = results.get("evaluation", {}) if healing is None else healing.get("evaluation", {}).get("after", {})
+        perplexity = measured.get("perplexity", {}).get("value")
         table.add_row(
             str(path.parent.relative_to(folder)),
             results["model"],
-            results["method"],
+            results["method"] + (", healed" if healing else ""),
             str(results["keep"]),
             results["of"],
             f"{after['parameters']:,} ({after['parameters'] / before['parameters']:.1%})",

@@ -16,8 +16,11 @@ from layershare.report.words import (
     count,
     digits_of,
     edits,
+    healed,
+    healing,
     loading,
     made_in,
+    method_of,
     options,
     percent,
     scores,
@@ -76,7 +79,7 @@ def page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     filters = (
-        *(blocks, calibration, citation, count, digits_of, edits, loading),
+        *(blocks, calibration, citation, count, digits_of, edits, healed, healing, loading),
         *(made_in, options, percent, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}
@@ -130,6 +133,7 @@ def _figures(run: Run) -> dict[str, Any]:
             **({"Relative error, %": figures.errors(run)} if any(c.error for c in run.cells.values()) else {}),
         },
         "spectra": figures.spectra(run),
+        "healing": figures.healing(run.healing["log"]) if run.healing else None,
     }
 
 
@@ -145,9 +149,7 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             same = {"kl": 0.0, "top1_agreement": 1.0} if evaluation else {}
             rows.append(_row(run.model, "original", run.results["before"]["all"], 1.0, original, same))
         ours = evaluation["perplexity"]["value"] if evaluation else None
-        rows.append(
-            _row(run.name, run.results["method"], run.results["after"]["all"], run.kept, ours, evaluation or {})
-        )
+        rows.append(_row(run.name, method_of(run), run.results["after"]["all"], run.kept, ours, evaluation or {}))
     return rows
 
 

@@ -84,17 +84,32 @@ class Run:
         return self.results["after"]["all"]["parameters"] / self.results["before"]["all"]["parameters"]
 
     @property
+    def healing(self) -> dict[str, Any] | None:
+        """What `heal` noted, if the model was trained after its compression."""
+        return self.results.get("healing")
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What was measured on the model as it lies in the folder: of a healed one, after it was healed."""
+        if self.healing is not None:
+            return self.healing.get("evaluation", {}).get("after", {})
+        return self.results.get("evaluation", {})
+
+    @property
     def evaluation(self) -> dict[str, Any] | None:
         """What was measured on the recipe's test text, if it names one; zero-shot tasks may be in it."""
-        measured = self.results.get("evaluation")
-        return measured if measured and "text" in measured else None
+        return self.measured if "text" in self.measured else None
 
     @property
     def tasks(self) -> dict[str, dict[str, Any]]:
         """Zero-shot task -> its `model` and `original` results, for those that the recipe names."""
-        measured = self.results.get("evaluation", {})
-        ours, theirs = measured.get("tasks", {}), measured.get("original_tasks", {})
+        ours, theirs = self.measured.get("tasks", {}), self.measured.get("original_tasks", {})
         return {task: {"model": ours[task], "original": theirs[task]} for task in ours}
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """What the model and its original write, if that was tried."""
+        return self.results.get("samples", []) if self.healing is None else self.measured.get("samples", [])
 
     @property
     def ordinary(self) -> bool:

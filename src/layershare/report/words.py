@@ -49,6 +49,51 @@ def digits_of(value: float, digits: int = 4) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
+def method_of(run: Run) -> str:
+    """The method, and whether training followed."""
+    return run.results["method"] + (", healed" if run.healing else "")
+
+
+def healing(run: Run) -> str:
+    """How a model was healed, in one sentence."""
+    done = run.healing
+    assert done is not None
+    settings, needs = done["settings"], done["needs"]
+    what = {
+        "lora": f"adapters of rank {settings['lora']['rank']} (merged afterwards)",
+        "factors": "the factors",
+        "norms": "the norms",
+        "full": "all weights",
+        "deltas": "the deltas",
+    }[settings["train"]]
+    if settings["norms"] and settings["train"] not in ("norms", "full"):
+        what += " and the norms"
+    loss = {"ce": "cross-entropy", "distill": "distance from the original's predictions"}.get(
+        settings["loss"]["kind"], "cross-entropy and distance from the original's predictions"
+    )
+    replaced = ", the original's blocks replaced step by step" if settings["replace"] else ""
+    return (
+        f"After the compression, {what} ({count(needs['trained'])} parameters) were trained on "
+        f"{count(needs['tokens'])} tokens of {done['text']['source']} in {needs['steps']:,} steps, for {loss}{replaced}"
+    )
+
+
+def healed(run: Run) -> list[tuple[str, str, str]]:
+    """What was measured before and after healing: name, then both values in words."""
+    assert run.healing is not None
+    stages = run.healing.get("evaluation", {})
+    rows: list[tuple[str, str, str]] = []
+    if stages and "text" in stages["after"]:
+        before, after = stages["before"], stages["after"]
+        old, new = (digits_of(each["perplexity"]["value"]) for each in (before, after))
+        rows.append(("perplexity", old, new))
+        if after["kl"] is not None:
+            rows.append(("KL divergence from the original", f"{before['kl']:.3g}", f"{after['kl']:.3g}"))
+    losses = [entry["held_out_perplexity"] for entry in run.healing["log"] if "held_out_perplexity" in entry]
+    rows.append(("perplexity of held-out training text", digits_of(losses[0]), digits_of(losses[-1])))
+    return rows
+
+
 def made_in(seconds: dict[str, float]) -> str:
     """How long the compression took, evaluation aside: `47 s`, `3.5 min`, `2.1 h`."""
     total = sum(value for step, value in seconds.items() if step != "evaluate")

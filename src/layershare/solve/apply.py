@@ -1,14 +1,13 @@
 """Carry out a plan: solve group by group, and fit coefficients again where the method asks for it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from layershare.calibrate.stats import Progress, measuring, site_modules
 from layershare.calibrate.stream import Stream
@@ -16,11 +15,12 @@ from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence, row_convention
 from layershare.methods.method import Method
-from layershare.model.arch import Linear, Spec
-from layershare.model.layers import FactorLinear
+from layershare.model.arch import Linear, Spec, common_parent
+from layershare.model.dropped import DroppedAttention, drop_mlp
+from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear
 from layershare.model.weights import Weights
 from layershare.plan.budget import delta_parameters, share_parameters
-from layershare.plan.edits import Delta, Share, sliced_width
+from layershare.plan.edits import Delta, Share, dropped_parts, sharing, sliced_width
 from layershare.plan.layout import delta_tensors, origins, share_tensors
 from layershare.plan.plan import Plan
 from layershare.solve.linalg import refit
@@ -50,7 +50,7 @@ class Factored:
 
     def refitted(self, layer: int) -> bool:
         """Whether a layer's refit is there; if so, its tensors come from it from now on."""
-        return self._find(self.refits, f"layer-{layer:03d}")
+        return self.take(self.refits, f"layer-{layer:03d}")
 
     def write_refit(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Store what a layer's refit changed."""
@@ -59,7 +59,7 @@ class Factored:
 
     def sliced(self, unit: str) -> bool:
         """Whether a unit of a sliced model is there; if so, its tensors come from it from now on."""
-        there = self._find(self.slices, unit)
+        there = self.take(self.slices, unit)
         if there:
             self._lost |= self.slices.facts(unit)["errors"]
         return there
@@ -71,7 +71,7 @@ class Factored:
 
     def has_delta(self, unit: str) -> bool:
         """Whether a unit of layers with deltas is there; if so, its tensors come from it from now on."""
-        there = self._find(self.deltas, unit)
+        there = self.take(self.deltas, unit)
         if there:
             self._found |= self.deltas.facts(unit)
         return there
@@ -84,10 +84,15 @@ class Factored:
         self.deltas.write(unit, tensors, facts)
         self.has_delta(unit)
 
-    def _find(self, store: Store, unit: str) -> bool:
+    def take(self, store: Store, unit: str) -> bool:
+        """Whether a unit is in a store; if so, its tensors come from there from now on."""
         if unit in store:
             self._places.update(dict.fromkeys(store.names(unit), (store, unit)))
         return unit in store
+
+    def replaces(self, name: str) -> bool:
+        """Whether a tensor of this full name is not as the model has it."""
+        return name in self._places
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the compressed checkpoint, by its full name."""
@@ -176,7 +181,7 @@ def refit_coefficients(
     for layer, block in stream:
         progress(layer, spec.n_layers)
         done = factored.refitted(layer)
-        with _compressed(block, by_layer[layer], factored) as modules:
+        with compressed(block, layer, factored) as modules:
             if not done:
                 fitted = [pair for pair in by_layer[layer] if pair[1].side == "input" or len(pair[1].layers) == 1]
                 factored.write_refit(layer, _refit_layer(layer, block, modules, fitted, factored, stream))
@@ -188,7 +193,7 @@ def refit_coefficients(
 def _refit_layer(
     layer: int,
     block: nn.Module,
-    modules: dict[str, tuple[Tensor, FactorLinear]],
+    modules: dict[str, tuple[Tensor, ComposedLinear]],
     fitted: list[tuple[Linear, Share]],
     factored: Factored,
     stream: Stream,
@@ -247,31 +252,68 @@ def _second_factor(spec: Spec, linear: Linear, edit: Share) -> str:
 
 
 @contextmanager
-def _compressed(
-    block: nn.Module, pairs: list[tuple[Linear, Share]], factored: Factored
-) -> Iterator[dict[str, tuple[Tensor, FactorLinear]]]:
-    """The block with its linears replaced by their factors, each with a basis of its own, for the duration.
+def compressed(
+    block: nn.Module, layer: int, factored: Factored, own: Collection[str] = ()
+) -> Iterator[dict[str, tuple[Tensor, ComposedLinear]]]:
+    """A block as it is in the compressed model, for the duration; what it shares with others is a copy of its own.
 
-    Yields linear's name -> (dense weight where the model keeps it, replacement). A block read from disk lets go of its
-    own copies of the dense weights.
+    Yields linear's name -> (dense weight where the model keeps it, what stands in its place). Parameters of the names
+    `own` (relative to the block) are copies that may be changed, as is everything that is replaced. A block read from
+    disk lets go of its own copies of the dense weights.
     """
     spec, weights = factored.spec, factored.weights
-    replaced, original = {}, {}
-    for linear, edit in pairs:
-        name = linear.name.removeprefix(f"{spec.blocks}.{linear.layer}.")
-        dense = cast(nn.Linear | Conv1D, block.get_submodule(name))
-        place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        module = FactorLinear(linear.d_in, linear.d_out, edit.rank, False, edit.side, linear.conv1d, **place)
-        basis, *_ = factor_names(spec, edit)
-        coef = f"{spec.base_prefix}{linear.name}.coef.weight"
-        module.load_state_dict({"basis.weight": factored.tensor(basis), "coef.weight": factored.tensor(coef)})
-        module.bias = dense.bias
-        replaced[linear.name] = (weights.tensor(spec.weight_name(linear)), module.requires_grad_(False))
-        original[name] = weights.model.get_submodule(f"{spec.base_prefix}{linear.name}")
-        block.set_submodule(name, module)
-        del dense  # or the last one would stay
+    place, start = weights.block_name(layer), f"{spec.blocks}.{layer}."
+    parameters, modules, replaced = {}, {}, {}
+    for name, parameter in list(block.named_parameters()):
+        if name in own or factored.replaces(f"{place}.{name}"):
+            tensor = factored.tensor(f"{place}.{name}").to(parameter.device, parameter.dtype, copy=True)
+            parameters[name] = parameter
+            _set(block, name, nn.Parameter(tensor, requires_grad=False))
+    for (role, user), edit in sharing(factored.plan.edits).items():
+        if user == layer:
+            linear = spec.linear(role, layer)
+            name = linear.name.removeprefix(start)
+            module = _composed(factored, linear, edit, block.get_submodule(name))
+            replaced[linear.name] = (weights.tensor(spec.weight_name(linear)), module)
+            modules[name] = weights.model.get_submodule(f"{place}.{name}")
+            block.set_submodule(name, module)
+    for dropped, part in dropped_parts(factored.plan.edits):
+        names = [linear.name.removeprefix(start) for linear in spec.part(layer, part)]
+        if dropped == layer and part == "attention":
+            parent = common_parent(names)
+            modules[parent] = block.get_submodule(parent)
+            block.set_submodule(parent, DroppedAttention(modules[parent], layer))
+        elif dropped == layer:
+            modules |= drop_mlp(block, names)
     try:
         yield replaced
     finally:
-        for name, module in original.items():
+        for name, module in modules.items():
             block.set_submodule(name, module)
+        for name, parameter in parameters.items():
+            _set(block, name, parameter)
+
+
+def _composed(factored: Factored, linear: Linear, edit: Share | Delta, dense: Any) -> ComposedLinear:
+    """What stands in the place of a dense layer, with its tensors."""
+    spec = factored.spec
+    full = f"{spec.base_prefix}{linear.name}"
+    place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+    if isinstance(edit, Share):
+        owner = f"{spec.base_prefix}{spec.linear(edit.role, edit.layers[0]).name}"
+        module = FactorLinear(linear.d_in, linear.d_out, edit.rank, False, edit.side, linear.conv1d, **place)
+        sources = {"basis.weight": owner, "coef.weight": full}
+    else:
+        anchor = f"{spec.base_prefix}{spec.linear(edit.role, edit.anchor).name}"
+        rank = edit.rank if linear.layer in edit.layers else 0
+        module = DeltaLinear(linear.d_in, linear.d_out, rank, False, linear.conv1d, **place)
+        sources = {"base.weight": anchor} | ({"down.weight": full, "up.weight": full} if rank else {})
+    module.load_state_dict({part: factored.tensor(f"{source}.{part}") for part, source in sources.items()})
+    module.requires_grad_(False)
+    module.bias = dense.bias  # the model's own, which stays as it is
+    return module
+
+
+def _set(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(block.get_submodule(owner), attribute, parameter)

@@ -1,0 +1,150 @@
+"""One healing: measure, train, measure, publish. Killed anywhere, the same call continues."""
+
+import shutil
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from layershare.calibrate.stats import Progress
+from layershare.errors import LayershareError
+from layershare.evaluate.generate import compare_samples
+from layershare.folders import WORK, is_finished, publish, require_disk, work_folder
+from layershare.healing.job import HealJob, results_of
+from layershare.healing.needs import HealNeeds
+from layershare.healing.search import search
+from layershare.healing.training import Say, train
+from layershare.model.hub import QUANT_METHOD, load, save
+from layershare.model.source import resolve
+from layershare.report.page import write_pages
+from layershare.report.results import environment
+from layershare.run import Clock, Report, silent
+from layershare.store import write_atomically, write_json
+
+HEAL = "heal.yaml"
+KEPT = ("plan.json", "recipe.yaml")
+"""What is copied from the compressed folder as it is."""
+
+
+def heal_folder(
+    job: HealJob, out: str | Path, *, report: Report = silent, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Carry out a healing and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
+
+    The compressed folder is not changed. The same call continues an interrupted healing, and returns at once if it is
+    finished. Under `torchrun` or `accelerate launch` all processes call it. Raises `LayershareError` for bad input, and
+    when the loss is no number.
+    """
+    out, healing = Path(out), job.healing
+    if is_finished(out, healing.to_yaml(), HEAL):
+        results = results_of(out)
+        if results["healing"]["fingerprint"] != job.fingerprint:
+            raise LayershareError(
+                f"The folder '{out}' holds a finished healing of another model, text or teacher; name another folder."
+            )
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        date = results["healing"]["date"]
+        warnings.warn(f"'{out}' holds this very healing, finished {date}: nothing was done.", stacklevel=2)
+        return results
+    state = PartialState()
+    main = state.is_main_process
+    if not main:
+        report, say = silent, _nothing
+    state.wait_for_everyone()
+    needs = job.needs(job.student())
+    say(needs.sentence())
+    # Twice what is trained, its optimizer states, and the result.
+    require_disk({out: 2 * (needs.gradients + needs.states) + needs.weights})
+    with work_folder(out, healing.to_yaml(), HEAL) if main else nullcontext(out / WORK) as work:
+        state.wait_for_everyone()
+        return _carry_out(job, out, work, needs, Clock(report), say)
+
+
+def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clock, say: Say) -> dict[str, Any]:
+    """The steps of a healing whose input has been checked."""
+    state, healing = PartialState(), job.healing
+    done: dict[str, Any] = {}
+    if job.trial is not None and state.is_main_process:
+        with clock.step("evaluate before") as progress:
+            done["before"] = _measure(job, job.folder, progress)
+    state.wait_for_everyone()
+    training = work / f"training-{job.fingerprint[:16]}"
+    with clock.step("teacher") if healing.loss.store_teacher else nullcontext(silent("")) as progress:
+        teacher = job.load_teacher(training / "teacher", progress)
+    trials = None
+    if healing.search is not None:
+        with clock.step("search") as progress:
+            chosen, trials = search(job, teacher, training, progress, say)
+        job = job.with_settings(chosen, job.steps)
+    with clock.step("train") as progress:
+        trained = train(job, teacher, training, progress, say)
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        return results_of(out)
+    staging = work / "model"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    with clock.step("write"):
+        _write(job, trained.model, staging)
+    if job.trial is not None:
+        with clock.step("evaluate after") as progress:
+            done["after"] = _measure(job, staging, progress, samples=True)
+    results = results_of(job.folder)
+    teacher = job.teacher.name_or_path if isinstance(job.teacher, PreTrainedModel) else job.teacher
+    results["healing"] = {
+        "settings": asdict(healing),
+        "fingerprint": job.fingerprint,
+        "teacher": teacher if healing.teaches else None,
+        "text": {**job.text.identity, "seed": healing.text.seed, "held_out": healing.text.held_out},
+        "needs": asdict(needs),
+        **({"search": {"trials": trials, "chosen": asdict(job.healing)}} if trials else {}),
+        "tokens_per_second": round(trained.speed, 1),
+        "processes": job.processes,
+        "log": trained.log,
+        **({"evaluation": done} if done else {}),
+        **({"previous": results["healing"]} if "healing" in results else {}),
+        "seconds": clock.seconds,
+        **environment(*(job.trial.packages if job.trial else ()), *(("peft",) if healing.train == "lora" else ())),
+    }
+    write_json(staging / "results.json", results)
+    if all((staging / file).is_file() for file in KEPT):
+        write_pages(staging, out.name)
+    publish(staging, out)
+    state.wait_for_everyone()
+    return results_of(out)
+
+
+def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
+    """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
+    model.to(job.config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
+    if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
+        save(model, staging, job.tokenizer)
+    else:
+        model.save_pretrained(staging, max_shard_size=job.healing.max_shard_size)
+        job.tokenizer.save_pretrained(staging)
+    for name in KEPT:
+        if (job.folder / name).is_file():
+            shutil.copyfile(job.folder / name, staging / name)
+    write_atomically(staging / HEAL, job.healing.to_yaml().encode())
+
+
+def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
+    assert job.trial is not None
+    dtype = job.trial.test.dtype
+    model = load(folder, dtype=dtype, device_map=job.device)
+    original = job.teacher
+    if isinstance(original, str):
+        original = load(resolve(original), dtype=dtype, device_map=job.device)
+    measured = job.trial.measure(model, original, progress)
+    if samples and original is not None and job.trial.text is not None:
+        measured["samples"] = compare_samples(model, original, job.trial.text, job.tokenizer)
+    return measured
+
+
+def _nothing(line: str) -> None:
+    """Say nothing."""

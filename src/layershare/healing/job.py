@@ -1,0 +1,203 @@
+"""A healing that has been checked: what is known before anything is computed, and what it trains with."""
+
+import copy
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from layershare.calibrate.stats import Progress
+from layershare.calibrate.text import Source, Text, load_text
+from layershare.errors import LayershareError, unknown
+from layershare.evaluate.trial import Trial, load_trial
+from layershare.healing.distill import StoredLogits
+from layershare.healing.needs import HealNeeds, estimate
+from layershare.healing.parameters import choose
+from layershare.healing.settings import Healing
+from layershare.model.arch import describe
+from layershare.model.hub import load
+from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.weights import Weights
+from layershare.run import block_length, device_of
+from layershare.store import checksum
+
+
+@dataclass(frozen=True)
+class HealJob:
+    """A healing that has been checked: its settings, the compressed model's folder, texts, teacher, steps.
+
+    `teacher`: a model, the name of one, or `None` if none is needed or known. `micro`: rows at once in one process.
+    """
+
+    healing: Healing
+    folder: Path
+    device: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel | str | None
+    text: Text
+    trial: Trial | None
+    steps: int
+    micro: int
+    processes: int
+
+    @property
+    def train_tokens(self) -> Tensor:
+        """The blocks that are trained on."""
+        return self.text.tokens[: -self.healing.text.held_out]
+
+    @property
+    def held_out(self) -> Tensor:
+        """The blocks that are not."""
+        return self.text.tokens[-self.healing.text.held_out :]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells one healing's work from another's: the compressed weights, the text and the teacher."""
+        files = {path.name: checksum(path) for path in sorted(self.folder.glob("*.safetensors"))}
+        teacher = Weights.of(self.teacher).fingerprint if isinstance(self.teacher, PreTrainedModel) else self.teacher
+        identity = json.dumps([files, self.text.tokens_sha256, teacher, str(self.config.to_dict())])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def with_settings(self, healing: Healing, steps: int) -> "HealJob":
+        """The same with other settings of loss, replacement and optimizer, in so many steps."""
+        return replace(self, healing=healing, steps=steps)
+
+    def student(self) -> Any:
+        """The compressed model in float32, all frozen but what is to train, adapters attached."""
+        torch.manual_seed(self.healing.seed)  # adapters are drawn at random
+        return choose(load(self.folder, dtype=torch.float32), self.healing)
+
+    def load_teacher(self, folder: Path, progress: Progress) -> PreTrainedModel | StoredLogits | None:
+        """The teacher, frozen; its logits, kept in `folder`, if they are to be stored; `None` without."""
+        if not self.healing.teaches:
+            return None
+        assert self.teacher is not None
+        k = self.healing.loss.store_teacher
+        # The student's hidden states are in float32, and some families' blocks want their weights to be so, too.
+        dtype = "float32" if self.healing.replace else self.healing.precision
+        if k is None:
+            given = self.teacher
+            model: Any = load(resolve(given), dtype=dtype) if isinstance(given, str) else copy.deepcopy(given)
+            return model.requires_grad_(False).eval().to(getattr(torch, dtype))
+        with PartialState().main_process_first():
+            if isinstance(self.teacher, PreTrainedModel):
+                weights = Weights.of(self.teacher)
+            else:
+                weights = Weights.open(resolve(self.teacher), folder / "scratch", dtype=dtype, device=self.device)
+            used = self.train_tokens[: self.steps * self.healing.batch_size]
+            return StoredLogits.make(weights, used, folder, k, self.micro, progress=progress)
+
+    def needs(self, student: PreTrainedModel) -> HealNeeds:
+        """What training will need."""
+        teacher = 0
+        if self.healing.teaches and self.healing.loss.store_teacher is None:
+            each = 2 if self.healing.precision == "bfloat16" else 4
+            original = read_config(self.teacher) if isinstance(self.teacher, str) else self.teacher
+            assert original is not None
+            teacher = each * describe(original).parameters
+        length = self.text.tokens.shape[1]
+        return estimate(student, self.healing, self.steps, self.micro, length, teacher, self.config.vocab_size)
+
+
+def prepare_healing(
+    healing: Healing,
+    *,
+    folder: Path | None = None,
+    teacher: PreTrainedModel | None = None,
+    text: Source | None = None,
+) -> HealJob:
+    """Check settings against the model, its teacher and the text; nothing is computed or written.
+
+    The model's folder, a teacher in memory and a text may be given in place of the settings'. Raises `LayershareError`
+    for everything that is wrong with them.
+    """
+    if healing.search is not None and find_spec("optuna") is None:
+        raise LayershareError("The search needs optuna: pip install 'layershare[search]'.")
+    _require_known(healing)
+    folder = folder or Path(resolve(healing.model))
+    if not folder.is_dir():
+        raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
+    config, tokenizer, device = read_config(folder), read_tokenizer(folder), device_of(healing.device)
+    master = teacher if teacher is not None else healing.teacher or _original(folder, config)
+    if master is None and healing.teaches:
+        raise LayershareError(
+            f"'{healing.model}' does not say what it was made from; name the original with --teacher."
+        )
+    if master is not None and (healing.teaches or healing.evaluation is not None):
+        theirs = master.config if isinstance(master, PreTrainedModel) else read_config(master)
+        if theirs.vocab_size != config.vocab_size:
+            raise LayershareError(
+                f"The teacher has another vocabulary ({theirs.vocab_size} tokens, this model {config.vocab_size}); "
+                "name the original with --teacher."
+            )
+    options = healing.text
+    length = block_length(config, options.length)
+    blocks = load_text(
+        options.text if text is None else text, tokenizer, split="train", blocks=None, length=length, seed=options.seed
+    )
+    available = len(blocks.tokens) - options.held_out
+    if available < healing.batch_size:
+        raise LayershareError(
+            f"The text '{blocks.source}' has {len(blocks.tokens)} blocks of {length} tokens, too few for "
+            f"{options.held_out} held out and a batch of {healing.batch_size}; give a longer text or a smaller "
+            "batch_size or text.length."
+        )
+    if options.tokens is not None:
+        steps = -(-options.tokens // (healing.batch_size * length))
+    else:
+        steps = max(1, int((options.epochs or 1) * available) // healing.batch_size)
+    trial = None
+    if healing.evaluation is not None:
+        trial = load_trial(healing.evaluation, tokenizer, block_length(config, healing.evaluation.length or length))
+        if trial.text is not None and trial.text.text_sha256 == blocks.text_sha256:
+            warnings.warn("The model is measured on the very text that it is trained on.", stacklevel=2)
+    processes = PartialState(cpu=device == "cpu").num_processes
+    micro = healing.micro_batch or -(-healing.batch_size // processes)
+    if healing.batch_size % (micro * processes):
+        raise LayershareError(
+            f"A batch of {healing.batch_size} blocks cannot be split into micro-batches of {micro} in {processes} "
+            "processes; change batch_size or micro_batch."
+        )
+    return HealJob(healing, folder, device, config, tokenizer, master, blocks, trial, steps, micro, processes)
+
+
+def _require_known(healing: Healing) -> None:
+    """Raise `LayershareError` for an optimizer, schedule or tracker that the Trainer does not know."""
+    optimizer = healing.optimizer
+    if optimizer.name not in list(OptimizerNames):
+        raise unknown("optimizer", optimizer.name, [each.value for each in OptimizerNames])
+    if optimizer.name.startswith(("galore", "apollo")) and not optimizer.targets:
+        raise LayershareError(f"'{optimizer.name}' needs optimizer.targets, such as [attn, mlp]: what it projects.")
+    if optimizer.schedule not in list(SchedulerType):
+        raise unknown("schedule", optimizer.schedule, [each.value for each in SchedulerType])
+    available = get_available_reporting_integrations()
+    for tracker in healing.report_to:
+        if tracker not in available:
+            raise LayershareError(
+                f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
+            )
+
+
+def _original(folder: Path, config: PreTrainedConfig) -> str | None:
+    """The name of the model that a folder's was made from, where it says so."""
+    notes = getattr(config, "quantization_config", None) or {}
+    return results_of(folder).get("model") or notes.get("compression", {}).get("model")
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """What is in a folder's `results.json`; nothing if it has none."""
+    file = folder / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

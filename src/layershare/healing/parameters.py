@@ -1,0 +1,127 @@
+"""Which parameters train, by name; LoRA is PEFT's, and is merged when training is done."""
+
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from layershare.errors import LayershareError, unknown
+from layershare.healing.settings import Healing, Lora
+from layershare.model.arch import find_blocks
+from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedLinear
+
+
+def choose(model: PreTrainedModel, healing: Healing) -> Any:
+    """Freeze all of a model but what is to train; returns the model to train, with adapters around it for LoRA.
+
+    Raises `LayershareError` if nothing of the kind is there, or PEFT is missing.
+    """
+    names = {
+        "lora": set,
+        "factors": lambda: factors(model),
+        "norms": lambda: norms(model),
+        "full": lambda: {name for name, _ in model.named_parameters()},
+        "deltas": lambda: deltas(model),
+    }[healing.train]()
+    targets = lora_targets(model, healing.lora) if healing.train == "lora" else []
+    if not names and not targets:
+        raise LayershareError(f"'{healing.model}' has no {healing.train} to train; use another --train, such as full.")
+    if healing.norms:
+        names |= norms(model)
+    if targets:
+        model = _adapt(model, healing.lora, targets)
+        names = {f"base_model.model.{name}" for name in names}
+        names |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return model
+
+
+def factors(model: nn.Module) -> set[str]:
+    """The names of all bases and coefficients."""
+    return {
+        f"{name}.{child}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, FactorLinear)
+        for child, _ in module.named_children()
+    }
+
+
+def norms(model: nn.Module) -> set[str]:
+    """The names of the parameters of norms: those of modules that have vectors alone."""
+    found = set()
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters())
+        if own and not any(module.children()) and all(parameter.dim() == 1 for parameter in own.values()):
+            found |= {f"{name}.{each}" for each in own}
+    return found
+
+
+def deltas(model: nn.Module) -> set[str]:
+    """The names of the two factors of every delta."""
+    return {
+        f"{name}.{child}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, DeltaLinear) and module.rank
+        for child in ("down", "up")
+    }
+
+
+def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The names of the linears that get an adapter. Raises `LayershareError` for a name that no linear has."""
+    stack, _ = find_blocks(model)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inside = {name: module for name, module in model.named_modules() if name.startswith(f"{prefix}{stack}.")}
+    linears = [name for name, module in inside.items() if isinstance(module, nn.Linear | Conv1D)]
+    composed = {name: module for name, module in inside.items() if isinstance(module, ComposedLinear)}
+    parts = {f"{name}.{child}": name for name, module in composed.items() for child, _ in module.named_children()}
+    own = {
+        f"{name}.{child}"
+        for name, each in composed.items()
+        for child, part in each.named_children()
+        if part is each.own
+    }
+    if lora.on == "linears":
+        return linears
+    if lora.on == "factors":
+        found = list(parts)
+    elif lora.on == "coefficients":
+        found = [name for name in parts if name in own and not isinstance(inside[name], SharedLinear)]
+    else:
+        # A composed layer goes by its own name, and its own part gets the adapter.
+        called = {
+            name: parts.get(name, name).rpartition(".")[2] for name in linears if name not in parts or name in own
+        }
+        for word in lora.on:
+            if word not in called.values():
+                raise unknown("LoRA target", word, set(called.values()))
+        return [name for name, word in called.items() if word in lora.on]
+    if not found:
+        raise LayershareError(f"No matrix of this model is factored, so it has no {lora.on}; use lora.on=linears.")
+    return found
+
+
+def merge(model: Any) -> PreTrainedModel:
+    """The model without its adapters, which are added to the weights in place; one without is returned as it is."""
+    return model if isinstance(model, PreTrainedModel) else model.merge_and_unload()
+
+
+def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
+    if find_spec("peft") is None:
+        raise LayershareError("LoRA needs PEFT: pip install 'layershare[heal]'.")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # any number will do
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # PEFT asks by a name that transformers has since changed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)

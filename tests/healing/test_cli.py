@@ -1,0 +1,102 @@
+"""`layershare heal` and `layershare.heal` as a person meets them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import layershare
+from layershare.cli import main
+from tests.families import tiny_model
+from tests.healing.tiny import changed, results_of
+
+
+def heal(here, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a fresh process."""
+    command = [str(Path(sys.executable).parent / "layershare"), "heal", *arguments]
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False, env=os.environ)
+
+
+TEXT = ("--text", "text.txt", "--length", "16", "--tokens", "512", "--batch-size", "4", "--set", "text.held_out=4")
+
+
+def test_the_whole_command(small, tmp_path):
+    here = small.parent
+    (tmp_path / "heal.yaml").write_text("model: another\ntrain: full\nlora: {rank: 2}\nreplace: {start: 0.5}\n")
+    test = ("--eval", "text.txt", "--set", "evaluation.blocks=4", "--set", "evaluation.length=16")
+    options = ("--recipe", str(tmp_path / "heal.yaml"), "--train", "factors", "--loss", "both", "--replace", *test)
+    out = tmp_path / "out"
+    done = heal(here, "small", "-o", str(out), *TEXT, *options)
+    assert done.returncode == 0, done.stderr
+    # Nothing but ours is printed.
+    told = [
+        line for line in done.stderr.splitlines() if line.strip() and "\N{BOX DRAWINGS HEAVY HORIZONTAL}" not in line
+    ]
+    kinds = ("Trains ", "step ", "Warning: The model is measured", "write ")
+    assert [line for line in told if not line.startswith(kinds) and "tokens per second: about" not in line] == []
+    assert "Trains 6.66 thousand of" in done.stderr or "parameters on 512 tokens in 8 steps" in done.stderr
+    assert "Before healing:" in done.stdout
+    assert "After healing:" in done.stdout
+    assert f"The healed model is in {out}." in done.stdout
+    settings = results_of(out)["healing"]["settings"]
+    assert (settings["model"], settings["train"], settings["replace"]["start"]) == ("small", "factors", 0.5)
+    card = (out / "README.md").read_text()
+    assert "## Healing" in card
+    assert changed(small, out)
+    again = heal(here, "small", "-o", str(out), *TEXT, *options)
+    assert again.returncode == 0
+    assert "nothing was done" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nothing",), "There is no folder 'nothing'"),
+        (("small", "--train", "all"), "'train' in the recipe: Input should be"),
+        (("small", "--train", "deltas", *TEXT), "'small' has no deltas to train"),
+        (("small", "--set", "lora.rnk=3"), "Unknown key in lora 'rnk'. Did you mean 'rank'?"),
+        (("small", "--replace", "--set", "replace.strat=0.1"), "Unknown key in replace 'strat'. Did you mean 'start'?"),
+        (("small", "--epochs", "1", "--tokens", "5"), "name one of them"),
+        (("small", *TEXT, "--set", "optimizer.name=adam"), "Unknown optimizer 'adam'"),
+        (("small", *TEXT, "--set", "optimizer.schedule=cosin"), "Unknown schedule 'cosin'. Did you mean 'cosine'?"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(small, tmp_path, monkeypatch, capfd, arguments, sentence):
+    monkeypatch.chdir(small.parent)
+    monkeypatch.setattr(sys, "argv", ["layershare", "heal", *arguments, "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert sentence in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_python(tokenizer, words, tmp_path):
+    original = tiny_model("llama")
+    options = {"text": words, "blocks": 16, "length": 32}
+    small = layershare.compress(original, tokenizer, keep=0.5, of="targets", **options)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    healed = layershare.heal(
+        small,
+        tokenizer,
+        teacher=original,
+        loss="both",
+        text=words,
+        length=16,
+        tokens=512,
+        batch_size=4,
+        lr=1e-2,
+        precision="float32",
+        folder=tmp_path / "out",
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    after = healed.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        name for name in after if name.endswith(".coef.weight")
+    }
+    assert results_of(tmp_path / "out")["healing"]["settings"]["text"]["text"].startswith("strings ")
+    assert layershare.heal is layershare.heal  # the package that holds it has another name
+    assert callable(layershare.heal)

@@ -1,0 +1,311 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from layershare.errors import LayershareError
+from layershare.healing.job import prepare_healing
+from layershare.healing.parameters import choose, lora_targets, merge
+from layershare.healing.settings import Lora
+from layershare.healing.training import HealTrainer, Objective, Ordered, last_checkpoint
+from layershare.model.hub import load
+from layershare.model.layers import FactorLinear
+from tests.families import tokens
+from tests.healing.tiny import changed, compress_tiny, heal, job, results_of, settings, weights
+
+FACTORS = (".coef.weight", ".basis.weight")
+NORMS = ("norm.weight",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"train": "factors"}, FACTORS),
+        ({"train": "norms"}, NORMS),
+        ({"train": "factors", "norms": True}, FACTORS + NORMS),
+        ({"train": "full"}, ("",)),
+        ({"train": "lora"}, (".coef.weight",)),
+        ({"train": "lora", "lora": {"on": "factors"}, "norms": True}, FACTORS + NORMS),
+        ({"train": "lora", "lora": {"on": ["q_proj", "down_proj"]}}, ("q_proj.coef.weight", "down_proj.coef.weight")),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
+)
+def test_what_should_train_does_and_all_else_keeps_its_bits(small, tmp_path, changes, trained):
+    done = heal(small, tmp_path / "out", **changes)
+    every = {name for name, tensor in weights(small).items() if tensor.numel()}
+    assert changed(small, tmp_path / "out") == {name for name in every if name.endswith(trained)}
+    counted = sum(weights(small)[name].numel() for name in every if name.endswith(trained))
+    if changes["train"] != "lora":
+        assert done["needs"]["trained"] == counted
+
+
+def test_a_shared_basis_gets_the_sum_of_its_members_gradients(small):
+    shared, alone = load(small), load(small)
+    members = {}
+    for name, module in list(alone.named_modules()):
+        if isinstance(module, FactorLinear):
+            basis = torch.nn.Linear(1, 1, bias=False)
+            first, second = module.parts()
+            basis.weight = torch.nn.Parameter((first if module.side == "input" else second).weight.detach().clone())
+            module._owner = ()
+            module.basis = basis  # pyright: ignore[reportAttributeAccessIssue]
+            members[name] = basis.weight
+    objective = Objective(settings(small).loss, shared, None)
+    for model in (shared, alone):
+        objective(model, tokens(), torch.arange(2))[0].backward()
+    for module in shared.modules():
+        if isinstance(module, FactorLinear) and not module._owner:
+            own = module.basis.weight
+            users = [n for n, m in shared.named_modules() if isinstance(m, FactorLinear) and module in (m, *m._owner)]
+            total = torch.stack([members[each].grad for each in users]).sum(0)  # pyright: ignore
+            torch.testing.assert_close(own.grad, total)
+            assert len(users) in (1, 2)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tokenizer, words):
+    """A model whose layers 1 and 2 use weights of layer 0 and deltas."""
+    folder = tmp_path_factory.mktemp("deltas")
+    options = {"protect": 0, "layout": "sequential"}
+    return compress_tiny(folder, tokenizer, words, method="delta", keep=0.9, options=options)
+
+
+def test_deltas_train_alone(shared, tmp_path):
+    done = heal(shared, tmp_path / "out", train="deltas", loss={"kind": "both"}, replace={})
+    every = weights(shared)
+    expected = {name for name in every if name.endswith((".down.weight", ".up.weight"))}
+    assert expected
+    assert changed(shared, tmp_path / "out") == expected
+    assert done["needs"]["trained"] == sum(every[name].numel() for name in expected)
+    probabilities = [entry["replacement"] for entry in done["log"] if "replacement" in entry]
+    assert probabilities == sorted(probabilities)
+    assert probabilities[-1] == 1
+
+
+def test_deltas_have_coefficients_and_names(shared):
+    inside = {"coefficients": (".up",), "factors": (".up", ".down", ".base"), ("up_proj",): (".up_proj.up",)}
+    for on, ends in inside.items():
+        targets = lora_targets(load(shared), Lora(on=on))  # pyright: ignore[reportArgumentType]
+        assert {end for end in ends if any(name.endswith(end) for name in targets)} == set(ends)
+
+
+def test_merged_adapters_keep_logits_and_sharing(small):
+    model = choose(load(small), settings(small, lora={"on": "factors"}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        adapted = model.eval()(tokens()).logits
+        plain = load(small)(tokens()).logits
+        merged = merge(model)
+        torch.testing.assert_close(merged(tokens()).logits, adapted, rtol=0, atol=1e-5)
+    assert not torch.allclose(plain, adapted, atol=1e-2)
+    assert set(merged.state_dict()) == set(load(small).state_dict())
+
+
+def losses(done):
+    return [
+        {k: v for k, v in entry.items() if k != "train_runtime"} for entry in done["log"] if "train_loss" not in entry
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "lora", "lora": {"dropout": 0.1}},
+        {"train": "full", "loss": {"kind": "both", "hidden": 0.1}, "replace": {}, "micro_batch": 2},
+    ],
+    ids=["lora", "replacement"],
+)
+def test_a_killed_healing_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, changes):
+    whole = heal(small, tmp_path / "whole", **changes)
+    step = HealTrainer.compute_loss
+
+    def killed(self, *args, **options):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(HealTrainer, "compute_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        heal(small, tmp_path / "killed", **changes)
+    monkeypatch.undo()
+    (training,) = (tmp_path / "killed" / ".run").glob("training-*")
+    assert last_checkpoint(training) == training / "checkpoint-4"
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [".run"]
+    (training / "checkpoint-6").mkdir()  # half of one, as a kill leaves it
+    again = heal(small, tmp_path / "killed", **changes)
+    assert losses(again) == losses(whole)
+    assert changed(tmp_path / "whole", tmp_path / "killed") == set()
+    with pytest.warns(UserWarning, match="holds this very healing"):
+        heal(small, tmp_path / "killed", **changes)
+    with pytest.raises(LayershareError, match="finished run of another recipe"):
+        heal(small, tmp_path / "killed", **changes, seed=1)
+
+
+def test_micro_batches_and_checkpointing_change_nothing(small, tmp_path):
+    options = {"train": "factors", "loss": {"kind": "both"}}
+    heal(small, tmp_path / "whole", **options)
+    heal(small, tmp_path / "parts", **options, micro_batch=1, gradient_checkpointing=True)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_results_tell_all_and_the_compression_s_stay(small, tmp_path):
+    test = {"text": str(small.parent / "text.txt"), "blocks": 4, "length": 16}
+    with pytest.warns(UserWarning, match="very text that it is trained on"):
+        done = heal(
+            small,
+            tmp_path / "out",
+            train="factors",
+            loss={"kind": "distill"},
+            optimizer={"lr": 1e-3},
+            evaluation=test,
+        )
+    results = results_of(tmp_path / "out")
+    compression = results_of(small)
+    assert {key: value for key, value in results.items() if key != "healing"} == compression
+    assert done == results["healing"]
+    assert done["teacher"] == str(small.parent / "dense")
+    assert done["needs"]["tokens"] == 8 * 4 * 16
+    assert set(done["seconds"]) == {"evaluate before", "train", "write", "evaluate after"}
+    before, after = (done["evaluation"][when] for when in ("before", "after"))
+    assert after["kl"] < before["kl"]
+    assert after["original_perplexity"] == before["original_perplexity"]
+    assert [entry["step"] for entry in done["log"] if "loss" in entry] == [2, 4, 6, 8]
+    held_out = [entry["held_out_loss"] for entry in done["log"] if "held_out_loss" in entry]
+    assert len(held_out) == 9
+    assert held_out[-1] < held_out[0]
+    for name in ("plan.json", "recipe.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+def test_stored_logits_of_the_teacher_do_for_the_teacher(small, tmp_path):
+    live = heal(small, tmp_path / "live", train="full", loss={"kind": "distill"})
+    stored = heal(small, tmp_path / "stored", train="full", loss={"kind": "distill", "store_teacher": 160})
+    a, b = ([entry["loss"] for entry in done["log"] if "loss" in entry] for done in (live, stored))
+    assert a == pytest.approx(b, rel=1e-3)
+    assert not (tmp_path / "stored" / ".run").exists()
+
+
+@pytest.mark.parametrize(("method", "keep"), [("shortgpt", 0.8), ("joint-drop", 0.7), ("slicegpt", 0.8)])
+def test_other_compressions_heal_too(tmp_path, tokenizer, words, method, keep):
+    folder = compress_tiny(tmp_path, tokenizer, words, method=method, keep=keep, of="all")
+    done = heal(folder, tmp_path / "out", lora={"on": "linears"}, loss={"kind": "both"})
+    held_out = [entry["held_out_loss"] for entry in done["log"] if "held_out_loss" in entry]
+    assert held_out[-1] < held_out[0]
+    assert changed(folder, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_ordinary_model_heals_without_results(small, tmp_path):
+    dense = small.parent / "dense"
+    heal(dense, tmp_path / "out", train="norms")
+    assert changed(dense, tmp_path / "out") == {name for name in weights(dense) if name.endswith(NORMS)}
+    assert set(results_of(tmp_path / "out")) == {"healing"}
+
+
+def test_the_search_takes_the_best_and_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
+    options = {"train": "factors", "loss": {"kind": "both"}, "search": {"trials": 4, "budget": 0.5}}
+    whole = heal(small, tmp_path / "whole", **options)
+    trials = whole["search"]["trials"]
+    assert trials[0]["settings"] == {"optimizer.lr": 1e-2, "loss.alpha": 0.5, "loss.temperature": 1.0}
+    best = min(trials, key=lambda trial: trial["held_out_loss"])["settings"]
+    chosen = whole["search"]["chosen"]
+    assert (chosen["optimizer"]["lr"], chosen["loss"]["alpha"]) == (best["optimizer.lr"], best["loss.alpha"])
+    assert whole["settings"]["optimizer"]["lr"] == 1e-2
+
+    step, calls = HealTrainer.compute_loss, []
+
+    def killed(self, *args, **more):
+        calls.append(1)
+        if len(calls) == 10:  # in the third trial of four steps each
+            raise KeyboardInterrupt
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(HealTrainer, "compute_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        heal(small, tmp_path / "killed", **options)
+    calls.clear()
+    calls += [1] * 100
+    again = heal(small, tmp_path / "killed", **options)
+    assert len(calls) == 100 + 2 * 4 + 8
+    assert again["search"] == whole["search"]
+    assert changed(tmp_path / "whole", tmp_path / "killed") == set()
+
+
+def test_every_epoch_has_its_own_order_of_the_same_blocks():
+    blocks = torch.arange(10)[:, None]
+    order = Ordered(blocks, 25, seed=3)
+    rows = [int(order[i]["input_ids"]) for i in range(25)]
+    assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
+    assert rows[:10] != rows[10:20]
+    assert [int(Ordered(blocks, 25, seed=3)[i]["row"]) for i in range(25)] == rows
+    assert sorted(int(Ordered(blocks, 4, seed=3)[i]["row"]) for i in range(4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute:UserWarning")
+def test_bfloat16_compiled_is_near_float32(small, tmp_path):
+    options = {"train": "factors", "loss": {"kind": "both"}, "replace": {"start": 0.5}, "optimizer": {"lr": 1e-3}}
+    options |= {"gradient_checkpointing": True}
+    plain = heal(small, tmp_path / "plain", **options)
+    other = heal(small, tmp_path / "compiled", **options, precision="bfloat16", compile=True)
+    for a, b in zip(losses(plain), losses(other), strict=True):
+        for key in a.keys() & {"loss", "held_out_loss"}:
+            assert b[key] == pytest.approx(a[key], rel=0.02)
+
+
+class TestBadInput:
+    def refuses(self, small, message, **changes):
+        with pytest.raises(LayershareError, match=message):
+            choose(load(small), settings(small, **changes)) if "choose" in message else job(small, **changes).student()
+
+    def test_settings(self, small):
+        self.refuses(small, "Unknown LoRA target 'q_prj'. Did you mean 'q_proj'", lora={"on": ["q_prj"]})
+        self.refuses(small, "has no deltas to train", train="deltas")
+        self.refuses(small, "too few for 4 held out and a batch of 10000", batch_size=10000)
+        self.refuses(small, "micro-batches of 3", micro_batch=3)
+        self.refuses(small, "'dense' is not a model|There is no", model=str(small / "nothing"))
+
+    def test_a_dense_model_has_no_coefficients(self, small):
+        self.refuses(small.parent / "dense", "it has no coefficients; use lora.on=linears", text=settings(small).text)
+
+    def test_a_folder_that_is_no_model(self, tmp_path):
+        with pytest.raises(LayershareError, match="not a model: it has no config"):
+            prepare_healing(settings(tmp_path))
+
+    def test_a_teacher_with_another_vocabulary(self, small, tmp_path):
+        shutil.copytree(small.parent / "dense", tmp_path / "teacher")
+        config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+        teacher = str(tmp_path / "teacher")
+        self.refuses(small, "another vocabulary .200 tokens, this model 160", teacher=teacher, loss={"kind": "both"})
+
+    def test_a_model_that_does_not_say_what_it_was(self, small):
+        dense = small.parent / "dense"
+        with pytest.raises(LayershareError, match="name the original with --teacher"):
+            prepare_healing(settings(dense, loss={"kind": "distill"}, text=settings(small).text))
+
+    def test_a_loss_that_is_no_number(self, small, tmp_path):
+        with pytest.raises(
+            LayershareError, match=r"not a number in step \d; the last good checkpoint is .*checkpoint-"
+        ):
+            heal(small, tmp_path / "out", train="full", optimizer={"lr": 1e30, "warmup": 1.0, "max_grad_norm": 1e30})
+        assert list((tmp_path / "out" / ".run").glob("training-*/checkpoint-*/trained.safetensors"))
+
+    def test_nothing_is_left_of_a_loss_that_is_no_number_at_once(self, small, tmp_path):
+        with pytest.raises(LayershareError, match="not a number in step"):
+            heal(small, tmp_path / "out", train="full", optimizer={"lr": 1e30, "warmup": 0}, save_every=8, log_every=8)
+        assert not (tmp_path / "out").exists()
+
+    def test_optuna_is_missing(self, small, monkeypatch):
+        monkeypatch.setattr("layershare.healing.job.find_spec", lambda name: None)
+        self.refuses(small, "pip install 'layershare.search.'", search={})
+
+    def test_peft_is_missing(self, small, monkeypatch):
+        monkeypatch.setattr("layershare.healing.parameters.find_spec", lambda name: None)
+        self.refuses(small, "pip install 'layershare.heal.'")

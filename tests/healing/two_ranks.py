@@ -1,0 +1,68 @@
+"""Run by `test_two_processes.py` in two processes: healing under DDP, and one step of training under FSDP2."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from layershare.healing.parameters import choose
+from layershare.healing.replacement import Replacement, gates
+from layershare.healing.training import Objective
+from layershare.model.hub import load
+from tests.families import tokens
+from tests.healing.tiny import heal, settings
+
+DDP: dict[str, dict[str, Any]] = {
+    "lora": {"train": "lora", "lora": {"on": "factors"}, "norms": True},
+    "replacement": {"train": "factors", "loss": {"kind": "both", "hidden": 0.1}, "replace": {}, "micro_batch": 1},
+}
+
+
+def gradients(small: Path, train: str, *, sharded: bool) -> dict[str, torch.Tensor]:
+    """Name -> gradient of the loss with a teacher behind gates, some of them closed."""
+    healing = settings(small, train=train, lora={"on": "factors"}, loss={"kind": "both"})
+    model, teacher = load(small), load(small.parent / "dense")
+    torch.manual_seed(0)
+    student = choose(model, healing).train()
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:  # which are zero at first
+            torch.nn.init.normal_(parameter, std=0.1)
+    with gates(model, teacher, Replacement(start=0.5)) as found:
+        if sharded:
+            units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+            for unit in reversed(units):
+                fully_shard(unit)
+            fully_shard(student)
+        for number, gate in enumerate(found):
+            gate.open = number % 2 == 0
+        Objective(healing.loss, model, teacher)(student, tokens(), torch.arange(2))[0].backward()
+    whole = {}
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            whole[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+    return whole
+
+
+def main(small: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name, options in DDP.items():
+        print("ddp", name, flush=True)
+        heal(small, out / name, **options)
+    for train in ("factors", "lora"):
+        print("fsdp", train, flush=True)
+        sharded, single = (gradients(small, train, sharded=sharded) for sharded in (True, False))
+        assert sharded.keys() == single.keys()
+        for name, gradient in single.items():
+            torch.testing.assert_close(sharded[name], gradient, rtol=1e-3, atol=1e-6)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
