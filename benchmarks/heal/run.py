@@ -1,0 +1,184 @@
+"""Compressed models before and after training: runs what has no result yet. Interrupted, the same command continues.
+
+    python benchmarks/heal/run.py [--path books-llama-11m=FOLDER --path novels=FILE …]
+
+`matrix.yaml` says what to run. A result is a file here: MODEL/COMPRESSION/compressed.json, and HEALING-SEED.json beside
+it for each training of that model. Each is made in a fresh process. `make tables` puts them into docs/results.md.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from transformers.utils import logging
+
+from layershare.healing.heal import heal_folder
+from layershare.healing.job import prepare_healing
+from layershare.healing.settings import Healing
+from layershare.model.source import SAMPLE, resolve
+from layershare.model.weights import Weights
+from layershare.recipe import make_as, make_recipe
+from layershare.report.results import environment
+from layershare.run import run
+from layershare.store import write_json
+
+HERE = Path(__file__).parent
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A compression, or the training of a compressed model with one seed, all by names of models and texts."""
+
+    model: str
+    compression: str
+    recipe: Values
+    healing: str | None = None
+    seed: int = 0
+    settings: Values | None = None
+
+    @property
+    def name(self) -> str:
+        """The result's path without its ending."""
+        last = "compressed" if self.healing is None else f"{self.healing}-{self.seed}"
+        return f"{self.model}/{self.compression}/{last}"
+
+
+def experiments(matrix: Values, model: str) -> list[Experiment]:
+    """All experiments on one model: the compressions first."""
+    row = matrix["models"][model]
+    common = {"model": model, "calibration": row["calibration"], "evaluation": row["evaluation"]}
+    recipes = {name: {**common, **values} for name, values in matrix["compressions"].items()}
+    found = [Experiment(model, name, recipe) for name, recipe in recipes.items()]
+    for healing, values in matrix["healings"].items():
+        for name in values["of"]:
+            for seed in values.get("seeds", {}).get(name, [0]):
+                settings = merged(matrix["training"], row["training"], values["settings"])
+                settings |= {"teacher": model, "evaluation": row["evaluation"], "seed": seed}
+                found.append(Experiment(model, name, recipes[name], healing, seed, settings))
+    return found
+
+
+def merged(*layers: Values) -> Values:
+    """Settings over settings, section by section."""
+    result: Values = {}
+    for layer in layers:
+        for key, value in layer.items():
+            result[key] = merged(result.get(key, {}), value) if isinstance(value, dict) else value
+    return result
+
+
+def placed(values: Values, paths: dict[str, str]) -> Values:
+    """Paths in place of the names that have one, everywhere."""
+    return {
+        key: placed(value, paths) if isinstance(value, dict)
+        else paths.get(value, value) if key in ("model", "teacher", "text") else value
+        for key, value in values.items()
+    }  # fmt: skip
+
+
+def fingerprint(model: str, paths: dict[str, str]) -> str:
+    """Which weights a model has."""
+    with TemporaryDirectory() as scratch:
+        return Weights.open(resolve(paths.get(model, model)), Path(scratch), dtype="auto", device="cpu").fingerprint
+
+
+def carry_out(experiment: Experiment, paths: dict[str, str], results: Path, work: Path, weights: str) -> None:
+    """In the fresh process: do it, and write its result."""
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".* holds this very", UserWarning)
+    compressed = work / experiment.model / experiment.compression
+    start = time.perf_counter()
+    if experiment.settings is None:
+        made = run(make_recipe(placed(experiment.recipe, paths)), compressed, pages=False)
+        wanted = ("before", "after", "options", "seconds", "evaluation")
+        found = {key: made[key] for key in wanted}
+    else:
+        settings = {**placed(experiment.settings, paths), "model": str(compressed)}
+        job = prepare_healing(make_as(Healing, settings))
+        out = compressed.with_name(f"{experiment.compression}+{experiment.healing}-{experiment.seed}")
+        made = heal_folder(job, out)
+        wanted = ("needs", "text", "tokens_per_second", "log", "evaluation", "seconds")
+        found = {"before": made["before"], "after": made["after"], **{key: made["healing"][key] for key in wanted}}
+        found["tokens"] = job.steps * job.healing.batch_size * job.text.tokens.shape[1]
+        found["text"]["source"] = experiment.settings["text"]["text"]
+    for each in (found["evaluation"], *(found["evaluation"].get(when, {}) for when in ("before", "after"))):
+        each.pop("samples", None)
+        if "text" in each:
+            each["text"]["source"] = experiment.recipe["evaluation"]["text"]  # the name, not that of a file here
+    found |= {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    found |= {"wall_seconds": round(time.perf_counter() - start, 1), **environment("peft")}
+    file = results / f"{experiment.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"experiment": asdict(experiment), "model_fingerprint": weights, **found})
+
+
+def finished(experiment: Experiment, results: Path, weights: str) -> bool:
+    """Whether there is a result that was made from the same."""
+    file = results / f"{experiment.name}.json"
+    if not file.is_file():
+        return False
+    made = json.loads(file.read_text(encoding="utf-8"))
+    same = json.loads(json.dumps(asdict(experiment)))
+    return made["experiment"] == same and made["model_fingerprint"] == weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
+    parser.add_argument("--only", default="", help="run experiments with this in their names")
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path("build/heal"), help="folder of models and unfinished work")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # in the fresh process
+    options = parser.parse_args()
+    paths = dict(each.split("=", 1) for each in options.path)
+    matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
+    if options.one:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // options.jobs)))
+        model = options.one.split("/")[0]
+        one = next(each for each in experiments(matrix, model) if each.name == options.one)
+        carry_out(one, paths, options.results, options.work, fingerprint(model, paths))
+        return
+
+    def fresh(experiment: Experiment) -> bool:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *sys.argv, "--one", experiment.name], check=False)
+        how = "done" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+        print(f"{experiment.name}: {how} in {time.perf_counter() - start:.1f} s", flush=True)
+        return done.returncode == 0
+
+    well = True
+    for model in matrix["models"]:
+        if model != SAMPLE and model not in paths:
+            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+            continue
+        weights = fingerprint(model, paths)
+        every = [each for each in experiments(matrix, model) if options.only in each.name]
+        todo = [each for each in every if not finished(each, options.results, weights)]
+        trained = {each.compression for each in todo if each.settings is not None}
+        gone = {name for name in trained if not (options.work / model / name).is_dir()}
+        first = [each for each in every if each.settings is None and (each in todo or each.compression in gone)]
+        print(f"{model}: {len(todo)} of {len(every)} experiments to run", flush=True)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for group in (first, [each for each in todo if each.settings is not None]):
+                well = all(list(pool.map(fresh, group))) and well
+    if not well:
+        sys.exit("Some experiments failed; the same command tries them again.")
+
+
+if __name__ == "__main__":
+    main()

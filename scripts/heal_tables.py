@@ -1,0 +1,151 @@
+"""Tables of the trainings in benchmarks/heal, for docs/results.md."""
+
+import json
+from math import log
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from method_tables import machine, markdown
+
+Values = dict[str, Any]
+UNMEASURED = "Not measured yet; `python benchmarks/heal/run.py` does it."
+
+
+def read(folder: Path) -> dict[str, Values]:
+    """Results of one model by COMPRESSION/compressed or COMPRESSION/HEALING-SEED.
+
+    Raises `ValueError` if they are not comparable: of different weights, trained or measured on different texts.
+    """
+    found = {
+        f"{file.parent.name}/{file.stem}": json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("*/*.json"))
+    }
+    for what, hashes in (
+        ("weights", {each["model_fingerprint"] for each in found.values()}),
+        ("training texts", {each["text"]["tokens_sha256"] for each in found.values() if "text" in each}),
+        ("amounts of training", {each["tokens"] for each in found.values() if "tokens" in each}),
+        ("test texts", {measured(each)["text"]["tokens_sha256"] for each in found.values()}),
+    ):
+        if len(hashes) > 1:
+            raise ValueError(f"The results in {folder} are of different {what}; run benchmarks/heal/run.py again.")
+    return found
+
+
+def measured(result: Values) -> Values:
+    """What was measured at the end of an experiment."""
+    evaluation = result["evaluation"]
+    return evaluation.get("after", evaluation)
+
+
+def heal_page(folder: Path, model: str) -> str:
+    """The four tables of one model, and what they were made with."""
+    results = read(folder / model)
+    trained = [each for each in results.values() if "tokens" in each]
+    if not trained:
+        return UNMEASURED
+    first = measured(trained[0])
+    text = first["text"]
+    title = (
+        f"Original: perplexity {first['original_perplexity']['value']:.2f} on {text['source']}, "
+        f"{text['blocks']} blocks of {text['length']} tokens. Every training saw {trained[0]['tokens']:,} tokens of "
+        f"{trained[0]['text']['source']}."
+    )
+    tables = [_against(results), _replacement(results), _recovered(results), _ablation(results)]
+    return "\n\n".join([title, *(table for table in tables if table), machine(trained[-1])])
+
+
+def _cells(result: Values | None) -> list[str]:
+    """Perplexity and KL of a result, blanks if there is none."""
+    if result is None:
+        return ["", ""]
+    return [f"{measured(result)['perplexity']['value']:.2f}", f"{measured(result)['kl']:.3f}"]
+
+
+def _kept(result: Values) -> str:
+    return f"{result['after']['all']['parameters'] / result['before']['all']['parameters']:.1%}"
+
+
+def _against(results: dict[str, Values]) -> str:
+    """DeltaLLM against the others at equal size."""
+    rows = []
+    for removed in ("12", "24"):
+        for method in ("delta", "shortgpt", "laco", "joint-drop", "slicegpt", "basis-sharing"):
+            name = f"{method}-{removed}"
+            bare = results.get(f"{name}/compressed")
+            if bare is None:
+                continue
+            for healing in ("replacement", "lora", "factors"):
+                healed = results.get(f"{name}/{healing}-0")
+                if healed is not None:
+                    rows.append(
+                        [f"{method}, {removed} % removed", _kept(bare), *_cells(bare), healing, *_cells(healed)]
+                    )
+    header = ["", "kept", "compressed", "KL", "trained", "healed", "KL"]
+    return f"DeltaLLM against the methods of its paper, and Basis Sharing:\n\n{markdown(header, rows)}" if rows else ""
+
+
+def _replacement(results: dict[str, Values]) -> str:
+    """Progressive replacement against plain losses, over seeds."""
+    rows = []
+    for healing in ("replacement", "distillation", "cross-entropy"):
+        found = [value for key, value in results.items() if key.startswith(f"delta-12/{healing}-")]
+        if len(found) < 2:
+            return ""
+        perplexities = [measured(each)["perplexity"]["value"] for each in found]
+        divergences = [measured(each)["kl"] for each in found]
+        agreements = [measured(each)["top1_agreement"] for each in found]
+        rows.append(
+            [
+                healing,
+                f"{mean(perplexities):.2f} ± {stdev(perplexities):.2f}",
+                f"{mean(divergences):.4f} ± {stdev(divergences):.4f}",
+                f"{mean(agreements):.1%}",
+                str(len(found)),
+            ]
+        )
+    header = ["delta, 12 % removed", "perplexity", "KL", "top-1", "seeds"]
+    return f"The same steps with three losses (mean ± standard deviation):\n\n{markdown(header, rows)}"
+
+
+def _recovered(results: dict[str, Values]) -> str:
+    """Basis Sharing healed in three ways, with the part of the lost log-perplexity that came back."""
+    rows = []
+    for removed in (20, 30, 40, 50):
+        name = f"basis-sharing-t{removed}"
+        bare = results.get(f"{name}/compressed")
+        if bare is None:
+            continue
+        test = measured(bare)
+        lost = log(test["perplexity"]["value"] / test["original_perplexity"]["value"])
+        row = [f"{removed} % of targets removed", f"{test['perplexity']['value']:.2f}"]
+        for healing in ("lora", "factors", "full"):
+            healed = results.get(f"{name}/{healing}-0")
+            if healed is None:
+                row.append("")
+                continue
+            value = measured(healed)["perplexity"]["value"]
+            row.append(f"{value:.2f} ({log(test['perplexity']['value'] / value) / lost:.0%})")
+        rows.append(row)
+    header = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full"]
+    note = "Perplexity after each training (in brackets: how much of the lost log-perplexity came back)"
+    return f"{note}:\n\n{markdown(header, rows)}" if rows else ""
+
+
+def _ablation(results: dict[str, Values]) -> str:
+    """What each part of the delta's initialisation does, before and after training."""
+    rows = []
+    for suffix, what in (
+        ("", "aligned, activation-weighted, from the SVD"),
+        ("-unaligned", "not aligned"),
+        ("-euclidean", "Euclidean"),
+        ("-random", "random deltas"),
+        ("-mean", "mean of the blocks as anchor"),
+        ("-refined", "with block-wise pre-fit"),
+    ):
+        bare = results.get(f"delta-12{suffix}/compressed")
+        if bare is not None:
+            healed = results.get(f"delta-12{suffix}/replacement-0")
+            rows.append([what, _kept(bare), *_cells(bare), *_cells(healed)])
+    header = ["delta, 12 % removed", "kept", "compressed", "KL", "healed", "KL"]
+    return f"What the parts of the delta's initialisation do:\n\n{markdown(header, rows)}" if rows else ""
