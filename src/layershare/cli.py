@@ -35,8 +35,8 @@ MethodName = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="basis-sharing, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, joint-drop, "
-        "attention-drop, mlp-drop, block-drop, laco or mka.",
+        help="basis-sharing, delta, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, "
+        "joint-drop, attention-drop, mlp-drop, block-drop, laco or mka.",
     ),
 ]
 KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
