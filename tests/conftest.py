@@ -7,6 +7,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.families import tiny_model
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -33,6 +35,15 @@ def words() -> list[str]:
     letters = string.ascii_lowercase + "     "
     draws = torch.randint(0, len(letters), (40, 200), generator=generator).tolist()
     return ["".join(letters[i] for i in draw) for draw in draws]
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer, words) -> Path:
+    """A tiny model's folder with a tokenizer, and beside it a text."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n".join(words))
+    return tmp_path / "dense"
 
 
 def shared_model(name: str) -> Path:

@@ -24,15 +24,6 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
 
-@pytest.fixture
-def folder(tmp_path, tokenizer, words) -> Path:
-    """A tiny model's folder with a tokenizer, and beside it a text."""
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("\n".join(words))
-    return tmp_path / "dense"
-
-
 SECOND_FACTORS = (
     *(f"{role}_proj.coef.weight" for role in ("q", "k", "v", "gate", "up")),
     *(f"{role}_proj.basis.weight" for role in ("o", "down")),

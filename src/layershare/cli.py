@@ -35,8 +35,8 @@ MethodName = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="basis-sharing, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, joint-drop, "
-        "attention-drop, mlp-drop, block-drop, laco or mka.",
+        help="basis-sharing, delta, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, "
+        "joint-drop, attention-drop, mlp-drop, block-drop, laco or mka.",
     ),
 ]
 KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
@@ -93,7 +93,7 @@ def compress(
     stats: StatsFolder = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan (edited by hand, say).")] = None,
     refine: Annotated[
-        bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=25).")
+        bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=10).")
     ] = False,
     test: Annotated[
         str | None, typer.Option("--eval", help="Measure the result on the held-out part of a text.")

@@ -29,15 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 SOME = {"epochs": 2, "lr": 3e-3, "batch_size": 4}
 
 
-@pytest.fixture
-def folder(tmp_path, tokenizer, words) -> Path:
-    """A tiny model's folder with a tokenizer, and beside it a text."""
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("\n".join(words))
-    return tmp_path / "dense"
-
-
 def recipe_for(folder: Path, **changes) -> Recipe:
     text = {"text": str(folder.parent / "text.txt"), "blocks": 8, "length": 64, "batch_size": 2}
     return make_recipe({"model": str(folder), "keep": 0.5, "of": "targets", "calibration": text} | changes)
