@@ -27,8 +27,11 @@ NORMS = ("norm.weight",)
         ({"train": "factors", "norms": True}, FACTORS + NORMS),
         ({"train": "full"}, ("",)),
         ({"train": "lora"}, (".coef.weight",)),
-        ({"train": "lora", "lora": {"on": "factors"}, "norms": True}, FACTORS + NORMS),
-        ({"train": "lora", "lora": {"on": ["q_proj", "down_proj"]}}, ("q_proj.coef.weight", "down_proj.coef.weight")),
+        ({"train": "lora", "lora": {"targets": "factors"}, "norms": True}, FACTORS + NORMS),
+        (
+            {"train": "lora", "lora": {"targets": ["q_proj", "down_proj"]}},
+            ("q_proj.coef.weight", "down_proj.coef.weight"),
+        ),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
@@ -64,14 +67,6 @@ def test_a_shared_basis_gets_the_sum_of_its_members_gradients(small):
             assert len(users) in (1, 2)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory, tokenizer, words):
-    """A model whose layers 1 and 2 use weights of layer 0 and deltas."""
-    folder = tmp_path_factory.mktemp("deltas")
-    options = {"protect": 0, "layout": "sequential"}
-    return compress_tiny(folder, tokenizer, words, method="delta", keep=0.9, options=options)
-
-
 def test_deltas_train_alone(shared, tmp_path):
     done = heal(shared, tmp_path / "out", train="deltas", loss={"kind": "both"}, replace={})
     every = weights(shared)
@@ -87,12 +82,12 @@ def test_deltas_train_alone(shared, tmp_path):
 def test_deltas_have_coefficients_and_names(shared):
     inside = {"coefficients": (".up",), "factors": (".up", ".down", ".base"), ("up_proj",): (".up_proj.up",)}
     for on, ends in inside.items():
-        targets = lora_targets(load(shared), Lora(on=on))  # pyright: ignore[reportArgumentType]
+        targets = lora_targets(load(shared), Lora(targets=on))  # pyright: ignore[reportArgumentType]
         assert {end for end in ends if any(name.endswith(end) for name in targets)} == set(ends)
 
 
 def test_merged_adapters_keep_logits_and_sharing(small):
-    model = choose(load(small), settings(small, lora={"on": "factors"}))
+    model = choose(load(small), settings(small, lora={"targets": "factors"}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -195,7 +190,7 @@ def test_stored_logits_of_the_teacher_do_for_the_teacher(small, tmp_path):
 @pytest.mark.parametrize(("method", "keep"), [("shortgpt", 0.8), ("joint-drop", 0.7), ("slicegpt", 0.8)])
 def test_other_compressions_heal_too(tmp_path, tokenizer, words, method, keep):
     folder = compress_tiny(tmp_path, tokenizer, words, method=method, keep=keep, of="all")
-    done = heal(folder, tmp_path / "out", lora={"on": "linears"}, loss={"kind": "both"})
+    done = heal(folder, tmp_path / "out", lora={"targets": "linears"}, loss={"kind": "both"})
     held_out = [entry["held_out_loss"] for entry in done["log"] if "held_out_loss" in entry]
     assert held_out[-1] < held_out[0]
     assert changed(folder, tmp_path / "out")
@@ -265,14 +260,16 @@ class TestBadInput:
             choose(load(small), settings(small, **changes)) if "choose" in message else job(small, **changes).student()
 
     def test_settings(self, small):
-        self.refuses(small, "Unknown LoRA target 'q_prj'. Did you mean 'q_proj'", lora={"on": ["q_prj"]})
+        self.refuses(small, "Unknown LoRA target 'q_prj'. Did you mean 'q_proj'", lora={"targets": ["q_prj"]})
         self.refuses(small, "has no deltas to train", train="deltas")
         self.refuses(small, "too few for 4 held out and a batch of 10000", batch_size=10000)
         self.refuses(small, "micro-batches of 3", micro_batch=3)
         self.refuses(small, "'dense' is not a model|There is no", model=str(small / "nothing"))
 
     def test_a_dense_model_has_no_coefficients(self, small):
-        self.refuses(small.parent / "dense", "it has no coefficients; use lora.on=linears", text=settings(small).text)
+        self.refuses(
+            small.parent / "dense", "it has no coefficients; use lora.targets=linears", text=settings(small).text
+        )
 
     def test_a_folder_that_is_no_model(self, tmp_path):
         with pytest.raises(LayershareError, match="not a model: it has no config"):

@@ -18,14 +18,14 @@ from tests.families import tokens
 from tests.healing.tiny import heal, settings
 
 DDP: dict[str, dict[str, Any]] = {
-    "lora": {"train": "lora", "lora": {"on": "factors"}, "norms": True},
+    "lora": {"train": "lora", "lora": {"targets": "factors"}, "norms": True},
     "replacement": {"train": "factors", "loss": {"kind": "both", "hidden": 0.1}, "replace": {}, "micro_batch": 1},
 }
 
 
 def gradients(small: Path, train: str, *, sharded: bool) -> dict[str, torch.Tensor]:
     """Name -> gradient of the loss with a teacher behind gates, some of them closed."""
-    healing = settings(small, train=train, lora={"on": "factors"}, loss={"kind": "both"})
+    healing = settings(small, train=train, lora={"targets": "factors"}, loss={"kind": "both"})
     model, teacher = load(small), load(small.parent / "dense")
     torch.manual_seed(0)
     student = choose(model, healing).train()

@@ -84,23 +84,25 @@ def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
         for child, part in each.named_children()
         if part is each.own
     }
-    if lora.on == "linears":
+    if lora.targets == "linears":
         return linears
-    if lora.on == "factors":
+    if lora.targets == "factors":
         found = list(parts)
-    elif lora.on == "coefficients":
+    elif lora.targets == "coefficients":
         found = [name for name in parts if name in own and not isinstance(inside[name], SharedLinear)]
     else:
         # A composed layer goes by its own name, and its own part gets the adapter.
         called = {
             name: parts.get(name, name).rpartition(".")[2] for name in linears if name not in parts or name in own
         }
-        for word in lora.on:
+        for word in lora.targets:
             if word not in called.values():
                 raise unknown("LoRA target", word, set(called.values()))
-        return [name for name, word in called.items() if word in lora.on]
+        return [name for name, word in called.items() if word in lora.targets]
     if not found:
-        raise LayershareError(f"No matrix of this model is factored, so it has no {lora.on}; use lora.on=linears.")
+        raise LayershareError(
+            f"No matrix of this model is factored, so it has no {lora.targets}; use lora.targets=linears."
+        )
     return found
 
 

@@ -23,14 +23,14 @@ LossKind = Literal["ce", "distill", "both"]
 class Lora:
     """Low-rank adapters, merged when training is done: rank r, scale `alpha`/r, and what they are put on.
 
-    `on`: the `coefficients` of factored matrices, all their `factors`, all `linears` of the blocks (factors among
+    `targets`: the `coefficients` of factored matrices, all their `factors`, all `linears` of the blocks (factors among
     them), or names of linears such as `[q_proj, v_proj]` (of a factored one, the coefficients).
     """
 
     __pydantic_config__ = STRICT
     rank: Count = 8
     alpha: Positive = 32.0
-    on: Literal["coefficients", "factors", "linears"] | tuple[str, ...] = "coefficients"
+    targets: Literal["coefficients", "factors", "linears"] | tuple[str, ...] = "coefficients"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
