@@ -22,6 +22,7 @@ from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
+from layershare.model.layers import ComposedLinear
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.plan import Plan
@@ -127,6 +128,9 @@ def heal(
     }
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
     with TemporaryDirectory(prefix="layershare-") as temporary:
+        for module in model.modules():
+            if isinstance(module, ComposedLinear):
+                module.require_plain_parts()
         source, out = Path(temporary) / "compressed", Path(temporary) / "model" if folder is None else Path(folder)
         model.save_pretrained(source)
         (tokenizer or tokenizer_of(model)).save_pretrained(source)

@@ -16,6 +16,8 @@ from layershare.store import LOCK, only_one, write_atomically
 
 WORK = ".run"
 RECIPE = "recipe.yaml"
+HEAL = "heal.yaml"
+"""The recipe of a healing, beside which that of the compression lies."""
 
 
 def is_finished(out: Path, recipe: str, name: str = RECIPE) -> bool:
@@ -25,7 +27,8 @@ def is_finished(out: Path, recipe: str, name: str = RECIPE) -> bool:
     """
     if not require_folder(out).exists():
         return False
-    finished = (out / "config.json").is_file() and (out / name).is_file()
+    names = [each for each in (HEAL, RECIPE) if (out / each).is_file()]
+    finished = (out / "config.json").is_file() and names[:1] == [name]
     place = out if finished else out / WORK
     if (place / name).is_file():
         if (place / name).read_text(encoding="utf-8") == recipe:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import layershare
 from layershare.cli import main
+from layershare.recipe import read_recipe
+from layershare.run import run
 from tests.families import tiny_model
 from tests.healing.tiny import changed, results_of
 
@@ -46,6 +49,9 @@ def test_the_whole_command(small, tmp_path):
     card = (out / "README.md").read_text()
     assert "## Healing" in card
     assert changed(small, out)
+    compression = read_recipe(small / "recipe.yaml")
+    with pytest.raises(layershare.LayershareError, match="is not empty"):
+        run(compression, out)
     again = heal(here, "small", "-o", str(out), *TEXT, *options)
     assert again.returncode == 0
     assert "nothing was done" in again.stderr
@@ -100,3 +106,11 @@ def test_in_python(tokenizer, words, tmp_path):
     assert results_of(tmp_path / "out")["healing"]["settings"]["text"]["text"].startswith("strings ")
     assert layershare.heal is layershare.heal  # the package that holds it has another name
     assert callable(layershare.heal)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # PEFT knows the old name only
+def test_a_model_with_adapters_is_refused(small, words):
+    model = layershare.load(small)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["coef"]))
+    with pytest.raises(layershare.LayershareError, match="merge or unload the adapters first"):
+        layershare.heal(model, text=words)

@@ -28,7 +28,10 @@ NORMS = ("norm.weight",)
         ({"train": "full"}, ("",)),
         ({"train": "lora"}, (".coef.weight",)),
         ({"train": "lora", "lora": {"targets": "factors"}, "norms": True}, FACTORS + NORMS),
-        ({"train": "lora", "lora": {"targets": ["q_proj", "o_proj"]}}, ("q_proj.coef.weight", "o_proj.coef.weight")),
+        (
+            {"train": "lora", "lora": {"targets": ["q_proj", "down_proj"]}},
+            ("q_proj.coef.weight", "down_proj.coef.weight"),
+        ),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
@@ -62,14 +65,6 @@ def test_a_shared_basis_gets_the_sum_of_its_members_gradients(small):
             total = torch.stack([members[each].grad for each in users]).sum(0)  # pyright: ignore
             torch.testing.assert_close(own.grad, total)
             assert len(users) in (1, 2)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory, tokenizer, words):
-    """A model whose layers 1 and 2 use weights of layer 0 and deltas."""
-    folder = tmp_path_factory.mktemp("deltas")
-    options = {"protect": 0, "layout": "sequential"}
-    return compress_tiny(folder, tokenizer, words, method="delta", keep=0.9, options=options)
 
 
 def test_deltas_train_alone(shared, tmp_path):
@@ -272,8 +267,9 @@ class TestBadInput:
         self.refuses(small, "'dense' is not a model|There is no", model=str(small / "nothing"))
 
     def test_a_dense_model_has_no_coefficients(self, small):
-        text = settings(small).text
-        self.refuses(small.parent / "dense", "it has no coefficients; use lora.targets=linears", text=text)
+        self.refuses(
+            small.parent / "dense", "it has no coefficients; use lora.targets=linears", text=settings(small).text
+        )
 
     def test_a_folder_that_is_no_model(self, tmp_path):
         with pytest.raises(LayershareError, match="not a model: it has no config"):

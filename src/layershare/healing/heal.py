@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from layershare.calibrate.stats import Progress
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
-from layershare.folders import WORK, is_finished, publish, require_disk, work_folder
+from layershare.folders import HEAL, WORK, is_finished, publish, require_disk, work_folder
 from layershare.healing.job import HealJob, results_of
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
@@ -26,7 +26,6 @@ from layershare.report.results import environment
 from layershare.run import Clock, Report, silent
 from layershare.store import write_atomically, write_json
 
-HEAL = "heal.yaml"
 KEPT = ("plan.json", "recipe.yaml")
 """What is copied from the compressed folder as it is."""
 

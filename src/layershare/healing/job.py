@@ -80,14 +80,19 @@ class HealJob:
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
         return choose(load(self.folder, dtype=torch.float32), self.healing)
 
+    @property
+    def teacher_dtype(self) -> str:
+        """In which the teacher is held."""
+        # Behind gates its blocks get the student's float32 states, and some families' want weights of the same dtype.
+        return "float32" if self.healing.replace else self.healing.precision
+
     def load_teacher(self, folder: Path, progress: Progress) -> PreTrainedModel | StoredLogits | None:
         """The teacher, frozen; its logits, kept in `folder`, if they are to be stored; `None` without."""
         if not self.healing.teaches:
             return None
         assert self.teacher is not None
         k = self.healing.loss.store_teacher
-        # The student's hidden states are in float32, and some families' blocks want their weights to be so, too.
-        dtype = "float32" if self.healing.replace else self.healing.precision
+        dtype = self.teacher_dtype
         if k is None:
             given = self.teacher
             model: Any = load(resolve(given), dtype=dtype) if isinstance(given, str) else copy.deepcopy(given)
@@ -104,7 +109,7 @@ class HealJob:
         """What training will need."""
         teacher = 0
         if self.healing.teaches and self.healing.loss.store_teacher is None:
-            each = 2 if self.healing.precision == "bfloat16" else 4
+            each = getattr(torch, self.teacher_dtype).itemsize
             original = read_config(self.teacher) if isinstance(self.teacher, str) else self.teacher
             assert original is not None
             teacher = each * describe(original).parameters
