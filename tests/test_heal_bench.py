@@ -1,0 +1,66 @@
+"""The experiments on training after compression: their settings are valid, they run, and they continue."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from layershare.healing.settings import Healing
+from layershare.methods import make_method
+from layershare.recipe import make_as, make_recipe
+from tests.families import tiny_model
+
+RUN = Path(__file__).parents[1] / "benchmarks" / "heal" / "run.py"
+SMALL = {"text": "letters", "blocks": 4, "length": 32}
+MATRIX = {
+    "models": {
+        "tiny": {"calibration": {**SMALL, "blocks": 16}, "training": {"text": {"text": "letters"}}, "evaluation": SMALL}
+    },
+    "compressions": {"svd-70": {"method": "svd", "keep": 0.7, "of": "targets"}},
+    "training": {"text": {"length": 32, "tokens": 256, "held_out": 2}, "batch_size": 4},
+    "healings": {
+        "norms": {
+            "of": ["svd-70"],
+            "seeds": {"svd-70": [0, 1]},
+            "settings": {"train": "norms", "loss": {"kind": "distill"}, "precision": "float32"},
+        }
+    },
+}
+
+
+def test_every_experiment_of_the_matrix_is_valid():
+    matrix = yaml.safe_load(RUN.with_name("matrix.yaml").read_text())
+    for values in matrix["compressions"].values():
+        recipe = make_recipe({"model": "sample", **values})
+        make_method(recipe.method, recipe.options)
+    for values in matrix["healings"].values():
+        assert set(values["of"]) <= set(matrix["compressions"])
+        make_as(Healing, {"model": "sample", **values["settings"]})
+
+
+def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "letters.txt").write_text("\n".join(words))
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
+    command = [sys.executable, RUN, "--matrix", "matrix.yaml", "--results", "results", "--jobs", "1"]
+    command += ["--path", "tiny=model", "--path", "letters=letters.txt"]
+
+    def printed() -> str:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "tiny: 3 of 3 experiments to run" in printed()
+    files = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "results").rglob("*.json")}
+    assert set(files) == {"compressed", "norms-0", "norms-1"}
+    bare, first, second = files["compressed"], files["norms-0"], files["norms-1"]
+    assert first["tokens"] == 256
+    assert first["evaluation"]["before"]["kl"] == bare["evaluation"]["kl"] > first["evaluation"]["after"]["kl"]
+    assert first["after"] == second["after"] == bare["after"]
+    assert str(tmp_path) not in json.dumps(files)
+    assert "tiny: 0 of 3 experiments to run" in printed()
