@@ -23,7 +23,8 @@ def read(folder: Path) -> dict[str, Values]:
     }
     for what, hashes in (
         ("weights", {each["model_fingerprint"] for each in found.values()}),
-        ("training texts", {each["text"]["tokens_sha256"] for each in found.values() if "text" in each}),
+        ("training texts", {each["text"]["text_sha256"] for each in found.values() if "text" in each}),
+        ("blocks", {each["text"]["tokens_sha256"] for key, each in found.items() if key.endswith("-0")}),
         ("amounts of training", {each["tokens"] for each in found.values() if "tokens" in each}),
         ("test texts", {measured(each)["text"]["tokens_sha256"] for each in found.values()}),
     ):

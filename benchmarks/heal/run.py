@@ -67,6 +67,8 @@ def experiments(matrix: Values, model: str) -> list[Experiment]:
             for seed in values.get("seeds", {}).get(name, [0]):
                 settings = merged(matrix["training"], row["training"], values["settings"])
                 settings |= {"teacher": model, "evaluation": row["evaluation"], "seed": seed}
+                if seed:  # other blocks in another order, too
+                    settings["text"] = {**settings["text"], "seed": seed}
                 found.append(Experiment(model, name, recipes[name], healing, seed, settings))
     return found
 
