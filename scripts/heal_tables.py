@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from method_tables import machine, markdown
+from method_tables import machine, markdown, require_same
 
 Values = dict[str, Any]
 UNMEASURED = "Not measured yet; `python benchmarks/heal/run.py` does it."
@@ -21,15 +21,17 @@ def read(folder: Path) -> dict[str, Values]:
         f"{file.parent.name}/{file.stem}": json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(folder.glob("*/*.json"))
     }
-    for what, hashes in (
-        ("weights", {each["model_fingerprint"] for each in found.values()}),
-        ("training texts", {each["text"]["text_sha256"] for each in found.values() if "text" in each}),
-        ("blocks", {each["text"]["tokens_sha256"] for key, each in found.items() if key.endswith("-0")}),
-        ("amounts of training", {each["tokens"] for each in found.values() if "tokens" in each}),
-        ("test texts", {measured(each)["text"]["tokens_sha256"] for each in found.values()}),
-    ):
-        if len(hashes) > 1:
-            raise ValueError(f"The results in {folder} are of different {what}; run benchmarks/heal/run.py again.")
+    require_same(
+        folder.name,
+        "benchmarks/heal/run.py",
+        {
+            "weights": {each["model_fingerprint"] for each in found.values()},
+            "training texts": {each["text"]["text_sha256"] for each in found.values() if "text" in each},
+            "blocks": {each["text"]["tokens_sha256"] for key, each in found.items() if key.endswith("-0")},
+            "amounts of training": {each["tokens"] for each in found.values() if "tokens" in each},
+            "test texts": {measured(each)["text"]["tokens_sha256"] for each in found.values()},
+        },
+    )
     return found
 
 

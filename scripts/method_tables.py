@@ -39,14 +39,23 @@ def read(folder: Path, model: str) -> list[Values]:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     found = [each for each in found if each["experiment"]["method"] in places]
     found.sort(key=lambda each: (-each["experiment"]["keep"], places[each["experiment"]["method"]]))
-    for what, hashes in (
-        ("weights", {each["experiment"]["model_fingerprint"] for each in found}),
-        ("calibration texts", {each["calibration"]["tokens_sha256"] for each in found if each.get("calibration")}),
-        ("test texts", {tuple(test["text"]["tokens_sha256"] for test in each["evaluations"]) for each in done(found)}),
-    ):
-        if len(hashes) > 1:
-            raise ValueError(f"The results of {model} are of different {what}; run `make bench` again.")
+    require_same(
+        model,
+        "`make bench`",
+        {
+            "weights": {each["experiment"]["model_fingerprint"] for each in found},
+            "calibration texts": {each["calibration"]["tokens_sha256"] for each in found if each.get("calibration")},
+            "test texts": {tuple(t["text"]["tokens_sha256"] for t in each["evaluations"]) for each in done(found)},
+        },
+    )
     return found
+
+
+def require_same(model: str, command: str, kinds: dict[str, set[Any]]) -> None:
+    """Raise `ValueError` if there is more than one of a kind, so that the results of a model are not comparable."""
+    for what, found in kinds.items():
+        if len(found) > 1:
+            raise ValueError(f"The results of {model} are of different {what}; run {command} again.")
 
 
 def done(results: list[Values]) -> list[Values]:
