@@ -112,7 +112,7 @@ def _replacement(results: dict[str, Values]) -> str:
 
 
 def _recovered(results: dict[str, Values]) -> str:
-    """Basis Sharing healed in three ways, with the part of the lost log-perplexity that came back."""
+    """Basis Sharing healed in several ways, with the part of the lost log-perplexity that came back."""
     rows = []
     for removed in (20, 30, 40, 50):
         name = f"basis-sharing-t{removed}"
@@ -122,16 +122,19 @@ def _recovered(results: dict[str, Values]) -> str:
         test = measured(bare)
         lost = log(test["perplexity"]["value"] / test["original_perplexity"]["value"])
         row = [f"{removed} % of targets removed", f"{test['perplexity']['value']:.2f}"]
-        for healing in ("lora", "factors", "full"):
-            healed = results.get(f"{name}/{healing}-0")
+        for way in ("/lora-0", "/factors-0", "/full-0", "-refined/compressed", "-refined/factors-0"):
+            healed = results.get(name + way)
             if healed is None:
                 row.append("")
                 continue
             value = measured(healed)["perplexity"]["value"]
             row.append(f"{value:.2f} ({log(test['perplexity']['value'] / value) / lost:.0%})")
         rows.append(row)
-    header = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full"]
-    note = "Perplexity after each training (in brackets: how much of the lost log-perplexity came back)"
+    header = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full", "pre-fit", "pre-fit, then factors"]
+    note = (
+        "Perplexity after each training, in brackets how much of the lost log-perplexity came back. The pre-fit sees the "
+        "calibration text only and is part of compressing (`--refine`)"
+    )
     return f"{note}:\n\n{markdown(header, rows)}" if rows else ""
 
 
