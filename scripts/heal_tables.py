@@ -132,8 +132,8 @@ def _recovered(results: dict[str, Values]) -> str:
         rows.append(row)
     header = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full", "pre-fit", "pre-fit, then factors"]
     note = (
-        "Perplexity after each training, in brackets how much of the lost log-perplexity came back. The pre-fit is part "
-        "of compressing (`--refine`) and sees the calibration text only"
+        "Perplexity after each training, in brackets how much of the lost log-perplexity came back. "
+        "The pre-fit is part of compressing (`--refine`) and sees the calibration text only"
     )
     return f"{note}:\n\n{markdown(header, rows)}" if rows else ""
 
