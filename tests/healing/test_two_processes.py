@@ -7,9 +7,9 @@ from tests.ranks import run_ranks
 
 
 def test_two_processes(small, tmp_path):
-    """Healing under DDP ends where one process does; FSDP2's gradients, gates and all, are checked by the ranks."""
+    """Healing under DDP and FSDP2 ends where one process does; gradients behind gates are checked by the ranks."""
     run_ranks("tests.healing.two_ranks", str(small), str(tmp_path))
-    for name, options in two_ranks.DDP.items():
+    for name, options in (two_ranks.DDP | two_ranks.FSDP).items():
         alone = heal(small, tmp_path / f"{name}-alone", **options)
         done = results_of(tmp_path / name)["healing"]
         assert done["processes"] == 2

@@ -1,5 +1,6 @@
-"""Run by `test_two_processes.py` in two processes: healing under DDP, and one step of training under FSDP2."""
+"""Run by `test_two_processes.py` in two processes: healing under DDP and FSDP2, and gradients under FSDP2."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +23,24 @@ DDP: dict[str, dict[str, Any]] = {
     "lora": {"train": "lora", "lora": {"targets": "factors"}, "norms": True},
     "replacement": {"train": "factors", "loss": {"kind": "both", "hidden": 0.1}, "replace": {}, "micro_batch": 1},
 }
+FSDP: dict[str, dict[str, Any]] = {
+    "lora-sharded": {"train": "lora", "lora": {"targets": "factors"}, "norms": True},
+    "full-sharded": {"train": "full", "loss": {"kind": "both"}},
+}
+LAUNCHED = {
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+"""What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP` sets."""
+
+
+def shard() -> None:
+    """From now on the Trainer shards by accelerate's FSDP2, which accelerate does for accelerators only."""
+    os.environ |= LAUNCHED
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState._reset_state()
 
 
 def gradients(small: Path, train: str, *, sharded: bool) -> dict[str, torch.Tensor]:
@@ -60,6 +80,10 @@ def main(small: Path, out: Path) -> None:
         assert sharded.keys() == single.keys()
         for name, gradient in single.items():
             torch.testing.assert_close(sharded[name], gradient, rtol=1e-3, atol=1e-6)
+    shard()
+    for name, options in FSDP.items():
+        print("fsdp", name, flush=True)
+        heal(small, out / name, **options)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ from layershare.errors import LayershareError, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
 from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedLinear
+from layershare.model.parallel import adapt_sharding
 
 
 def choose(model: PreTrainedModel, healing: Healing) -> Any:
@@ -115,6 +116,10 @@ def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
     if find_spec("peft") is None:
         raise LayershareError("LoRA needs PEFT: pip install 'layershare[heal]'.")
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+
+    class SharedAdapter(Linear):
+        """The adapter of what several layers share, a class of its own as that is."""
 
     config = LoraConfig(
         r=lora.rank,
@@ -123,7 +128,10 @@ def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({SharedLinear: SharedAdapter})
     with warnings.catch_warnings():
         # PEFT asks by a name that transformers has since changed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    adapt_sharding(model, SharedAdapter)
+    return adapted

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -161,25 +162,35 @@ class HealTrainer(Trainer):
         assert self.model is not None
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def trained(self) -> dict[str, Tensor]:
+        """Name -> trained parameter, whole: what FSDP has sharded is gathered, into the CPU's memory.
+
+        Every rank has to call it. Raises `Diverged` if one is not finite.
+        """
+        whole = {}
+        for name, parameter in self._trained().items():
+            tensor = parameter.detach()
+            whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.contiguous()
+        if not all(torch.isfinite(each).all() for each in whole.values()):
+            raise self.diverged()
+        return whole
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained parameters. Raises `Diverged` if one is not finite."""
-        if self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        trained = {name: parameter.detach().contiguous() for name, parameter in self._trained().items()}
-        if not all(torch.isfinite(each).all() for each in trained.values()):
-            raise self.diverged()
+        trained = self.trained()
         if self.args.should_save:
             folder = Path(str(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(trained, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         trained = self._trained()
         with torch.no_grad():
             for name, tensor in load_file(Path(resume_from_checkpoint) / WEIGHTS).items():
-                trained[name].copy_(tensor)
+                target = trained[name]
+                if isinstance(target, DTensor):
+                    tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+                target.copy_(tensor)
 
 
 class Watch(TrainerCallback):
@@ -307,6 +318,8 @@ def train(
         if healing.compile:
             stack.enter_context(compiled(model, original))
         trainer = HealTrainer(student, Objective(healing.loss, model, teacher), args=options, train_dataset=data)
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise LayershareError("FSDP of version 1 cannot train layers that share; launch with --fsdp_version 2.")
         if healing.replace is not None:
             assert original is not None
             found = stack.enter_context(gates(model, original, healing.replace))
@@ -325,13 +338,11 @@ def train(
 
 
 def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:
-    """The trained model out of what accelerate wrapped it in, on the main process all of it where it was sharded."""
+    """The trained model out of what accelerate wrapped it in; where it was sharded, it is loaded anew."""
     if not trainer.is_fsdp_enabled:
         return trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    state = trainer.accelerator.get_state_dict(trainer.model)
     whole = job.student()
-    if trainer.accelerator.is_main_process:
-        whole.load_state_dict(state)
+    whole.load_state_dict(trainer.trained(), strict=False)
     return whole
 
 

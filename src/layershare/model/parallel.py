@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,  # pyright: ignore[reportPrivateImportUsage]  # its place in every supported version
@@ -86,9 +87,12 @@ def adapt_tensor_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
             plan[key] = _PREFIX + plan[key]
 
 
-def adapt_sharding(model: PreTrainedModel) -> None:
-    """Make what is shared an FSDP unit of its own, because layers outside its owner's block use it as well."""
-    shared = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, SharedLinear)}
+def adapt_sharding(model: PreTrainedModel, kind: type[nn.Module] = SharedLinear) -> None:
+    """Make what is shared an FSDP unit of its own, because layers outside its owner's block use it as well.
+
+    `kind` is the class of it, or of what wraps it.
+    """
+    shared = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, kind)}
     if plan := model._fsdp_plan:
         plan.update({_pattern(name): "free_full_weight" for name in shared})
     for part in model.modules():
