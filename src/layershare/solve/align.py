@@ -46,7 +46,10 @@ def rows_apart(anchor: Tensor, target: Tensor, gram: Tensor | None, size: int = 
 
 def assign(costs: Tensor) -> Tensor:
     """The order of the target's units that costs least, `costs` being [place, unit]."""
-    return torch.from_numpy(linear_sum_assignment(costs.cpu().numpy())[1])
+    # What a place or a unit costs anyway does not decide, but lets the solver search 8 times longer (8192 units).
+    apart = costs - costs.mean(0)
+    apart -= costs.mean(1, keepdim=True)
+    return torch.from_numpy(linear_sum_assignment(apart.cpu().numpy())[1])
 
 
 def assign_heads(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
