@@ -58,6 +58,27 @@ def heal_page(folder: Path, model: str) -> str:
     return "\n\n".join([title, *(table for table in tables if table), machine(trained[-1])])
 
 
+def speed_page(file: Path) -> str:
+    """Speed and memory of training dense and compressed models of one shape."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    setting = results["setting"]
+    rows = [
+        [
+            name,
+            f"{each['parameters'] / 1e6:,.0f} M",
+            f"{each['trained'] / 1e6:,.0f} M",
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['peak_memory'] / 1e9:.1f} GB",
+            f"{each['expected_memory'] / 1e9:.1f} GB",
+        ]
+        for name, each in results["trainings"].items()
+    ]
+    header = [setting["shape"], "parameters", "trained", "tokens per second", "peak memory", "expected"]
+    note = f"{setting['rows']} blocks of {setting['length']} tokens per step, {setting['steps']} steps"
+    accelerator = results["machine"]["accelerators"][0]
+    return f"{markdown(header, rows)}\n\n{note}; {accelerator}, {machine(results)}"
+
+
 def _cells(result: Values | None) -> list[str]:
     """Perplexity and KL of a result, blanks if there is none."""
     if result is None:

@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
-A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `heal MODEL` or `measured METHOD`.
+A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `heal MODEL`, `speed` or
+`measured METHOD`.
 """
 
 import json
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from heal_tables import heal_page
+from heal_tables import heal_page, speed_page
 from method_matrix import matrix
 from method_tables import machine, markdown, measured_method, model_page
 
@@ -61,6 +62,8 @@ def table(name: str) -> str:
         return model_page(BENCHMARKS / "methods", which)
     if kind == "heal":
         return heal_page(BENCHMARKS / "heal", which)
+    if kind == "speed":
+        return speed_page(BENCHMARKS / "heal" / "speed.json")
     if kind == "measured":
         return measured_method(BENCHMARKS / "methods", which)
     raise ValueError(f"There is no table '{name}'.")

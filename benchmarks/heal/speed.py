@@ -66,7 +66,6 @@ COMPRESSED: dict[str, Values] = {
 LORA = {"train": "lora", "lora": {"targets": "linears"}}
 REPLACEMENT = {"train": "deltas", "norms": True, "loss": {"kind": "both"}, "replace": {}}
 COMPILED = {"compile": True}
-CHECKPOINTED = {"gradient_checkpointing": True}
 TRAININGS: dict[str, tuple[str, Values]] = {
     "dense, full": ("dense", {"train": "full"}),
     "dense, LoRA": ("dense", LORA),
@@ -79,8 +78,6 @@ TRAININGS: dict[str, tuple[str, Values]] = {
     "dense, full, compiled": ("dense", {"train": "full", **COMPILED}),
     "basis-sharing, full, compiled": ("basis-sharing", {"train": "full", **COMPILED}),
     "basis-sharing, factors, compiled": ("basis-sharing", {"train": "factors", **COMPILED}),
-    "dense, full, checkpointed": ("dense", {"train": "full", **CHECKPOINTED}),
-    "basis-sharing, full, checkpointed": ("basis-sharing", {"train": "full", **CHECKPOINTED}),
 }
 """Name -> which model, and the settings beside `common`."""
 

@@ -134,7 +134,8 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """The objective. Raises `Diverged` if it is not a number."""
-        loss, parts = self.objective(model, inputs["input_ids"], inputs["row"])
+        with self.accelerator.autocast():  # the student has it anyway, the teacher has not
+            loss, parts = self.objective(model, inputs["input_ids"], inputs["row"])
         if not torch.isfinite(loss):
             raise self.diverged()
         for name, part in parts.items():
