@@ -64,3 +64,27 @@ def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
     assert first["after"] == second["after"] == bare["after"]
     assert str(tmp_path) not in json.dumps(files)
     assert "tiny: 0 of 3 experiments to run" in printed()
+
+
+def test_speed_is_measured_once(tmp_path):
+    command = [
+        sys.executable,
+        RUN.with_name("speed.py"),
+        "--shape",
+        "tiny",
+        "--length",
+        "32",
+        "--rows",
+        "2",
+        "--steps",
+        "2",
+    ]
+    command += ["--only", "deltas", "--results", "speed.json", "--work", "work"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for printed in (True, False):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("delta, deltas: " in done.stdout) == printed
+    found = json.loads((tmp_path / "speed.json").read_text())["trainings"]["delta, deltas"]
+    assert found["tokens_per_second"] > 0
+    assert 0 < found["trained"] < found["parameters"]
