@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from layershare.healing.job import prepare_healing
+from layershare.healing.job import HealJob, prepare_healing
 from layershare.healing.settings import Healing
 from layershare.healing.training import train
 from layershare.methods import make_method, plan_with
@@ -123,12 +123,16 @@ def make_models(shape: str, work: Path) -> None:
             write_model(factored, recipe, tokenizer, work / name)
 
 
-def measure(name: str, setting: Values, work: Path) -> Values:
-    """Train; speed, peak memory on the GPU and what was expected, in bytes."""
+def prepare(name: str, setting: Values, work: Path) -> HealJob:
+    """A training by its name."""
     model, settings = TRAININGS[name]
     values = common(setting["length"], setting["steps"], setting["rows"]) | settings
-    values |= {"model": str(work / model), "teacher": str(work / "dense")}
-    job = prepare_healing(make_as(Healing, values))
+    return prepare_healing(make_as(Healing, values | {"model": str(work / model), "teacher": str(work / "dense")}))
+
+
+def measure(name: str, setting: Values, work: Path) -> Values:
+    """Train; speed, peak memory on the GPU and what was expected, in bytes."""
+    job = prepare(name, setting, work)
     with TemporaryDirectory(dir=work) as scratch:
         needs = job.needs(job.student())
         gc.collect()
@@ -138,13 +142,19 @@ def measure(name: str, setting: Values, work: Path) -> Values:
         teacher = job.load_teacher(Path(scratch) / "teacher", silent(""))
         trained = train(job, teacher, Path(scratch), silent(""), lambda line: print(f"  {line}", flush=True))
     return {
-        "settings": settings,
+        "settings": TRAININGS[name][1],
         "parameters": needs.parameters,
         "trained": needs.trained,
         "tokens_per_second": round(trained.speed, 1),
         "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "expected_memory": needs.memory,
     }
+
+
+def expect(name: str, setting: Values, work: Path) -> int:
+    """The memory that is expected of a training, in bytes."""
+    job = prepare(name, setting, work)
+    return job.needs(job.student()).memory
 
 
 def main() -> None:
@@ -156,16 +166,22 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run trainings with this in their names")
     parser.add_argument("--results", type=Path, default=HERE / "speed.json", help="file of the results")
     parser.add_argument("--work", type=Path, default=Path("build/speed"), help="folder of the models")
+    parser.add_argument("--expect", action="store_true", help="only estimate memory anew; needs no GPU")
     options = parser.parse_args()
     logging.disable_progress_bar()
     setting = {name: getattr(options, name) for name in ("shape", "length", "rows", "steps")}
     found: Values = {"setting": setting, **environment("peft"), "trainings": {}}
     if options.results.is_file():
         old = json.loads(options.results.read_text(encoding="utf-8"))
-        if all(old[key] == found[key] for key in ("setting", "machine", "versions")):
+        if options.expect or all(old[key] == found[key] for key in ("setting", "machine", "versions")):
             found = old
     if not all((options.work / name).is_dir() for name in ("dense", *COMPRESSED)):
         make_models(options.shape, options.work)
+    if options.expect:
+        for name, each in found["trainings"].items():
+            each["expected_memory"] = expect(name, found["setting"], options.work)
+        write_json(options.results, found)
+        return
     for name in TRAININGS:
         if options.only in name and name not in found["trainings"]:
             start = time.perf_counter()

@@ -114,7 +114,8 @@ class HealJob:
             assert original is not None
             teacher = each * describe(original).parameters
         length = self.text.tokens.shape[1]
-        return estimate(student, self.healing, self.steps, self.micro, length, teacher, self.config.vocab_size)
+        accumulates = self.healing.batch_size > self.micro * self.processes
+        return estimate(student, self.healing, self.steps, self.micro, length, teacher, accumulates)
 
 
 def prepare_healing(
