@@ -115,6 +115,8 @@ def losses(done):
     ids=["lora", "replacement"],
 )
 def test_a_killed_healing_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, changes):
+    (tmp_path / "test.txt").write_text("some words " * 100)
+    changes = {**changes, "evaluation": {"text": str(tmp_path / "test.txt"), "blocks": 2}}
     whole = heal(small, tmp_path / "whole", **changes)
     step = HealTrainer.compute_loss
 
@@ -134,6 +136,9 @@ def test_a_killed_healing_goes_on_to_the_same_bits(small, tmp_path, monkeypatch,
     again = heal(small, tmp_path / "killed", **changes)
     assert losses(again) == losses(whole)
     assert changed(tmp_path / "whole", tmp_path / "killed") == set()
+    assert "evaluate before" in whole["seconds"]
+    assert "evaluate before" not in again["seconds"]
+    assert again["evaluation"]["before"].keys() == whole["evaluation"]["before"].keys()
     with pytest.warns(UserWarning, match="holds this very healing"):
         heal(small, tmp_path / "killed", **changes)
     with pytest.raises(LayershareError, match="finished run of another recipe"):

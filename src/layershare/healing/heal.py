@@ -1,5 +1,6 @@
 """One healing: measure, train, measure, publish. Killed anywhere, the same call continues."""
 
+import json
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from layershare.model.source import resolve
 from layershare.report.page import write_pages
 from layershare.report.results import environment
 from layershare.run import Clock, Report, silent
-from layershare.store import write_atomically, write_json
+from layershare.store import make_folder, write_atomically, write_json
 
 KEPT = ("plan.json", "recipe.yaml")
 """What is copied from the compressed folder as it is."""
@@ -68,11 +69,16 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
     """The steps of a healing whose input has been checked."""
     state, healing = PartialState(), job.healing
     done: dict[str, Any] = {}
-    if job.trial is not None and state.is_main_process:
-        with clock.step("evaluate before") as progress:
-            done["before"] = _measure(job, job.folder, progress)
-    state.wait_for_everyone()
     training = work / f"training-{job.fingerprint[:16]}"
+    if job.trial is not None and state.is_main_process:
+        before = training / "before.json"
+        if not before.is_file():
+            with clock.step("evaluate before") as progress:
+                measured = _measure(job, job.folder, progress)
+            make_folder(training)
+            write_json(before, measured)
+        done["before"] = json.loads(before.read_text(encoding="utf-8"))
+    state.wait_for_everyone()
     with clock.step("teacher") if healing.loss.store_teacher else nullcontext(silent("")) as progress:
         teacher = job.load_teacher(training / "teacher", progress)
     trials = None
