@@ -136,6 +136,15 @@ def test_full_rank_reproduces_the_model_with_any_options(options, compress):
     assert all(each["error"] < 1e-6 for each in results["groups"].values())
 
 
+def test_heads_that_their_attention_ties_together_stay_in_their_places(compress):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("diffllama", **sizes, intermediate_size=56, vocab_size=160, pad_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    small, _ = compress(model, full_rank(model), unit="attention")
+    torch.testing.assert_close(logits(small), logits(model), rtol=1e-3, atol=1e-4)
+
+
 def test_a_plan_by_hand_for_one_matrix_is_carried_out_without_alignment(compress):
     model = tiny_model("llama")
 

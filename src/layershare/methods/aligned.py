@@ -135,17 +135,22 @@ def _with_heads_moved(anchor: SubLayer, target: SubLayer) -> SubLayer:
 def _divided_by_unit(sublayer: SubLayer, size: int) -> bool:
     """Whether something besides weights and biases may belong to single units: a tensor there of another size.
 
-    An MLP may have none of its `size` inner neurons; an attention those alone that all its heads share, such as norms
-    over the `size` elements of a head.
+    An MLP may have none of its `size` inner neurons; an attention those of modules alone that all its heads share, such
+    as norms over the `size` elements of a head. (Parameters of its own may tie heads together, such as those of
+    DiffLlama, which subtracts the second half of its heads from the first.)
     """
     spec = sublayer.evidence.spec
     linears = [linear.name for linear in sublayer.linears.values()]
     own = tuple(f"{spec.base_prefix}{name}." for name in linears)
     parent = f"{spec.base_prefix}{common_parent(linears)}."
-    shapes = [s for name, (s, _) in spec.tensors.items() if name.startswith(parent) and not name.startswith(own)]
+    shapes = {
+        name.removeprefix(parent): shape
+        for name, (shape, _) in spec.tensors.items()
+        if name.startswith(parent) and not name.startswith(own)
+    }
     if sublayer.part == "mlp":
-        return any(size in shape for shape in shapes)
-    return any(prod(shape) != size for shape in shapes)
+        return any(size in shape for shape in shapes.values())
+    return any(prod(shape) != size or "." not in name for name, shape in shapes.items())
 
 
 def _norm_name(evidence: Evidence, layer: int, part: Part) -> str:
