@@ -85,6 +85,7 @@ def test_speed_is_measured_once(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert ("delta, deltas: " in done.stdout) == printed
+    assert (tmp_path / "work" / "tiny" / "delta").is_dir()  # another shape has models of its own
     found = json.loads((tmp_path / "speed.json").read_text())["trainings"]["delta, deltas"]
     assert found["tokens_per_second"] > 0
     assert 0 < found["trained"] < found["parameters"]

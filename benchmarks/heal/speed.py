@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--expect", action="store_true", help="only estimate memory anew; needs no GPU")
     options = parser.parse_args()
     logging.disable_progress_bar()
+    options.work /= options.shape
     setting = {name: getattr(options, name) for name in ("shape", "length", "rows", "steps")}
     found: Values = {"setting": setting, **environment("peft"), "trainings": {}}
     if options.results.is_file():
