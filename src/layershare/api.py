@@ -110,11 +110,13 @@ def heal(
     `factors`, `norms`, `full` or `deltas`; `loss`: `ce`, `distill` or `both`. `text`: what to train on, as `load_text`
     takes it, in blocks of `length` tokens, `batch_size` of them per step, for so many `tokens` or `epochs` (one).
     `folder`: where to leave the finished checkpoint (and continue an interrupted healing), by default a temporary one.
-    `settings`: whatever else `Healing` has, such as `replace={}`, `compile=True` or `lora={"rank": 16}`.
+    `settings`: whatever else `Healing` has, such as `replace={}`, `compile=True` or `lora={"rank": 16}`, also by its
+    full key: `**{"loss.temperature": 2.0}`.
 
     Raises `LayershareError` for what cannot be done, before anything is computed, and when the loss is no number.
     """
-    given = {
+    given = {key: settings.pop(key) for key in [*settings] if "." in key}
+    given |= {
         "model": model.name_or_path or model.config.model_type,
         "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
         "train": train,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,25 +86,35 @@ def test_in_python(tokenizer, words, tmp_path):
     options = {"text": words, "blocks": 16, "length": 32}
     small = layershare.compress(original, tokenizer, keep=0.5, of="targets", **options)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    healed = layershare.heal(
-        small,
-        tokenizer,
-        teacher=original,
-        loss="both",
-        text=words,
-        length=16,
-        tokens=512,
-        batch_size=4,
-        lr=1e-2,
-        precision="float32",
-        folder=tmp_path / "out",
-    )
+
+    def healing() -> Any:
+        return layershare.heal(
+            small,
+            tokenizer,
+            teacher=original,
+            loss="both",
+            text=words,
+            length=16,
+            tokens=512,
+            batch_size=4,
+            lr=1e-2,
+            precision="float32",
+            folder=tmp_path / "out",
+            **{"loss.alpha": 0.25, "text.held_out": 4},
+        )
+
+    healed = healing()
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
     after = healed.state_dict()
     assert {name for name in after if not torch.equal(after[name], before[name])} == {
         name for name in after if name.endswith(".coef.weight")
     }
-    assert results_of(tmp_path / "out")["healing"]["settings"]["text"]["text"].startswith("strings ")
+    used = results_of(tmp_path / "out")["healing"]["settings"]
+    assert used["text"]["text"].startswith("strings ")
+    assert (used["loss"]["kind"], used["loss"]["alpha"], used["text"]["held_out"]) == ("both", 0.25, 4)
+    with pytest.warns(match="nothing was done"):
+        again = healing().state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in again.items())
     assert layershare.heal is layershare.heal  # the package that holds it has another name
     assert callable(layershare.heal)
 

@@ -68,7 +68,9 @@ class HealJob:
         """What tells one healing's work from another's: the compressed weights, the text and the teacher."""
         files = {path.name: checksum(path) for path in sorted(self.folder.glob("*.safetensors"))}
         teacher = Weights.of(self.teacher).fingerprint if isinstance(self.teacher, PreTrainedModel) else self.teacher
-        identity = json.dumps([files, self.text.tokens_sha256, teacher, str(self.config.to_dict())])
+        # Without the folder's name: a model in memory is saved to another one each time.
+        config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
+        identity = json.dumps([files, self.text.tokens_sha256, teacher, str(config)])
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def with_settings(self, healing: Healing, steps: int) -> "HealJob":
