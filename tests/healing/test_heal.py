@@ -1,8 +1,10 @@
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from layershare.errors import LayershareError
@@ -293,15 +295,27 @@ class TestBadInput:
             prepare_healing(settings(dense, loss={"kind": "distill"}, text=settings(small).text))
 
     def test_a_loss_that_is_no_number(self, small, tmp_path):
-        with pytest.raises(
-            LayershareError, match=r"not a number in step \d; the last good checkpoint is .*checkpoint-"
-        ):
-            heal(small, tmp_path / "out", train="full", optimizer={"lr": 1e30, "warmup": 1.0, "max_grad_norm": 1e30})
+        wild = {"lr": 1e30, "warmup": 1.0, "max_grad_norm": 1e30}  # from the second step on
+        with pytest.raises(LayershareError, match=r"after step 2; the last good checkpoint is .*checkpoint-1'"):
+            heal(small, tmp_path / "out", train="full", optimizer=wild, save_every=1, log_every=1)
         assert list((tmp_path / "out" / ".run").glob("training-*/checkpoint-*/trained.safetensors"))
 
     def test_nothing_is_left_of_a_loss_that_is_no_number_at_once(self, small, tmp_path):
-        with pytest.raises(LayershareError, match="not a number in step"):
-            heal(small, tmp_path / "out", train="full", optimizer={"lr": 1e30, "warmup": 0}, save_every=8, log_every=8)
+        wild = {"train": "full", "optimizer": {"lr": 1e30, "warmup": 0}, "save_every": 8, "log_every": 8}
+        with pytest.raises(LayershareError, match="not a number in step 2"):
+            heal(small, tmp_path / "out", **wild, evaluate_every=8)
+        assert not (tmp_path / "out").exists()
+        text = asdict(settings(small).text) | {"tokens": 4 * 16}
+        with pytest.raises(LayershareError, match="not a number after step 1"):  # the last one
+            heal(small, tmp_path / "out", **wild, text=text)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_model_whose_loss_is_no_number(self, small, tmp_path):
+        shutil.copytree(small, tmp_path / "broken")
+        tensors = {name: tensor * float("nan") for name, tensor in weights(small).items()}
+        save_file(tensors, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(LayershareError, match="not a number even before training"):
+            heal(tmp_path / "broken", tmp_path / "out", text=settings(small).text)
         assert not (tmp_path / "out").exists()
 
     def test_optuna_is_missing(self, small, monkeypatch):

@@ -3,8 +3,10 @@
 import os
 import sys
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,20 @@ def shard() -> None:
     os.environ |= LAUNCHED
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState._reset_state()
+
+
+def diverge(small: Path, out: Path) -> None:
+    """A search whose first trial comes to no number on one rank alone: all ranks give it up."""
+    steps = count()
+
+    class Broken(Objective):
+        def __call__(self, *inputs: Any) -> Any:
+            loss, parts = super().__call__(*inputs)
+            return (loss * float("nan") if next(steps) == 1 and dist.get_rank() == 1 else loss), parts
+
+    with patch("layershare.healing.training.Objective", Broken):
+        found = heal(small, out, train="factors", search={"trials": 2, "budget": 0.5})["search"]
+    assert [trial["held_out_loss"] is None for trial in found["trials"]] == [True, False]
 
 
 def gradients(small: Path, train: str, *, sharded: bool) -> dict[str, torch.Tensor]:
@@ -80,6 +96,7 @@ def main(small: Path, out: Path) -> None:
         assert sharded.keys() == single.keys()
         for name, gradient in single.items():
             torch.testing.assert_close(sharded[name], gradient, rtol=1e-3, atol=1e-6)
+    diverge(small, out / "search")
     shard()
     for name, options in FSDP.items():
         print("fsdp", name, flush=True)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import warnings
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +173,8 @@ def prepare_healing(
         trial = load_trial(healing.evaluation, tokenizer, block_length(config, healing.evaluation.length or length))
         if trial.text is not None and trial.text.text_sha256 == blocks.text_sha256:
             warnings.warn("The model is measured on the very text that it is trained on.", stacklevel=2)
-    processes = PartialState(cpu=device == "cpu").num_processes
+    # One process measures, or stores the teacher's logits, while the others wait.
+    processes = PartialState(cpu=device == "cpu", timeout=timedelta(days=1)).num_processes
     micro = healing.micro_batch or -(-healing.batch_size // processes)
     if healing.batch_size % (micro * processes):
         raise LayershareError(

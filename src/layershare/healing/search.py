@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from layershare.calibrate.stats import Progress
@@ -109,4 +110,5 @@ def _try(job: HealJob, teacher: PreTrainedModel | StoredLogits | None, folder: P
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
-    return loss if loss is not None and math.isfinite(loss) else None
+    # The main process's, to the bit, or the others might go on with other settings.
+    return broadcast_object_list([loss])[0]

@@ -136,19 +136,19 @@ class HealTrainer(Trainer):
         """The objective. Raises `Diverged` if it is not a number."""
         with self.accelerator.autocast():  # the student has it anyway, the teacher has not
             loss, parts = self.objective(model, inputs["input_ids"], inputs["row"])
-        if not torch.isfinite(loss):
-            raise self.diverged()
+        # Of all processes: were it one alone that stops, the others would wait for it.
+        if not torch.isfinite(self.accelerator.gather(loss.detach()[None])).all():  # pyright: ignore[reportArgumentType]
+            raise self.diverged(f"in step {self.state.global_step + 1}")
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(part.detach())
         return loss
 
-    def diverged(self) -> Diverged:
+    def diverged(self, when: str) -> Diverged:
         """The error for a loss or weights that are no numbers."""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         where = f"; the last good checkpoint is '{kept}'" if kept else ""
         return Diverged(
-            f"The loss is not a number in step {self.state.global_step + 1}{where}. "
-            "Start again with a smaller optimizer.lr, in another folder."
+            f"The loss is not a number {when}{where}. Start again with a smaller optimizer.lr, in another folder."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -173,7 +173,7 @@ class HealTrainer(Trainer):
             tensor = parameter.detach()
             whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.contiguous()
         if not all(torch.isfinite(each).all() for each in whole.values()):
-            raise self.diverged()
+            raise self.diverged(f"after step {self.state.global_step}")
         return whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -246,6 +246,13 @@ class Watch(TrainerCallback):
     def _measure(self, state: Any) -> None:
         with self.trainer.accelerator.autocast():
             nll = held_out_loss(self.trainer.model_wrapped, self.held_out, self.rows, self.trainer.args.device)
+        if not math.isfinite(nll):
+            if state.global_step == 0:
+                raise LayershareError(
+                    "The loss on held-out blocks is not a number even before training; set precision=float32, or "
+                    "compress the model anew."
+                )
+            raise self.trainer.diverged(f"after step {state.global_step}")
         perplexity = math.exp(min(nll, 700))
         state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
         self.say(f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}")
