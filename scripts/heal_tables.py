@@ -12,8 +12,8 @@ Values = dict[str, Any]
 UNMEASURED = "Not measured yet; `python benchmarks/heal/run.py` does it."
 
 
-def read(folder: Path) -> dict[str, Values]:
-    """Results of one model by COMPRESSION/compressed or COMPRESSION/HEALING-SEED.
+def read(folder: Path) -> tuple[dict[str, Values], Values]:
+    """Results of one model by COMPRESSION/compressed or COMPRESSION/HEALING-SEED, and those of the original.
 
     Raises `ValueError` if they are not comparable: of different weights, trained or measured on different texts.
     """
@@ -21,18 +21,20 @@ def read(folder: Path) -> dict[str, Values]:
         f"{file.parent.name}/{file.stem}": json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(folder.glob("*/*.json"))
     }
+    original = json.loads((folder / "original.json").read_text(encoding="utf-8"))
     require_same(
         folder.name,
         "benchmarks/heal/run.py",
         {
             "weights": {each["model_fingerprint"] for each in found.values()},
             "training texts": {each["text"]["text_sha256"] for each in found.values() if "text" in each},
-            "blocks": {each["text"]["tokens_sha256"] for key, each in found.items() if key.endswith("-0")},
+            "blocks": {each["text"]["tokens_sha256"] for key, each in found.items() if key.endswith("-0")}
+            | {original["text"]["tokens_sha256"]},
             "amounts of training": {each["tokens"] for each in found.values() if "tokens" in each},
             "test texts": {measured(each)["text"]["tokens_sha256"] for each in found.values()},
         },
     )
-    return found
+    return found, original
 
 
 def measured(result: Values) -> Values:
@@ -42,8 +44,10 @@ def measured(result: Values) -> Values:
 
 
 def heal_page(folder: Path, model: str) -> str:
-    """The four tables of one model, and what they were made with."""
-    results = read(folder / model)
+    """The tables of one model, and what they were made with."""
+    if not (folder / model).is_dir():
+        return UNMEASURED
+    results, original = read(folder / model)
     trained = [each for each in results.values() if "tokens" in each]
     if not trained:
         return UNMEASURED
@@ -54,7 +58,13 @@ def heal_page(folder: Path, model: str) -> str:
         f"{text['blocks']} blocks of {text['length']} tokens. Every training saw {trained[0]['tokens']:,} tokens of "
         f"{trained[0]['text']['source']}."
     )
-    tables = [_against(results), _replacement(results), _recovered(results), _ablation(results)]
+    tables = [
+        _against(results),
+        _replacement(results),
+        _recovered(results),
+        _held_out(results, original),
+        _ablation(results),
+    ]
     return "\n\n".join([title, *(table for table in tables if table), machine(trained[-1])])
 
 
@@ -132,31 +142,61 @@ def _replacement(results: dict[str, Values]) -> str:
     return f"The same steps with three losses (mean ± standard deviation):\n\n{markdown(header, rows)}"
 
 
+WAYS = ("/lora-0", "/factors-0", "/full-0", "-refined/compressed", "-refined/factors-0")
+RECOVERED = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full", "pre-fit", "pre-fit, then factors"]
+
+
 def _recovered(results: dict[str, Values]) -> str:
     """Basis Sharing healed in several ways, with the part of the lost log-perplexity that came back."""
     rows = []
     for removed in (20, 30, 40, 50):
         name = f"basis-sharing-t{removed}"
-        bare = results.get(f"{name}/compressed")
-        if bare is None:
-            continue
-        test = measured(bare)
-        lost = log(test["perplexity"]["value"] / test["original_perplexity"]["value"])
-        row = [f"{removed} % of targets removed", f"{test['perplexity']['value']:.2f}"]
-        for way in ("/lora-0", "/factors-0", "/full-0", "-refined/compressed", "-refined/factors-0"):
-            healed = results.get(name + way)
-            if healed is None:
-                row.append("")
-                continue
-            value = measured(healed)["perplexity"]["value"]
-            row.append(f"{value:.2f} ({log(test['perplexity']['value'] / value) / lost:.0%})")
-        rows.append(row)
-    header = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full", "pre-fit", "pre-fit, then factors"]
+        if f"{name}/compressed" in results:
+            original = measured(results[f"{name}/compressed"])["original_perplexity"]["value"]
+            perplexities = [
+                measured(results[name + way])["perplexity"]["value"] if name + way in results else None
+                for way in ("/compressed", *WAYS)
+            ]
+            rows.append([f"{removed} % of targets removed", *_parts(original, perplexities)])
     note = (
         "Perplexity after each training, in brackets how much of the lost log-perplexity came back. "
         "The pre-fit is part of compressing (`--refine`) and sees the calibration text only"
     )
-    return f"{note}:\n\n{markdown(header, rows)}" if rows else ""
+    return f"{note}:\n\n{markdown(RECOVERED, rows)}" if rows else ""
+
+
+def _held_out(results: dict[str, Values], original: Values) -> str:
+    """The same on blocks of the training's text: before training (of compressed models) and at its end."""
+    rows = []
+    for removed in (20, 30, 40, 50):
+        name = f"basis-sharing-t{removed}"
+        logs = {
+            way: [each["held_out_perplexity"] for each in results[name + way]["log"] if "held_out_perplexity" in each]
+            for way in WAYS
+            if "log" in results.get(name + way, {})
+        }
+        if logs:
+            begins = {way.rpartition("/")[0]: values[0] for way, values in logs.items()}
+            ends = {way: values[-1] for way, values in logs.items()} | {"-refined/compressed": begins.get("-refined")}
+            perplexities = [begins.get(""), *(ends.get(way) for way in WAYS)]
+            rows.append([f"{removed} % of targets removed", *_parts(original["held_out_perplexity"], perplexities)])
+    note = (
+        f"The same on {original['text']['held_out']} blocks of the training's text that no training sees (original: "
+        f"{original['held_out_perplexity']:.2f}; in bfloat16, as training goes)"
+    )
+    return f"{note}:\n\n{markdown(RECOVERED, rows)}" if rows else ""
+
+
+def _parts(original: float, perplexities: list[float | None]) -> list[str]:
+    """Perplexities, all but the first one with the part of its loss that came back; blanks for those not measured."""
+    first = perplexities[0]
+    if first is None:
+        return [""] * len(perplexities)
+    cells = [
+        "" if each is None else f"{each:.2f} ({log(first / each) / log(first / original):.0%})"
+        for each in perplexities[1:]
+    ]
+    return [f"{first:.2f}", *cells]
 
 
 def _ablation(results: dict[str, Values]) -> str:

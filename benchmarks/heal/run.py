@@ -3,11 +3,13 @@
     python benchmarks/heal/run.py [--path books-llama-11m=FOLDER --path novels=FILE …]
 
 `matrix.yaml` says what to run. A result is a file here: MODEL/COMPRESSION/compressed.json, and HEALING-SEED.json beside
-it for each training of that model. Each is made in a fresh process. `make tables` puts them into docs/results.md.
+it for each training of that model; each is made in a fresh process. MODEL/original.json tells how well the original
+predicts the blocks that its trainings hold out. `make tables` puts all into docs/results.md.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -27,6 +29,8 @@ from transformers.utils import logging
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import Healing
+from layershare.healing.training import held_out_loss
+from layershare.model.hub import load
 from layershare.model.source import SAMPLE, resolve
 from layershare.model.weights import Weights
 from layershare.recipe import make_as, make_recipe
@@ -127,6 +131,17 @@ def carry_out(experiment: Experiment, paths: dict[str, str], results: Path, work
     write_json(file, {"experiment": asdict(experiment), "model_fingerprint": weights, **found})
 
 
+def measure_original(row: Values, common: Values, model: str, paths: dict[str, str]) -> Values:
+    """Perplexity of the original on the blocks that trainings with seed 0 hold out."""
+    settings = placed(merged(common, row["training"]), paths) | {"model": resolve(paths.get(model, model))}
+    healing = make_as(Healing, settings | {"train": "full", "device": "cpu"})
+    job = prepare_healing(healing)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        loss = held_out_loss(load(job.folder, dtype=torch.float32), job.held_out, job.micro, torch.device("cpu"))
+    text = {**job.text.identity, "source": row["training"]["text"]["text"], "held_out": healing.text.held_out}
+    return {"held_out_perplexity": math.exp(loss), "text": text, **environment()}
+
+
 def finished(experiment: Experiment, results: Path, weights: str) -> bool:
     """Whether there is a result that was made from the same."""
     file = results / f"{experiment.name}.json"
@@ -169,6 +184,10 @@ def main() -> None:
             print(f"{model}: left out; say where it is with --path {model}=FOLDER")
             continue
         weights = fingerprint(model, paths)
+        original = options.results / model / "original.json"
+        if not original.is_file():
+            original.parent.mkdir(parents=True, exist_ok=True)
+            write_json(original, measure_original(matrix["models"][model], matrix["training"], model, paths))
         every = [each for each in experiments(matrix, model) if options.only in each.name]
         todo = [each for each in every if not finished(each, options.results, weights)]
         trained = {each.compression for each in todo if each.settings is not None}

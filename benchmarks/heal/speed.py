@@ -9,6 +9,7 @@ process. Trainings that have a result there are not run again.
 import argparse
 import gc
 import json
+import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,8 +177,11 @@ def main() -> None:
         old = json.loads(options.results.read_text(encoding="utf-8"))
         if options.expect or all(old[key] == found[key] for key in ("setting", "machine", "versions")):
             found = old
-    if not all((options.work / name).is_dir() for name in ("dense", *COMPRESSED)):
-        make_models(options.shape, options.work)
+    if not options.work.is_dir():
+        part = options.work.with_name(f"{options.shape}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        make_models(options.shape, part)
+        part.rename(options.work)
     if options.expect:
         for name, each in found["trainings"].items():
             each["expected_memory"] = expect(name, found["setting"], options.work)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.text import Source, load_text
+from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.speed import measure_speed
 from layershare.evaluate.trial import load_trial
@@ -113,7 +115,8 @@ def heal(
     `settings`: whatever else `Healing` has, such as `replace={}`, `compile=True` or `lora={"rank": 16}`, also by its
     full key: `**{"loss.temperature": 2.0}`.
 
-    Raises `LayershareError` for what cannot be done, before anything is computed, and when the loss is no number.
+    Raises `LayershareError` for what cannot be done, before anything is computed, when the loss is no number, and in
+    several processes, which the command line has.
     """
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
@@ -128,6 +131,8 @@ def heal(
         "optimizer.lr": lr,
         "batch_size": batch_size,
     }
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
     with TemporaryDirectory(prefix="layershare-") as temporary:
         for module in model.modules():

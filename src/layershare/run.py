@@ -191,6 +191,8 @@ def run(
     if job.calibrated:
         assert tokenizer is not None
         calibration = load_calibration(recipe.calibration, tokenizer, job.length, text)
+        known = read_config(recipe.model) if model is None else model.config
+        calibration.require_within(known.get_text_config().vocab_size)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:

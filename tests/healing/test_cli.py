@@ -125,3 +125,9 @@ def test_a_model_with_adapters_is_refused(small, words):
     get_peft_model(model, LoraConfig(r=2, target_modules=["coef"]))
     with pytest.raises(layershare.LayershareError, match="merge or unload the adapters first"):
         layershare.heal(model, text=words)
+
+
+def test_a_model_in_memory_is_healed_by_one_process(small, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(layershare.LayershareError, match="save it, and call `layershare heal`"):
+        layershare.heal(layershare.load(small), text=words)

@@ -268,6 +268,7 @@ class TestBadInput:
 
     def test_settings(self, small):
         self.refuses(small, "Unknown LoRA target 'q_prj'. Did you mean 'q_proj'", lora={"targets": ["q_prj"]})
+        self.refuses(small, "lora.targets is empty", lora={"targets": []})
         self.refuses(small, "has no deltas to train", train="deltas")
         self.refuses(small, "too few for 4 held out and a batch of 10000", batch_size=10000)
         self.refuses(small, "micro-batches of 3", micro_batch=3)
@@ -288,6 +289,26 @@ class TestBadInput:
         (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
         teacher = str(tmp_path / "teacher")
         self.refuses(small, "another vocabulary .200 tokens, this model 160", teacher=teacher, loss={"kind": "both"})
+
+    def test_a_teacher_whose_tokens_have_other_numbers(self, small, tmp_path):
+        shutil.copytree(small.parent / "dense", tmp_path / "teacher")
+        file = tmp_path / "teacher" / "tokenizer.json"
+        values = json.loads(file.read_text())
+        numbers = values["model"]["vocab"]
+        numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+        file.write_text(json.dumps(values))
+        problem = "another vocabulary .its token '[ab]' has another number"
+        self.refuses(small, problem, teacher=str(tmp_path / "teacher"), loss={"kind": "both"})
+
+    def test_a_tokenizer_that_does_not_fit_the_model(self, small, tmp_path):
+        shutil.copytree(small, tmp_path / "model")
+        file = tmp_path / "model" / "tokenizer.json"
+        values = json.loads(file.read_text())
+        values["model"]["vocab"]["a"] = 500
+        file.write_text(json.dumps(values))
+        options = {"text": {"text": str(small.parent / "text.txt"), "length": 16}}
+        with pytest.raises(LayershareError, match="makes tokens up to number 500, the model knows 160"):
+            prepare_healing(settings(tmp_path / "model", **options))
 
     def test_a_model_that_does_not_say_what_it_was(self, small):
         dense = small.parent / "dense"

@@ -41,7 +41,7 @@ LAUNCHED = {
 def shard() -> None:
     """From now on the Trainer shards by accelerate's FSDP2, which accelerate does for accelerators only."""
     os.environ |= LAUNCHED
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # pyright: ignore
     PartialState._reset_state()
 
 

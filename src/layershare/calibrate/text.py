@@ -55,6 +55,13 @@ class Text:
             "tokens_sha256": self.tokens_sha256,
         }
 
+    def require_within(self, vocabulary: int) -> None:
+        """Raise `LayershareError` if there is a token that a model of so many tokens does not know."""
+        if (highest := int(self.tokens.max())) >= vocabulary:
+            raise LayershareError(
+                f"The tokenizer makes tokens up to number {highest}, the model knows {vocabulary}; use the model's own."
+            )
+
 
 def load_text(
     source: Source,

@@ -152,11 +152,20 @@ def prepare_healing(
                 f"The teacher has another vocabulary ({theirs.vocab_size} tokens, this model {config.vocab_size}); "
                 "name the original with --teacher."
             )
+        if isinstance(master, str):
+            numbers = _tokens(master)
+            clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
+            if clash is not None:
+                raise LayershareError(
+                    f"The teacher has another vocabulary (its token {clash!r} has another number); "
+                    "name the original with --teacher."
+                )
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
         options.text if text is None else text, tokenizer, split="train", blocks=None, length=length, seed=options.seed
     )
+    blocks.require_within(config.vocab_size)
     available = len(blocks.tokens) - options.held_out
     if available < healing.batch_size:
         raise LayershareError(
@@ -199,6 +208,14 @@ def _require_known(healing: Healing) -> None:
             raise LayershareError(
                 f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
             )
+
+
+def _tokens(name: str) -> dict[str, int]:
+    """Token -> number in a model's tokenizer; nothing if it comes without one."""
+    try:
+        return read_tokenizer(name).get_vocab()
+    except LayershareError:
+        return {}
 
 
 def _original(folder: Path, config: PreTrainedConfig) -> str | None:

@@ -33,6 +33,11 @@ class Lora:
     targets: Literal["coefficients", "factors", "linears"] | tuple[str, ...] = "coefficients"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    def __post_init__(self) -> None:
+        """Raise `LayershareError` if there are no targets."""
+        if not self.targets:
+            raise LayershareError("lora.targets is empty: name linears, or leave it out.")
+
 
 @dataclass(frozen=True)
 class Loss:

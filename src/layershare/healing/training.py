@@ -350,7 +350,8 @@ def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:
     if not trainer.is_fsdp_enabled:
         return trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     whole = job.student()
-    whole.load_state_dict(trainer.trained(), strict=False)
+    unknown = whole.load_state_dict(trainer.trained(), strict=False).unexpected_keys
+    assert not unknown, unknown
     return whole
 
 
