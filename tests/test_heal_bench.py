@@ -57,9 +57,11 @@ def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
 
     assert "tiny: 3 of 3 experiments to run" in printed()
     files = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "results").rglob("*.json")}
-    assert set(files) == {"compressed", "norms-0", "norms-1"}
+    assert set(files) == {"original", "compressed", "norms-0", "norms-1"}
     bare, first, second = files["compressed"], files["norms-0"], files["norms-1"]
     assert first["tokens"] == 256
+    assert files["original"]["text"]["tokens_sha256"] == first["text"]["tokens_sha256"]
+    assert files["original"]["held_out_perplexity"] < first["log"][0]["held_out_perplexity"]
     assert first["evaluation"]["before"]["kl"] == bare["evaluation"]["kl"] > first["evaluation"]["after"]["kl"]
     assert first["after"] == second["after"] == bare["after"]
     assert str(tmp_path) not in json.dumps(files)
