@@ -119,6 +119,14 @@ def test_in_python(tokenizer, words, tmp_path):
     assert callable(layershare.heal)
 
 
+def test_what_is_not_known_of_a_model_in_memory_is_asked_for(tokenizer, words):
+    small = layershare.compress(tiny_model("llama"), tokenizer, keep=0.5, of="targets", text=words, blocks=8, length=32)
+    with pytest.raises(layershare.LayershareError, match="its tokenizer is not known; give it, too"):
+        layershare.heal(small, text=words)
+    with pytest.raises(layershare.LayershareError, match="name the original with --teacher"):
+        layershare.heal(small, tokenizer, loss="distill", text=words)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # PEFT knows the old name only
 def test_a_model_with_adapters_is_refused(small, words):
     model = layershare.load(small)

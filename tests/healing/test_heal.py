@@ -290,6 +290,15 @@ class TestBadInput:
         teacher = str(tmp_path / "teacher")
         self.refuses(small, "another vocabulary .200 tokens, this model 160", teacher=teacher, loss={"kind": "both"})
 
+    def test_an_original_that_is_gone(self, small, tmp_path):
+        shutil.copytree(small, tmp_path / "small")
+        for name in ("config.json", "results.json"):
+            file = tmp_path / "small" / name
+            file.write_text(file.read_text().replace(str(small.parent / "dense"), str(tmp_path / "gone")))
+        options = {"loss": {"kind": "both"}, "text": {"text": str(small.parent / "text.txt"), "length": 16}}
+        with pytest.raises(LayershareError, match="gone', which the model was made from, is not here; name"):
+            prepare_healing(settings(tmp_path / "small", **options))
+
     def test_a_teacher_whose_tokens_have_other_numbers(self, small, tmp_path):
         shutil.copytree(small.parent / "dense", tmp_path / "teacher")
         file = tmp_path / "teacher" / "tokenizer.json"

@@ -146,7 +146,7 @@ def prepare_healing(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
     if master is not None and (healing.teaches or healing.evaluation is not None):
-        theirs = master.config if isinstance(master, PreTrainedModel) else read_config(master)
+        theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, healing.teacher)
         if theirs.vocab_size != config.vocab_size:
             raise LayershareError(
                 f"The teacher has another vocabulary ({theirs.vocab_size} tokens, this model {config.vocab_size}); "
@@ -208,6 +208,18 @@ def _require_known(healing: Healing) -> None:
             raise LayershareError(
                 f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
             )
+
+
+def _config_of(original: str, named: str | None) -> PreTrainedConfig:
+    """The config of the teacher. Raises `LayershareError`; where no one `named` it, with what to do."""
+    try:
+        return read_config(original)
+    except LayershareError as error:
+        if named is not None:
+            raise
+        raise LayershareError(
+            f"'{original}', which the model was made from, is not here; name the original with --teacher."
+        ) from error
 
 
 def _tokens(name: str) -> dict[str, int]:

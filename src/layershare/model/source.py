@@ -57,6 +57,7 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer of a model in memory, by the name that it was loaded by. Raises `LayershareError` without one."""
-    if not model.name_or_path:
+    name = model.name_or_path
+    if not name or (Path(name).is_absolute() and not Path(name).exists()):
         raise LayershareError("This model was not loaded by a name, so its tokenizer is not known; give it, too.")
-    return read_tokenizer(model.name_or_path)
+    return read_tokenizer(name)
