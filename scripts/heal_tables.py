@@ -1,6 +1,8 @@
 """Tables of the trainings in benchmarks/heal, for docs/results.md."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from math import log
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,11 +60,16 @@ def heal_page(folder: Path, model: str) -> str:
         f"{text['blocks']} blocks of {text['length']} tokens. Every training saw {trained[0]['tokens']:,} tokens of "
         f"{trained[0]['text']['source']}."
     )
+    held_out = (
+        f"The same on {original['text']['held_out']} blocks of the training's text that no training sees (original: "
+        f"{original['held_out_perplexity']:.2f}; in bfloat16, as training goes)"
+    )
+    perplexities = {key: measured(each)["perplexity"]["value"] for key, each in results.items()}
     tables = [
         _against(results),
         _replacement(results),
-        _recovered(results),
-        _held_out(results, original),
+        _recovered(TESTED, first["original_perplexity"]["value"], perplexities.get),
+        _recovered(held_out, original["held_out_perplexity"], partial(_held_out, results)),
         _ablation(results),
     ]
     return "\n\n".join([title, *(table for table in tables if table), machine(trained[-1])])
@@ -142,61 +149,39 @@ def _replacement(results: dict[str, Values]) -> str:
     return f"The same steps with three losses (mean ± standard deviation):\n\n{markdown(header, rows)}"
 
 
-WAYS = ("/lora-0", "/factors-0", "/full-0", "-refined/compressed", "-refined/factors-0")
+WAYS = ("/compressed", "/lora-0", "/factors-0", "/full-0", "-refined/compressed", "-refined/factors-0")
 RECOVERED = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full", "pre-fit", "pre-fit, then factors"]
+TESTED = (
+    "Perplexity after each training, in brackets how much of the lost log-perplexity came back. "
+    "The pre-fit is part of compressing (`--refine`) and sees the calibration text only"
+)
 
 
-def _recovered(results: dict[str, Values]) -> str:
+def _recovered(note: str, original: float, perplexity: Callable[[str], float | None]) -> str:
     """Basis Sharing healed in several ways, with the part of the lost log-perplexity that came back."""
     rows = []
     for removed in (20, 30, 40, 50):
-        name = f"basis-sharing-t{removed}"
-        if f"{name}/compressed" in results:
-            original = measured(results[f"{name}/compressed"])["original_perplexity"]["value"]
-            perplexities = [
-                measured(results[name + way])["perplexity"]["value"] if name + way in results else None
-                for way in ("/compressed", *WAYS)
-            ]
-            rows.append([f"{removed} % of targets removed", *_parts(original, perplexities)])
-    note = (
-        "Perplexity after each training, in brackets how much of the lost log-perplexity came back. "
-        "The pre-fit is part of compressing (`--refine`) and sees the calibration text only"
-    )
+        perplexities = [perplexity(f"basis-sharing-t{removed}{way}") for way in WAYS]
+        if perplexities[0] is not None:
+            rows.append([f"{removed} % of targets removed", *_parts(original, perplexities[0], perplexities[1:])])
     return f"{note}:\n\n{markdown(RECOVERED, rows)}" if rows else ""
 
 
-def _held_out(results: dict[str, Values], original: Values) -> str:
-    """The same on blocks of the training's text: before training (of compressed models) and at its end."""
-    rows = []
-    for removed in (20, 30, 40, 50):
-        name = f"basis-sharing-t{removed}"
-        logs = {
-            way: [each["held_out_perplexity"] for each in results[name + way]["log"] if "held_out_perplexity" in each]
-            for way in WAYS
-            if "log" in results.get(name + way, {})
-        }
-        if logs:
-            begins = {way.rpartition("/")[0]: values[0] for way, values in logs.items()}
-            ends = {way: values[-1] for way, values in logs.items()} | {"-refined/compressed": begins.get("-refined")}
-            perplexities = [begins.get(""), *(ends.get(way) for way in WAYS)]
-            rows.append([f"{removed} % of targets removed", *_parts(original["held_out_perplexity"], perplexities)])
-    note = (
-        f"The same on {original['text']['held_out']} blocks of the training's text that no training sees (original: "
-        f"{original['held_out_perplexity']:.2f}; in bfloat16, as training goes)"
-    )
-    return f"{note}:\n\n{markdown(RECOVERED, rows)}" if rows else ""
+def _held_out(results: dict[str, Values], key: str) -> float | None:
+    """Perplexity on the blocks held out, at the end of a training; of a compressed model, before its factors train."""
+    compression, what = key.split("/")
+    training = results.get(f"{compression}/factors-0" if what == "compressed" else key)
+    if training is None:
+        return None
+    values = [each["held_out_perplexity"] for each in training["log"] if "held_out_perplexity" in each]
+    return values[0 if what == "compressed" else -1]
 
 
-def _parts(original: float, perplexities: list[float | None]) -> list[str]:
-    """Perplexities, all but the first one with the part of its loss that came back; blanks for those not measured."""
-    first = perplexities[0]
-    if first is None:
-        return [""] * len(perplexities)
-    cells = [
-        "" if each is None else f"{each:.2f} ({log(first / each) / log(first / original):.0%})"
-        for each in perplexities[1:]
-    ]
-    return [f"{first:.2f}", *cells]
+def _parts(original: float, compressed: float, healed: list[float | None]) -> list[str]:
+    """Perplexities, the healed ones with the part of the loss that came back; blanks for those not measured."""
+    lost = log(compressed / original)
+    parts = ["" if each is None else f"{each:.2f} ({log(compressed / each) / lost:.0%})" for each in healed]
+    return [f"{compressed:.2f}", *parts]
 
 
 def _ablation(results: dict[str, Values]) -> str:

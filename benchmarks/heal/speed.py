@@ -24,10 +24,11 @@ from layershare.healing.job import HealJob, prepare_healing
 from layershare.healing.settings import Healing
 from layershare.healing.training import train
 from layershare.methods import make_method, plan_with
-from layershare.model.arch import describe
+from layershare.model.arch import Spec, describe
 from layershare.model.source import SAMPLE, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.layout import checkpoint_tensors
+from layershare.plan.plan import Plan
 from layershare.recipe import make_as, make_recipe
 from layershare.report.results import environment
 from layershare.run import silent
@@ -97,10 +98,14 @@ def common(length: int, steps: int, rows: int) -> Values:
 class Random(Factored):
     """A plan carried out with random factors: what is made of what does not matter to speed and memory."""
 
+    def __init__(self, spec: Spec, plan: Plan, weights: Weights, folder: Path) -> None:
+        super().__init__(spec, plan, weights, folder, {})
+        self.made, self.dense = checkpoint_tensors(spec, plan.edits), weights.model.state_dict()
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the dense model where it has one of this name and shape, or a random one."""
-        shape, dtype = checkpoint_tensors(self.spec, self.plan.edits)[name]
-        dense = self.weights.model.state_dict().get(name)
+        shape, dtype = self.made[name]
+        dense = self.dense.get(name)
         if dense is not None and dense.shape == torch.Size(shape):
             return dense.to(dtype)
         return torch.empty(shape, dtype=dtype).normal_(std=0.02)
@@ -115,13 +120,13 @@ def make_models(shape: str, work: Path) -> None:
     tokenizer = read_tokenizer(resolve(SAMPLE))
     model.save_pretrained(work / "dense")
     tokenizer.save_pretrained(work / "dense")
+    spec = describe(model)
     for name, values in COMPRESSED.items():
         recipe = make_recipe({"model": str(work / "dense"), **values})
-        plan = plan_with(describe(model), recipe.method, make_method(recipe.method, {}), recipe.keep, recipe.of)
+        plan = plan_with(spec, recipe.method, make_method(recipe.method, {}), recipe.keep, recipe.of)
         (work / name).mkdir(parents=True)
         with TemporaryDirectory(dir=work) as scratch:
-            factored = Random(describe(model), plan, Weights.of(model), Path(scratch), {})
-            write_model(factored, recipe, tokenizer, work / name)
+            write_model(Random(spec, plan, Weights.of(model), Path(scratch)), recipe, tokenizer, work / name)
 
 
 def prepare(name: str, setting: Values, work: Path) -> HealJob:
@@ -152,12 +157,6 @@ def measure(name: str, setting: Values, work: Path) -> Values:
     }
 
 
-def expect(name: str, setting: Values, work: Path) -> int:
-    """The memory that is expected of a training, in bytes."""
-    job = prepare(name, setting, work)
-    return job.needs(job.student()).memory
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b", help="of the model")
@@ -175,7 +174,8 @@ def main() -> None:
     found: Values = {"setting": setting, **environment("peft"), "trainings": {}}
     if options.results.is_file():
         old = json.loads(options.results.read_text(encoding="utf-8"))
-        if options.expect or all(old[key] == found[key] for key in ("setting", "machine", "versions")):
+        same = ("setting",) if options.expect else ("setting", "machine", "versions")
+        if all(old[key] == found[key] for key in same):
             found = old
     if not options.work.is_dir():
         part = options.work.with_name(f"{options.shape}.part")
@@ -184,8 +184,9 @@ def main() -> None:
         part.rename(options.work)
     if options.expect:
         for name, each in found["trainings"].items():
-            each["expected_memory"] = expect(name, found["setting"], options.work)
-        write_json(options.results, found)
+            job = prepare(name, setting, options.work)
+            each["expected_memory"] = job.needs(job.student()).memory
+            write_json(options.results, found)
         return
     for name in TRAININGS:
         if options.only in name and name not in found["trainings"]:

@@ -118,6 +118,8 @@ def heal(
     Raises `LayershareError` for what cannot be done, before anything is computed, when the loss is no number, and in
     several processes, which the command line has.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
         "model": model.name_or_path or model.config.model_type,
@@ -131,8 +133,6 @@ def heal(
         "optimizer.lr": lr,
         "batch_size": batch_size,
     }
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
     with TemporaryDirectory(prefix="layershare-") as temporary:
         for module in model.modules():

@@ -187,17 +187,16 @@ def run(
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
         tokenizer = read_tokenizer(recipe.model) if model is None else tokenizer_of(model)
+    source = read_config(recipe.model) if model is None else model.config
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None
         calibration = load_calibration(recipe.calibration, tokenizer, job.length, text)
-        known = read_config(recipe.model) if model is None else model.config
-        calibration.require_within(known.get_text_config().vocab_size)
+        calibration.require_within(source.get_text_config().vocab_size)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:
         assert tokenizer is not None
-        source = read_config(recipe.model) if model is None else model
         test = load_trial(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
         if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)

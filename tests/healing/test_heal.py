@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from layershare.errors import LayershareError
 from layershare.healing.job import prepare_healing
+from layershare.healing.objective import Objective
 from layershare.healing.parameters import choose, lora_targets, merge
 from layershare.healing.settings import Lora
-from layershare.healing.training import HealTrainer, Objective, Ordered, last_checkpoint
+from layershare.healing.training import HealTrainer, Ordered, last_checkpoint
 from layershare.model.hub import load
 from layershare.model.layers import FactorLinear
 from tests.families import tokens

@@ -14,9 +14,9 @@ from accelerate import DistributedType, PartialState
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from layershare.healing.objective import Objective
 from layershare.healing.parameters import choose
 from layershare.healing.replacement import Replacement, gates
-from layershare.healing.training import Objective
 from layershare.model.hub import load
 from tests.families import tokens
 from tests.healing.tiny import heal, settings

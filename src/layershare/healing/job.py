@@ -146,20 +146,7 @@ def prepare_healing(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
     if master is not None and (healing.teaches or healing.evaluation is not None):
-        theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, healing.teacher)
-        if theirs.vocab_size != config.vocab_size:
-            raise LayershareError(
-                f"The teacher has another vocabulary ({theirs.vocab_size} tokens, this model {config.vocab_size}); "
-                "name the original with --teacher."
-            )
-        if isinstance(master, str):
-            numbers = _tokens(master)
-            clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
-            if clash is not None:
-                raise LayershareError(
-                    f"The teacher has another vocabulary (its token {clash!r} has another number); "
-                    "name the original with --teacher."
-                )
+        _require_same_vocabulary(master, config, tokenizer, healing.teacher)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
@@ -208,6 +195,22 @@ def _require_known(healing: Healing) -> None:
             raise LayershareError(
                 f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
             )
+
+
+def _require_same_vocabulary(
+    master: PreTrainedModel | str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, named: str | None
+) -> None:
+    """Raise `LayershareError` if the teacher's tokens are others; `named` is what the settings call it."""
+    theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, named)
+    numbers = _tokens(master) if isinstance(master, str) else {}
+    clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
+    if theirs.vocab_size != config.vocab_size:
+        other = f"{theirs.vocab_size} tokens, this model {config.vocab_size}"
+    elif clash is not None:
+        other = f"its token {clash!r} has another number"
+    else:
+        return
+    raise LayershareError(f"The teacher has another vocabulary ({other}); name the original with --teacher.")
 
 
 def _config_of(original: str, named: str | None) -> PreTrainedConfig:
