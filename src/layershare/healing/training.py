@@ -41,7 +41,7 @@ class Ordered(Dataset):
     """Blocks [n, length] of a text in the order in which they are trained on: `size` of them, epoch after epoch.
 
     Every epoch has its own permutation, and all follow from the seed: the order is the same on every rank and after a
-    resume. Of blocks that do not all take part, the first ones do.
+    resume. If fewer blocks are needed than exist, the first are used.
     """
 
     def __init__(self, tokens: Tensor, size: int, seed: int) -> None:

@@ -38,7 +38,7 @@ class Sizes:
 class Budget:
     """What may be kept: of the targets a fraction and the count that is never exceeded, and what the user counts `of`.
 
-    With `of="all"` it is the whole model that must not exceed `parameters` plus what is not a target.
+    With `of="all"` the whole model may have `parameters` plus everything that is not a target.
     """
 
     fraction: Fraction
