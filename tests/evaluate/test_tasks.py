@@ -106,7 +106,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, monkeypatch
     (data / "piqa.jsonl").write_text("not JSON\n")
     with pytest.raises(LayershareError, match=r"Line 1 of 'piqa\.jsonl' is not JSON"):
         load_tasks(["piqa"], data)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(LayershareError, match=r"install it with pip install 'layershare\[eval\]'"):
         load_tasks(["piqa"], data)
 
