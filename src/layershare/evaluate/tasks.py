@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -165,7 +166,8 @@ def _stock_tasks(names: Sequence[str]) -> "TaskManager":
         known = task_names(root)
         for name in names:
             if name not in known:
-                raise unknown("task", name, [*known, ALL_SEVEN])
+                near = get_close_matches(name, [*known, ALL_SEVEN], n=1, cutoff=0.5)
+                raise unknown("task", name, near or [*PAPERS, ALL_SEVEN])
     from lm_eval.tasks import TaskManager
 
     folders = {known[name] for name in names}
