@@ -83,7 +83,13 @@ def test_compress_list_evaluate_generate_export(layershare, here):
     assert "top-1 agreement" in out
     small = AutoModelForCausalLM.from_pretrained(here / "small")
 
+    measured = json.loads((here / "small" / "results.json").read_text())["evaluation"]
+    code, out, _ = layershare("eval", "small", "--text", "stdlib", "--blocks", "2", "--json")
+    assert json.loads(out)["perplexity"] == measured["perplexity"]
+    assert json.loads(out)["text"]["length"] == 128  # the model's context, though calibration took less
+
     code, out, _ = layershare("ls", ".")
+    assert f"{measured['perplexity']['value']:.4g} (128)" in out
     assert code == 0
     assert "basis-sharing" in out
     assert out.count("small") == 1
@@ -205,6 +211,14 @@ MISTAKES = {
     "shards": (("--set", "max_shard_size=many"), None, "'max_shard_size' in the recipe"),
     "stats": (("--stats", "text.txt"), None, "'text.txt' is a file; name a folder"),
     "text": (("--text", "wikitxt"), None, "Unknown text 'wikitxt'. Did you mean 'wikitext2'?"),
+    "text without a name": (("--text", ""), None, "The text has no name"),
+    "evaluation text without a name": (("--eval", ""), None, "The text has no name"),
+    "text file": (("--text", "texts/a.txt"), None, "There is no text file or folder 'texts/a.txt'"),
+    "encoding": (
+        (),
+        lambda here: (here / "text.txt").write_bytes("Häuser".encode("cp1252")),
+        "'text.txt' is not UTF-8 (byte 1); if it comes from Windows, convert it with iconv -f WINDOWS-1252 -t UTF-8.",
+    ),
     "short text": (
         ("--set", "calibration.text=short.txt"),
         lambda here: (here / "short.txt").write_text("x"),
@@ -245,6 +259,9 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(mistake, laye
 
 
 def test_mistakes_with_models(layershare, here):
+    other = tiny_model("llama")
+    other.resize_token_embeddings(170, mean_resizing=False)
+    other.save_pretrained(here / "other")
     for arguments, message in {
         ("plan", "sampel"): "Did you mean 'sample'?",
         ("plan", "./nowhere"): "There is no model folder './nowhere'",
@@ -258,6 +275,15 @@ def test_mistakes_with_models(layershare, here):
         ("export", "dense", "-o", "text.txt/wide", "--dense"): "'text.txt' is a file; name a folder",
         ("eval", "dense", "-o", "dense"): "'dense' is a directory",
         ("bench", "dense", "-o", "dense"): "'dense' is a directory",
+        ("eval", "dense", "--text", ""): "The text has no name",
+        ("eval", "dense", "--tasks", ""): "Unknown task ''",
+        ("eval", "dense", "--text", "stdlib", "--length", "129"): "Blocks of 129 tokens do not fit",
+        ("eval", "dense", "--text", "stdlib", "--length", "1"): "'evaluation.length' in the recipe",
+        ("eval", "dense", "--text", "stdlib", "--blocks", "0"): "'evaluation.blocks' in the recipe",
+        ("eval", "dense", "--text", "stdlib", "--batch-size", "0"): "'evaluation.batch_size' in the recipe",
+        ("eval", "dense", "--tasks", "piqa", "--limit", "0"): "'evaluation.limit' in the recipe",
+        ("eval", "dense", "--original", "other"): "The original has another vocabulary (170 tokens, this model 160)",
+        ("bench", "dense", "--original", "other"): "The original has another vocabulary (170 tokens, this model 160)",
         ("export", "dense", "-o", "out"): "add --dense",
         ("export", "dense", "-o", ".", "--dense"): "is not empty",
         ("ls", "nowhere"): "There is no folder 'nowhere'",

@@ -113,7 +113,7 @@ def compress(
         "device": device,
         "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
         "refine": {} if refine else None,
-        "evaluation": None if test is None else _given(text=test, length=length),
+        "evaluation": None if test is None else {"text": test},
     }
     _run(_recipe(values, option, changes), output)
 
@@ -282,13 +282,13 @@ def evaluate(
     test = _given(
         blocks=blocks,
         length=length,
-        tasks=tasks.split(",") if tasks else None,
+        tasks=None if tasks is None else tasks.split(","),
         tasks_data=tasks_data and str(tasks_data),
         limit=limit,
         batch_size=batch_size,
         dtype=dtype,
     )
-    test["text"] = text or (None if tasks else "wikitext2")
+    test["text"] = "wikitext2" if text is None and tasks is None else text
     with _progress() as (report, _):
         results = evaluate_folder(
             folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
@@ -446,24 +446,11 @@ def _print_evaluation(evaluation: dict[str, Any], json: bool) -> None:
 @contextmanager
 def _progress() -> "Iterator[tuple[Report, Say]]":
     """A bar per step, with the time left, and what prints a line above the bars."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from layershare.progress import bars
 
     _quiet()
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=complaints) as bars:
-
-        def report(step: str):
-            task = bars.add_task(step, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield report, lambda line: bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    with bars(complaints) as both:
+        yield both
 
 
 def _require_parent(file: Path | None) -> None:

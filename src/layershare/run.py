@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
 from layershare.calibrate.stream import Stream
-from layershare.calibrate.text import Source, Text, load_text
+from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
@@ -44,9 +44,6 @@ from layershare.solve.refine import refine_blocks, require_refinable
 from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
 from layershare.store import Store, make_folder, write_atomically, write_json
-
-LENGTH = 2048
-"""Tokens per block where the model's context allows it, as in the papers."""
 
 Report = Callable[[str], Progress]
 """Announces a step and gives the function that takes its progress."""
@@ -137,21 +134,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
         raise LayershareError("Coefficients cannot be fitted again beside deltas; set the option refit to false.")
     if recipe.refine is not None and plan is not None:
         require_refinable(plan.edits)
-    return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
-
-
-def block_length(model: PreTrainedModel | PreTrainedConfig, length: int | None) -> int:
-    """Tokens per block: as asked, or 2048, or the model's whole context if that is shorter.
-
-    Raises `LayershareError` if more is asked for than the context holds.
-    """
-    config = model.config if isinstance(model, PreTrainedModel) else model
-    context = getattr(config, "max_position_embeddings", None)  # models with ALiBi have no limit
-    if length is None:
-        return min(LENGTH, context or LENGTH)
-    if length < 2 or length > (context or length):
-        raise LayershareError(f"Blocks of {length} tokens do not fit: this model takes 2 to {context or 'any number'}.")
-    return length
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    return Job(recipe, spec, method, name, plan, block_length(config, recipe.calibration.length))
 
 
 def run(
@@ -191,13 +175,12 @@ def run(
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None
-        calibration = load_calibration(recipe.calibration, tokenizer, job.length, text)
-        calibration.require_within(source.get_text_config().vocab_size)
+        calibration = load_calibration(recipe.calibration, tokenizer, source, text)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:
         assert tokenizer is not None
-        test = load_trial(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
+        test = load_trial(recipe.evaluation, tokenizer, source)
         if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
     stats = out if recipe.calibration.stats is None else require_folder(Path(recipe.calibration.stats))
@@ -352,8 +335,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     device = device_of(recipe.device)
     config = read_config(recipe.model)
     spec = describe(config)
-    length = block_length(config, options.length)
-    text = load_calibration(options, read_tokenizer(recipe.model), length)
+    text = load_calibration(options, read_tokenizer(recipe.model), config)
     make_folder(folder)
     with TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
@@ -366,11 +348,18 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
 
 
 def load_calibration(
-    options: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, text: Source | None = None
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> Text:
-    """The calibration text, or `text` in its place, in blocks of `length` tokens."""
-    source = options.text if text is None else text
-    return load_text(source, tokenizer, split="train", blocks=options.blocks, length=length, seed=options.seed)
+    """The calibration text, or `text` in its place, for a model of that config. Raises as `load_text`."""
+    return load_text(
+        options.text if text is None else text,
+        tokenizer,
+        split="train",
+        blocks=options.blocks,
+        length=block_length(config, options.length),
+        seed=options.seed,
+        vocabulary=config.get_text_config().vocab_size,
+    )
 
 
 def device_of(name: str) -> str:

@@ -42,7 +42,7 @@ def test_licence_and_base_model_stand_there_only_where_they_are_known(tmp_path):
 def test_the_card_says_what_was_done_and_measured(tmp_path):
     text = card(Run.read(make_run(tmp_path / "run"), "run"))
     assert "(group_size 2, shared q): 2 bases shared by 2 layers each" in text
-    assert "| perplexity | 10 | 12 | +20.0% |" in text
+    assert "| perplexity in blocks of 16 tokens | 10 | 12 | +20.0% |" in text
     assert "arXiv 2410.03765" in text
     unmeasured = card(Run.read(make_run(tmp_path / "other", perplexity=None, method="svd"), "run"))
     assert "No quality was measured" in unmeasured
@@ -56,7 +56,7 @@ def test_zero_shot_scores_are_a_measurement(tmp_path):
     for text in (both, alone):
         assert "| arc_easy, acc (zero-shot) | 0.500 ± 0.025 | 0.250 ± 0.020 | |" in text
         assert "No quality was measured" not in text
-    assert ("| perplexity |" in both, "| perplexity |" in alone) == (True, False)
+    assert ("| perplexity " in both, "| perplexity " in alone) == (True, False)
 
 
 def test_the_card_tells_how_this_very_model_loads(tmp_path):

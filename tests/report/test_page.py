@@ -76,7 +76,10 @@ def test_speed_is_shown_or_it_is_said_how_to_measure_it(html):
 
 def test_the_title_of_one_run_is_its_story(tmp_path):
     run = Run.read(make_run(tmp_path / "run"), "run")
-    title = "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0"
+    title = (
+        "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0 in "
+        "blocks of 16 tokens"
+    )
     assert f"<h1>{title}</h1>" in page([run])
 
 
@@ -250,7 +253,7 @@ def test_a_click_sorts_the_table(opened):
     button = heading.find_element(By.TAG_NAME, "button")
     button.click()
     assert heading.get_attribute("aria-sort") == "ascending"
-    assert column(opened, 7) == ["10.00", "11.00", "12.50", "–"]
+    assert column(opened, 7) == ["10.00 (16)", "11.00 (16)", "12.50 (16)", "–"]
     button.click()
     assert heading.get_attribute("aria-sort") == "descending"
     assert column(opened, 7) == ["12.50", "11.00", "10.00", "–"]  # what was not measured stays last

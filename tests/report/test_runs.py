@@ -59,7 +59,8 @@ def test_edits_in_words(tmp_path):
     run = Run.read(make_run(tmp_path / "run"), "run")
     assert edits(run) == ("2 bases shared by 2 layers each; 1 matrix with own factors; 25 matrices unchanged")
     assert story(run) == (
-        "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0"
+        "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0 in "
+        "blocks of 16 tokens"
     )
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from layershare.calibrate.stats import Progress
-from layershare.calibrate.text import Source, Text, load_text
+from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.errors import LayershareError, unknown
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.healing.distill import StoredLogits
@@ -30,8 +30,9 @@ from layershare.healing.settings import Healing
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
-from layershare.run import block_length, device_of
+from layershare.run import device_of
 from layershare.store import checksum
 
 
@@ -146,13 +147,20 @@ def prepare_healing(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
     if master is not None and (healing.teaches or healing.evaluation is not None):
-        _require_same_vocabulary(master, config, tokenizer, healing.teacher)
+        if isinstance(master, str):
+            _require_there(master, healing.teacher)
+        require_same_vocabulary("teacher", master, config, tokenizer)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
-        options.text if text is None else text, tokenizer, split="train", blocks=None, length=length, seed=options.seed
+        options.text if text is None else text,
+        tokenizer,
+        split="train",
+        blocks=None,
+        length=length,
+        seed=options.seed,
+        vocabulary=config.vocab_size,
     )
-    blocks.require_within(config.vocab_size)
     available = len(blocks.tokens) - options.held_out
     if available < healing.batch_size:
         raise LayershareError(
@@ -166,7 +174,7 @@ def prepare_healing(
         steps = max(1, int((options.epochs or 1) * available) // healing.batch_size)
     trial = None
     if healing.evaluation is not None:
-        trial = load_trial(healing.evaluation, tokenizer, block_length(config, healing.evaluation.length or length))
+        trial = load_trial(healing.evaluation, tokenizer, config)
         if trial.text is not None and trial.text.text_sha256 == blocks.text_sha256:
             warnings.warn("The model is measured on the very text that it is trained on.", stacklevel=2)
     # One process measures, or stores the teacher's logits, while the others wait.
@@ -197,40 +205,16 @@ def _require_known(healing: Healing) -> None:
             )
 
 
-def _require_same_vocabulary(
-    master: PreTrainedModel | str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, named: str | None
-) -> None:
-    """Raise `LayershareError` if the teacher's tokens are others; `named` is what the settings call it."""
-    theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, named)
-    numbers = _tokens(master) if isinstance(master, str) else {}
-    clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
-    if theirs.vocab_size != config.vocab_size:
-        other = f"{theirs.vocab_size} tokens, this model {config.vocab_size}"
-    elif clash is not None:
-        other = f"its token {clash!r} has another number"
-    else:
-        return
-    raise LayershareError(f"The teacher has another vocabulary ({other}); name the original with --teacher.")
-
-
-def _config_of(original: str, named: str | None) -> PreTrainedConfig:
-    """The config of the teacher. Raises `LayershareError`; where no one `named` it, with what to do."""
+def _require_there(original: str, named: str | None) -> None:
+    """Raise `LayershareError` if the teacher is no model; where no one `named` it, with what to do."""
     try:
-        return read_config(original)
+        read_config(original)
     except LayershareError as error:
         if named is not None:
             raise
         raise LayershareError(
             f"'{original}', which the model was made from, is not here; name the original with --teacher."
         ) from error
-
-
-def _tokens(name: str) -> dict[str, int]:
-    """Token -> number in a model's tokenizer; nothing if it comes without one."""
-    try:
-        return read_tokenizer(name).get_vocab()
-    except LayershareError:
-        return {}
 
 
 def _original(folder: Path, config: PreTrainedConfig) -> str | None:

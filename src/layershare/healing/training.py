@@ -193,9 +193,11 @@ class Watch(TrainerCallback):
                     "compress the model anew."
                 )
             raise self.trainer.diverged(f"after step {state.global_step}")
-        perplexity = math.exp(min(nll, 700))
+        perplexity, length = math.exp(min(nll, 700)), self.held_out.shape[1]
         state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
-        self.say(f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}")
+        self.say(
+            f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}, blocks of {length:,}"
+        )
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from layershare.report.words import (
     edits,
     healed,
     healing,
+    in_blocks,
     loading,
     options,
     percent,
@@ -98,7 +99,7 @@ def card(run: Run) -> str:
     if (evaluation := run.evaluation) is not None:
         ours, theirs = (evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
         rows += [
-            f"| perplexity | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
+            f"| perplexity {in_blocks(evaluation['text'])} | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
             f"| KL divergence from the original (nats per token) | 0 | {evaluation['kl']:.3g} | |",
             f"| top-1 agreement with the original | {percent(1)} | {percent(evaluation['top1_agreement'], 1)} | |",
         ]

@@ -21,7 +21,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     original = evaluation["original_perplexity"]
     if original is not None:
         table.add_column("original", justify="right")
-    table.add_row("perplexity", *(f"{each['value']:.4g}" for each in (evaluation["perplexity"], original) if each))
+    name = f"perplexity, blocks of {text['length']:,}"
+    table.add_row(name, *(f"{each['value']:.4g}" for each in (evaluation["perplexity"], original) if each))
     if original is not None:
         table.add_row("KL from the original (nats per token)", f"{evaluation['kl']:.4g}", "0")
         table.add_row("top-1 agreement", f"{evaluation['top1_agreement']:.1%}", "100%")
@@ -72,7 +73,7 @@ def listing(folder: Path) -> Table:
     table = Table()
     for column in ("folder", "model", "method"):
         table.add_column(column)
-    for column in ("keep", "of", "parameters", "bytes", "perplexity"):
+    for column in ("keep", "of", "parameters", "bytes", "perplexity (block)"):
         table.add_column(column, justify="right")
     for path in sorted(folder.rglob("results.json")):
         if (results := _results(path)) is None or WORK in path.parts:
@@ -80,7 +81,6 @@ def listing(folder: Path) -> Table:
         after, before = results["after"]["all"], results["before"]["all"]
         healing = results.get("healing")
         measured = results.get("evaluation", {}) if healing is None else healing.get("evaluation", {}).get("after", {})
-        perplexity = measured.get("perplexity", {}).get("value")
         table.add_row(
             str(path.parent.relative_to(folder)),
             results["model"],
@@ -89,7 +89,9 @@ def listing(folder: Path) -> Table:
             results["of"],
             f"{after['parameters']:,} ({after['parameters'] / before['parameters']:.1%})",
             size(after["bytes"]),
-            "" if perplexity is None else f"{perplexity:.4g}",
+            f"{measured['perplexity']['value']:.4g} ({measured['text']['length']:,})"
+            if "perplexity" in measured
+            else "",
         )
     return table
 

@@ -18,6 +18,7 @@ from layershare.report.words import (
     edits,
     healed,
     healing,
+    in_blocks,
     loading,
     made_in,
     method_of,
@@ -79,7 +80,7 @@ def page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     filters = (
-        *(blocks, calibration, citation, count, digits_of, edits, healed, healing, loading),
+        *(blocks, calibration, citation, count, digits_of, edits, healed, healing, in_blocks, loading),
         *(made_in, options, percent, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}
@@ -146,7 +147,7 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         original = evaluation["original_perplexity"]["value"] if evaluation else None
         if (fingerprint, original) not in seen and (evaluation or fingerprint not in measured):
             seen.add((fingerprint, original))
-            same = {"kl": 0.0, "top1_agreement": 1.0} if evaluation else {}
+            same = {"kl": 0.0, "top1_agreement": 1.0, "text": evaluation["text"]} if evaluation else {}
             rows.append(_row(run.model, "original", run.results["before"]["all"], 1.0, original, same))
         ours = evaluation["perplexity"]["value"] if evaluation else None
         rows.append(_row(run.name, method_of(run), run.results["after"]["all"], run.kept, ours, evaluation or {}))
@@ -162,6 +163,7 @@ def _row(
         **size,
         "kept": kept,
         "perplexity": perplexity,
+        "block": measured["text"]["length"] if measured else None,
         "kl": measured.get("kl"),
         "agreement": measured.get("top1_agreement"),
     }
