@@ -17,7 +17,7 @@ from layershare.folders import WORK, work_folder
 from layershare.methods.trial import Trial
 from layershare.recipe import Recipe, make_recipe
 from layershare.run import run
-from layershare.store import Store
+from layershare.store import MANIFEST, Store
 from tests.families import tiny_model, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +42,8 @@ def recipe_for(folder: Path, **changes) -> Recipe:
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    """Every file but those that hold durations and the date."""
-    timed = ("results.json", "report.html")
+    """Every file but those that hold durations and the date, or their checksums."""
+    timed = ("results.json", "report.html", MANIFEST)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in timed}
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from layershare.api import compress, heal, make_plan, measure
     from layershare.errors import LayershareError, UnsupportedModelError
     from layershare.evaluate.divergence import Evaluation
+    from layershare.manifest import Verified, verify
     from layershare.model.arch import Spec, describe
     from layershare.model.hub import load, save
     from layershare.plan.edits import Share
@@ -24,6 +25,8 @@ _HOME = {
     "Evaluation": "evaluate.divergence",
     "LayershareError": "errors",
     "UnsupportedModelError": "errors",
+    "Verified": "manifest",
+    "verify": "manifest",
     "Spec": "model.arch",
     "describe": "model.arch",
     "load": "model.hub",
@@ -39,6 +42,7 @@ __all__ = [
     "Share",
     "Spec",
     "UnsupportedModelError",
+    "Verified",
     "compress",
     "describe",
     "heal",
@@ -46,6 +50,7 @@ __all__ = [
     "make_plan",
     "measure",
     "save",
+    "verify",
 ]
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
+from layershare.disk import require_disk
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.speed import measure_speed
 from layershare.evaluate.trial import load_trial
-from layershare.folders import require_new
+from layershare.folders import require_new, staged
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import make_healing
@@ -25,13 +26,12 @@ from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
-from layershare.model.weights import Weights
+from layershare.model.weights import Weights, require_finite
 from layershare.plan.plan import Plan
 from layershare.progress import shown
 from layershare.recipe import Recipe, Test, make_as, make_recipe
 from layershare.report.results import environment
 from layershare.run import Report, device_of, run, silent
-from layershare.store import make_folder
 
 
 def compress(
@@ -246,14 +246,14 @@ def bench_folder(
 def export_dense(folder: str, out: Path) -> None:
     """Write the model in `folder` as an ordinary dense checkpoint to `out`, which appears whole or not at all.
 
-    Raises `LayershareError` if there is no model in `folder` or something in `out`.
+    Raises `LayershareError` if there is no model in `folder`, one with NaN or infinity, or something in `out`.
     """
     require_new(out)
     tokenizer = read_tokenizer(folder)
     model = load(resolve(folder), dense=True)
-    make_folder(out.parent)
-    with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
-        staging = Path(temporary) / "model"
+    require_finite(model.named_parameters())
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    require_disk({out: needed})
+    with staged(out, needed) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        staging.replace(out)

@@ -137,19 +137,18 @@ def plan(
     """Show what compression would do: groups, ranks, exact sizes, needs; from the model's config alone if it can."""
     from layershare.plan.table import plan_table
     from layershare.run import plan_only
-    from layershare.store import write_atomically
 
     _require_parent(output)
     recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype}, option)
     with _progress() as (report, _):
         job = plan_only(recipe, stats, report)
     assert job.plan is not None
-    if output is not None:
-        write_atomically(output, job.plan.to_json().encode())
     if json:
         print(job.plan.to_json(), end="")
     else:
         console.print(plan_table(job.spec, job.plan, job.needs))
+    if output is not None:
+        _write(output, job.plan.to_json())
 
 
 @app.command()
@@ -276,7 +275,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, zero-shot tasks and, against an original, KL divergence and top-1 agreement."""
     from layershare.api import evaluate_folder
-    from layershare.store import write_json
+    from layershare.store import to_json
 
     _require_parent(output)
     test = _given(
@@ -293,9 +292,9 @@ def evaluate(
         results = evaluate_folder(
             folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
         )
-    if output is not None:
-        write_json(output, results)
     _print_evaluation(results["evaluation"], json)
+    if output is not None:
+        _write(output, to_json(results))
 
 
 @app.command()
@@ -319,7 +318,7 @@ def bench(
     from layershare.api import bench_folder
     from layershare.report.listing import speed_table
     from layershare.report.runs import SPEED
-    from layershare.store import write_json
+    from layershare.store import to_json
 
     if output is None and not Path(folder).is_dir():
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
@@ -336,8 +335,8 @@ def bench(
             rounds=rounds,
             report=report,
         )
-    write_json(file, speed)
     console.print(speed_table(speed))
+    _write(file, to_json(speed))
     console.print(f"Written to {file}.", highlight=False, soft_wrap=True)
 
 
@@ -370,6 +369,14 @@ def export(
         raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
     export_dense(folder, output)
     console.print(f"The dense model is in {output}.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare wrote.")]) -> None:
+    """Check that a finished folder is as layershare wrote it, every tensor of it."""
+    from layershare.manifest import verify
+
+    console.print(str(verify(folder)), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("ls")
@@ -451,6 +458,14 @@ def _progress() -> "Iterator[tuple[Report, Say]]":
     _quiet()
     with bars(complaints) as both:
         yield both
+
+
+def _write(file: Path, text: str) -> None:
+    from layershare.disk import OTHER_FILE, writing
+    from layershare.store import write_atomically
+
+    with writing(file, OTHER_FILE):
+        write_atomically(file, text.encode())
 
 
 def _require_parent(file: Path | None) -> None:

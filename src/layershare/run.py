@@ -19,10 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, block_length, load_text
+from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
-from layershare.folders import WORK, is_finished, publish, require_disk, require_folder, work_folder
+from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, work_folder
+from layershare.foreign import read_mapping, reading
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
@@ -156,15 +158,17 @@ def run(
     """
     out = Path(out)
     if is_finished(out, recipe.to_yaml()):
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        if model is not None and Weights.of(model).fingerprint != results["model_fingerprint"]:
+        with reading(f"The results.json in '{out}'", AGAIN):
+            results = read_mapping(out / "results.json")
+            date, fingerprint = results["date"], results["model_fingerprint"]
+        if model is not None and Weights.of(model).fingerprint != fingerprint:
             raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
         if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
             raise LayershareError(
                 f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
             )
         shutil.rmtree(out / WORK, ignore_errors=True)
-        warnings.warn(f"'{out}' holds this very run, finished {results['date']}: nothing was done.", stacklevel=2)
+        warnings.warn(f"'{out}' holds this very run, finished {date}: nothing was done.", stacklevel=2)
         return results
     device = device_of(recipe.device)
     job = prepare(recipe, model)
@@ -186,7 +190,7 @@ def run(
     stats = out if recipe.calibration.stats is None else require_folder(Path(recipe.calibration.stats))
     require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
-    with work_folder(out, recipe.to_yaml()) as work:
+    with work_folder(out, recipe.to_yaml(), needed=job.needs.output) as work:
         if model is None:
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
@@ -336,8 +340,14 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     config = read_config(recipe.model)
     spec = describe(config)
     text = load_calibration(options, read_tokenizer(recipe.model), config)
+    length = text.tokens.shape[1]
+    needed = estimate_needs(
+        spec, None, blocks=options.blocks, length=length, batch_size=options.batch_size, kinds=frozenset(kinds)
+    )
+    room = needed.stats + needed.states
+    require_disk({folder: room})
     make_folder(folder)
-    with TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
+    with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
         weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
         weights.require_sound()

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from layershare.calibrate.stats import Kind
+from layershare.disk import size
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
@@ -13,7 +14,7 @@ from layershare.plan.budget import measure
 from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
-from layershare.plan.table import plan_table, size
+from layershare.plan.table import plan_table
 from tests.families import CONFIGS
 
 SPEC = describe(CONFIGS["llama"]())

@@ -26,6 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layershare.errors import LayershareError, incomplete
+from layershare.folders import staged
+from layershare.manifest import require_whole
 from layershare.model.dropped import DroppedAttention, DroppedLinear
 from layershare.model.layers import ComposedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
@@ -202,10 +204,12 @@ register_quantizer(QUANT_METHOD)(LayershareQuantizer)
 def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal LM, compressed or not, from a folder or hub id; `dense=True` multiplies the factors out.
 
-    `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model, or only a part of one.
+    `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model, or only a part of one,
+    and where `verify` does.
     """
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise LayershareError(f"'{folder}' has no config.json: give the folder of a model.")
+    require_whole(folder, weights=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except SafetensorError as error:
@@ -221,9 +225,18 @@ def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrain
 
 
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """`save_pretrained` with the shim of `write_shim`, and the tokenizer."""
+    """`save_pretrained` with the shim of `write_shim`, the tokenizer and a manifest for `verify`.
+
+    All of it appears or nothing. Raises `LayershareError` if it cannot be written.
+    """
+    with staged(Path(folder), sum(each.nbytes for each in model.state_dict().values())) as staging:
+        write_folder(model, staging, tokenizer)
+
+
+def write_folder(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """What `save` writes but the manifest."""
     model.save_pretrained(folder)
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     write_shim(folder, config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

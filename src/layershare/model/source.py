@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.errors import LayershareError, unknown
+from layershare.manifest import require_whole
 
 SAMPLE = "sample"
 
@@ -14,7 +15,8 @@ SAMPLE = "sample"
 def resolve(name: str | Path) -> str:
     """The folder or hub id that a name stands for.
 
-    Raises `LayershareError` if it is a folder without a model, or a path that does not exist.
+    Raises `LayershareError` if it is a folder without a model, or one that has changed since it was written (weights
+    are checked when they are opened), or a path that does not exist.
     """
     if str(name) == SAMPLE:
         return str(files("layershare") / "sample")
@@ -22,6 +24,7 @@ def resolve(name: str | Path) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LayershareError(f"The folder '{name}' is not a model: it has no config.json.")
+        require_whole(path, weights=False)
         return str(path)
     if path.is_file():
         raise LayershareError(f"'{name}' is a file; name the folder of a model, or a hub id.")

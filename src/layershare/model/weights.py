@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layershare.errors import LayershareError, incomplete
+from layershare.manifest import require_whole
 from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
 
@@ -65,6 +66,7 @@ class Weights:
         checkpoint, is rewritten to the folder `scratch`, which must outlive this object.
         Raises LayershareError if there is no such checkpoint or if it lacks weights of its architecture.
         """
+        require_whole(source, weights=True)
         give_back_freed_memory()  # or what is read block after block would pile up
         scratch.mkdir(parents=True, exist_ok=True)
         try:

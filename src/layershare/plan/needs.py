@@ -18,11 +18,15 @@ SLACK = 1.2
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: `memory` beside the interpreter and its libraries, and disk for `stats` and for the `output`."""
+    """Bytes: `memory` beside the interpreter and its libraries, and disk for `stats` and for the `output`.
+
+    `states`: the hidden states, which are a part of the output while the run lasts.
+    """
 
     memory: int
     stats: int
     output: int
+    states: int
 
 
 def estimate_needs(
@@ -63,6 +67,7 @@ def estimate_needs(
             memory=2 * max(block) + batch + _eigenproblem(width),
             stats=0,
             output=2 * plan.after.all.bytes + states + 2 * spec.n_layers * width * sliced * GRAM_ITEMSIZE,
+            states=states,
         )
     if plan is None:
         full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
@@ -83,11 +88,13 @@ def estimate_needs(
         steps.append(model + spec.n_layers * text + logits)
     if searches:
         steps.append(2 * model + text + logits)
+    states = states if streams or refines else 0
     pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
         memory=int(SLACK * max(steps, default=0)),
         stats=(sum(grams) if "inputs" in kinds else 0) + (pooled if "blocks" in kinds else 0),
-        output=2 * after.all.bytes + (states if streams or refines else 0),
+        output=2 * after.all.bytes + states,
+        states=states,
     )
 
 

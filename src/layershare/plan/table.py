@@ -6,6 +6,7 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from layershare.disk import size
 from layershare.model.arch import WRITERS, Linear, Spec
 from layershare.plan.budget import delta_parameters, share_parameters
 from layershare.plan.edits import Delta, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
@@ -71,16 +72,6 @@ def needs_sentence(needs: Needs) -> str:
     """What the run will need, for people."""
     words = f"The run needs about {size(needs.memory)} of memory beside its libraries and {size(needs.output)} of disk"
     return f"{words}, and {size(needs.stats)} of disk for statistics."
-
-
-def size(count: int) -> str:
-    """Bytes for people: `3.2 GB`."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
 
 
 def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:

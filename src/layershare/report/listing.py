@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
+from layershare.disk import size
 from layershare.errors import LayershareError
 from layershare.folders import WORK
-from layershare.plan.table import size
 from layershare.report.words import score as score_in_words
 
 

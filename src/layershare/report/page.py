@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from layershare.disk import OTHER_FILE, size, writing
 from layershare.errors import LayershareError
-from layershare.plan.table import size
 from layershare.report.card import card, citation
 from layershare.report.runs import SPEED, Run
 from layershare.report.words import (
@@ -54,12 +54,8 @@ def report(folders: Sequence[Path], out: Path) -> None:
     if not _installed():
         raise LayershareError(f"The report needs jinja2 and plotly: {INSTALL}.")
     runs = [Run.read(folder, str(folder)) for folder in folders]
-    try:
-        if out.is_dir():
-            raise IsADirectoryError("it is a folder")
+    with writing(out, OTHER_FILE):
         write_page(runs, out)
-    except OSError as error:
-        raise LayershareError(f"'{out}' cannot be written ({error.strerror or error}); name another file.") from error
 
 
 def write_page(runs: Sequence[Run], out: Path) -> None:

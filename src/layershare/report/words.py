@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from layershare.plan.table import size
+from layershare.disk import size
 from layershare.report.runs import SHARING, Run
 
 _UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
