@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import json_lines
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, how_to_install, unknown
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -91,7 +91,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None, limit: int 
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise LayershareError("Tasks need lm-eval; install it with pip install 'layershare[eval]'.") from error
+        raise LayershareError(f"Tasks need lm-eval: {how_to_install('eval')}.") from error
     names = list(dict.fromkeys(each for name in names for each in (PAPERS if name == ALL_SEVEN else (name,))))
     stock = _stock_tasks(names)
     for name in names:
