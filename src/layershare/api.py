@@ -25,6 +25,7 @@ from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
+from layershare.model.original import copy_side_files, files_of, source_of
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.plan import Plan
@@ -67,7 +68,7 @@ def compress(
     """
     recipe = make_recipe(
         {
-            "model": model.name_or_path or model.config.model_type,
+            "model": source_of(model) or model.name_or_path or model.config.model_type,
             "method": method,
             "options": options,
             "keep": keep,
@@ -122,7 +123,7 @@ def heal(
         raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
-        "model": model.name_or_path or model.config.model_type,
+        "model": source_of(model) or model.name_or_path or model.config.model_type,
         "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
         "train": train,
         "loss.kind": loss,
@@ -141,6 +142,9 @@ def heal(
         source, out = Path(temporary) / "compressed", Path(temporary) / "model" if folder is None else Path(folder)
         model.save_pretrained(source)
         (tokenizer or tokenizer_of(model)).save_pretrained(source)
+        name = source_of(model)
+        if name is not None and (files := files_of(name)) is not None:
+            copy_side_files(files, source, vocabulary=tokenizer is None)
         master = teacher if isinstance(teacher, PreTrainedModel) else None
         heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
@@ -227,12 +231,14 @@ def export_dense(folder: str, out: Path) -> None:
     """
     require_new(out)
     tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dense=True)
+    model, files = load(resolve(folder), dense=True), files_of(folder)
     make_folder(out.parent)
     with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
         staging = Path(temporary) / "model"
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        if files is not None:
+            copy_side_files(files, staging)
         staging.replace(out)
 
 
