@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it prints, how it ends, what it leaves behind."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,12 +9,14 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershare.cli import main
 from layershare.methods import METHODS
+from layershare.report.listing import listing
 from layershare.store import write_json
 from tests.families import tiny_model, tokens
+from tests.report.made_up import make_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
@@ -300,16 +303,102 @@ def test_mistakes_with_models(layershare, here):
 
 
 def test_the_list_passes_over_results_of_others(layershare, here):
-    for name, content in {"broken": "nope", "other": '{"method": "mine"}', "list": "[1]"}.items():
+    for name, content in {"broken": "nope", "other": '{"method": "mine"}', "list": "[1]", "deep": "[" * 10**5}.items():
         (here / name).mkdir()
         (here / name / "results.json").write_text(content)
+    (here / "pipe").mkdir()
+    os.mkfifo(here / "pipe" / "results.json")
+    (here / "around").symlink_to(here)
     code, out, err = layershare("ls", ".")
     assert code == 0, err
-    assert "mine" not in out
+    assert not any(name in out for name in ("mine", "broken", "list", "deep", "pipe", "around"))
+
+
+def test_the_list_names_what_it_cannot_read_and_goes_on(layershare, here):
+    make_run(here / "whole")
+    keys = {"model": None, "method": 3, "keep": 1, "of": "all", "before": None, "after": {}}
+    spoiled = {"[red]null": "null", "empty": "", "deep": "[" * 10**5, "keys": json.dumps(keys), "latin": "{\xff"}
+    for name, content in spoiled.items():
+        make_run(here / name)
+        (here / name / "results.json").write_text(content, encoding="latin-1")
+    make_run(here / "pipe")
+    (here / "pipe" / "results.json").unlink()
+    os.mkfifo(here / "pipe" / "results.json")
+    code, out, err = layershare("ls", ".")
+    assert code == 0, err
+    assert re.search(r"whole +someone/some-model +basis-sharing +800k", out)
+    for name in (*spoiled, "pipe"):
+        (line,) = [line for line in out.splitlines() if line.startswith(name)]
+        assert re.fullmatch(r".*: its results\.json cannot be used \(.+\): delete it, or make the model again\.", line)
+
+
+def test_the_list_fits_80_columns(here):
+    make_run(here / "runs" / "a-long-name-of-a-folder" / "basis-sharing-70", model="meta-llama/Llama-3.1-8B-Instruct")
+    table, _ = listing(here)
+    lines = "".join(each.text for each in Console(width=80).render(table)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert lines[1].split()[-5:] == ["size", "kept", "on", "disk", "perplexity"]
+
+
+README = "---\nlicense: other\nlicense_name: its-own\nlicense_link: LICENSE\n---\n"
+
+
+@pytest.mark.filterwarnings("default:.*nothing was done")
+def test_a_result_has_what_belongs_to_its_original_wherever_it_is_used(layershare, here, monkeypatch):
+    templates = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained("dense")
+    carried = {"LICENSE": "Mine.", "tokenizer.model": "pieces", "NOTICE.txt": "Note."}
+    for name, content in (carried | {"README.md": README, "code.py": "import this"}).items():
+        (here / "dense" / name).write_text(content)
+    monkeypatch.chdir(here / "dense")
+    assert layershare("compress", ".", "-o", "../small", "-m", "svd", "--keep", "0.8")[0] == 0
+    code, _, err = layershare("compress", "../dense", "-o", "../small", "-m", "svd", "--keep", "0.8")
+    assert (code, "nothing was done" in err) == (0, True)
+
+    (here / "elsewhere" / "dense").mkdir(parents=True)
+    monkeypatch.chdir(here / "elsewhere")
+    text = ("--text", "../text.txt", "--length", "16", "--tokens", "64", "--batch-size", "2", "--train", "norms")
+    code, _, err = layershare("heal", "../small", "-o", "../healed", "--loss", "both", *text)
+    assert code == 0, err
+    assert layershare("export", "../healed", "-o", "../wide", "--dense")[0] == 0
+    for folder in ("small", "healed", "wide"):
+        assert {name: (here / folder / name).read_text() for name in carried} == carried
+        assert not (here / folder / "code.py").exists()
+        assert AutoTokenizer.from_pretrained(here / folder).chat_template == templates
+    for folder in ("small", "healed"):
+        card = (here / folder / "README.md").read_text()
+        assert "# dense, compressed to 80" in card
+        assert str(here) not in card
+        assert card.count("license: other\nlicense_name: its-own\nlicense_link: LICENSE\n") == 1
+        assert "base_model:" not in card
+        assert json.loads((here / folder / "results.json").read_text())["model"] == str(here / "dense")
+
+
+@pytest.mark.filterwarnings("default:The README.md of")
+def test_an_original_s_broken_card_costs_no_finished_work(layershare, here):
+    (here / "dense" / "README.md").write_text("---\nlicense: [\n---\n")
+    code, _, err = layershare("compress", "dense", "-o", "small", "-m", "svd")
+    assert code == 0
+    assert "Warning: The README.md of" in err
+    assert "library_name: transformers" in (here / "small" / "README.md").read_text()
+    assert (here / "small" / "report.html").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", "[" * 10**5], ids=lambda content: content[:5])
+def test_healing_refuses_damaged_results_before_it_trains(content, layershare, here):
+    (here / "dense" / "results.json").write_text(content)
+    code, _, err = layershare("heal", "dense", "-o", "healed", "--text", "text.txt", "--length", "16")
+    assert code == 2
+    assert "Traceback" not in err
+    assert re.search(r"Error: The results.json of '.*' cannot be used \(.*\): delete it, or compress", err)
+    assert not (here / "healed").exists()
 
 
 def test_a_checkpoint_from_a_newer_version_says_so(layershare, here):
     newer_format(here)
     code, _, err = layershare("generate", "dense", "x")
     assert code == 2
-    assert "pip install --upgrade layershare" in err
+    assert "update it (`pip install .` in a checkout of layershare)" in err

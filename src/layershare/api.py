@@ -24,6 +24,7 @@ from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
+from layershare.model.original import copy_side_files, files_of, source_of
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
@@ -69,7 +70,7 @@ def compress(
     text = as_source(text)
     recipe = make_recipe(
         {
-            "model": model.name_or_path or model.config.model_type,
+            "model": source_of(model) or model.name_or_path or model.config.model_type,
             "method": method,
             "options": options,
             "keep": keep,
@@ -126,7 +127,7 @@ def heal(
     text = as_source(text)
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
-        "model": model.name_or_path or model.config.model_type,
+        "model": source_of(model) or model.name_or_path or model.config.model_type,
         "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
         "train": train,
         "loss.kind": loss,
@@ -145,6 +146,9 @@ def heal(
         source, out = Path(temporary) / "compressed", Path(temporary) / "model" if folder is None else Path(folder)
         model.save_pretrained(source)
         (tokenizer or tokenizer_of(model)).save_pretrained(source)
+        name = source_of(model)
+        if name is not None and (files := files_of(name)) is not None:
+            copy_side_files(files, source, vocabulary=tokenizer is None)
         master = teacher if isinstance(teacher, PreTrainedModel) else None
         heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out, report=report, say=say)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
@@ -250,10 +254,12 @@ def export_dense(folder: str, out: Path) -> None:
     """
     require_new(out)
     tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dense=True)
+    model, files = load(resolve(folder), dense=True), files_of(folder)
     require_finite(model.named_parameters())
     needed = sum(parameter.nbytes for parameter in model.parameters())
     require_disk({out: needed})
     with staged(out, needed) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        if files is not None:
+            copy_side_files(files, staging)

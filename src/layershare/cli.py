@@ -384,7 +384,10 @@ def list_models(folder: Annotated[Path, typer.Argument(help="A folder of compres
     """List the compressed models below a folder with their sizes and results."""
     from layershare.report.listing import listing
 
-    console.print(listing(folder))
+    table, unreadable = listing(folder)
+    console.print(table)
+    for sentence in unreadable:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

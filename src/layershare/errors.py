@@ -13,6 +13,12 @@ class UnsupportedModelError(LayershareError):
     """The model is of a kind that cannot be compressed; the message names the reason."""
 
 
+def how_to_install(extra: str = "") -> str:
+    """What to do to get layershare, or one of its extras: nobody has published it yet."""
+    what = f"'.[{extra}]'" if extra else "."
+    return f"`pip install {what}` in a checkout of layershare"
+
+
 def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     """The error for a name that does not exist, with the nearest known name or all of them.
 

@@ -52,7 +52,8 @@ def reason(error: BaseException) -> str:
         return f"it lacks {error}"
     words = " ".join(str(error).split()).rstrip(".")
     words = words if len(words) <= 200 else f"{words[:199]}…"
-    return words if isinstance(error, ValueError | OSError) and words else f"{type(error).__name__}: {words}"
+    speaks = isinstance(error, ValueError | OSError | LayershareError) and words
+    return words if speaks else f"{type(error).__name__}: {words}"
 
 
 def require_file(path: Path) -> Path:

@@ -30,6 +30,7 @@ from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
 from layershare.model.hub import load
+from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
@@ -157,6 +158,8 @@ def run(
     once if the run is finished. Raises `LayershareError` for bad input, before anything is written.
     """
     out = Path(out)
+    if model is None:
+        recipe = replace(recipe, model=located(recipe.model))
     if is_finished(out, recipe.to_yaml()):
         with reading(f"The results.json in '{out}'", AGAIN):
             results = read_mapping(out / "results.json")
@@ -263,10 +266,13 @@ def _carry_out(
         assert calibration is not None
         with clock.step("slice") as progress:
             slice_blocks(factored, Stream(weights, calibration.tokens, **passes), progress)
+    source = recipe.model if model is None else source_of(model)
+    beside = None if source is None else files_of(source)
     with clock.step("write"):
-        write_model(factored, recipe, tokenizer, staging)
+        write_model(factored, recipe, tokenizer, staging, beside)
     results = {
         "model": recipe.model,
+        "original": {} if source is None else known_of(source, beside),
         "model_fingerprint": weights.fingerprint,
         "method": plan.method,
         "options": asdict(job.method),

@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, monkeypatch
     with pytest.raises(LayershareError, match=r"Line 1 of 'piqa\.jsonl' is not JSON"):
         load_tasks(["piqa"], data)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(LayershareError, match=r"install it with pip install 'layershare\[eval\]'"):
+    with pytest.raises(LayershareError, match=r"needs? lm-eval: `pip install '\.\[eval\]'` in a checkout"):
         load_tasks(["piqa"], data)
 
 

@@ -351,8 +351,8 @@ class TestBadInput:
 
     def test_optuna_is_missing(self, small, monkeypatch):
         monkeypatch.setattr("layershare.healing.job.find_spec", lambda name: None)
-        self.refuses(small, "pip install 'layershare.search.'", search={})
+        self.refuses(small, r"pip install '\.\[search\]'", search={})
 
     def test_peft_is_missing(self, small, monkeypatch):
         monkeypatch.setattr("layershare.healing.parameters.find_spec", lambda name: None)
-        self.refuses(small, "pip install 'layershare.heal.'")
+        self.refuses(small, r"pip install '\.\[heal\]'")

@@ -300,7 +300,7 @@ def test_swap_leaves_the_model_alone_when_it_refuses():
 
 def test_newer_format_is_refused(llama, tmp_path):
     folder = edited(llama[1], tmp_path / "model", lambda config: config.update(version=FORMAT_VERSION + 1))
-    with pytest.raises(LayershareError, match=r"format version 2.*pip install --upgrade layershare"):
+    with pytest.raises(LayershareError, match=r"format version 2.*update it \(`pip install \.`"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

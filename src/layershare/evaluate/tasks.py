@@ -26,7 +26,7 @@ from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.files import json_lines, text_of
 from layershare.calibrate.text import require_known
 from layershare.connection import asking_hub
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.foreign import reading, reason, require_file
 from layershare.progress import alone
 
@@ -111,7 +111,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None, limit: int 
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise LayershareError("Tasks need lm-eval; install it with pip install 'layershare[eval]'.") from error
+        raise LayershareError(f"Tasks need lm-eval: {how_to_install('eval')}.") from error
     given = dict.fromkeys(name.strip() for name in names)
     names = list(dict.fromkeys(each for name in given for each in (PAPERS if name == ALL_SEVEN else (name,))))
     with alone():

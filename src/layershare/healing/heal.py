@@ -23,6 +23,7 @@ from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import Say, train
 from layershare.model.hub import QUANT_METHOD, load, write_folder
+from layershare.model.original import copy_side_files
 from layershare.model.source import resolve
 from layershare.report.page import write_pages
 from layershare.report.results import environment
@@ -136,6 +137,7 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     else:
         model.save_pretrained(staging, max_shard_size=job.healing.max_shard_size)
         job.tokenizer.save_pretrained(staging)
+    copy_side_files(job.folder, staging)
     for name in KEPT:
         if (job.folder / name).is_file():
             shutil.copyfile(job.folder / name, staging / name)

@@ -21,17 +21,20 @@ from transformers.training_args import OptimizerNames
 
 from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, block_length, load_text
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.evaluate.trial import Trial, load_trial
+from layershare.foreign import read_mapping, reading
 from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
 from layershare.healing.settings import Healing
 from layershare.model.arch import describe
 from layershare.model.hub import load
+from layershare.model.original import located
 from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
+from layershare.report.results import RESULTS
 from layershare.run import device_of
 from layershare.store import checksum
 
@@ -135,13 +138,18 @@ def prepare_healing(
     for everything that is wrong with them.
     """
     if healing.search is not None and find_spec("optuna") is None:
-        raise LayershareError("The search needs optuna: pip install 'layershare[search]'.")
+        raise LayershareError(f"The search needs optuna: {how_to_install('search')}.")
     _require_known(healing)
+    if folder is None:
+        healing = replace(healing, model=located(healing.model))
+    if healing.teacher is not None:
+        healing = replace(healing, teacher=located(healing.teacher))
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
     config, tokenizer, device = read_config(folder), read_tokenizer(folder), device_of(healing.device)
-    master = teacher if teacher is not None else healing.teacher or _original(folder, config)
+    original = _original(folder, config)
+    master = teacher if teacher is not None else healing.teacher or original
     if master is None and healing.teaches:
         raise LayershareError(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
@@ -218,12 +226,16 @@ def _require_there(original: str, named: str | None) -> None:
 
 
 def _original(folder: Path, config: PreTrainedConfig) -> str | None:
-    """The name of the model that a folder's was made from, where it says so."""
+    """The name of the model that a folder's was made from, where it says so. Raises as `results_of`."""
     notes = getattr(config, "quantization_config", None) or {}
-    return results_of(folder).get("model") or notes.get("compression", {}).get("model")
+    name = results_of(folder).get("model") or notes.get("compression", {}).get("model")
+    return name if isinstance(name, str) else None
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """What is in a folder's `results.json`; nothing if it has none."""
-    file = folder / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """What is in a folder's `results.json`; nothing if it has none. Raises `LayershareError` if it is damaged."""
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    with reading(f"The {RESULTS} of '{folder}'", "delete it, or compress the model again"):
+        return read_mapping(file)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
 from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedLinear
@@ -114,7 +114,7 @@ def merge(model: Any) -> PreTrainedModel:
 
 def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
     if find_spec("peft") is None:
-        raise LayershareError("LoRA needs PEFT: pip install 'layershare[heal]'.")
+        raise LayershareError(f"LoRA needs PEFT: {how_to_install('heal')}.")
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear
 

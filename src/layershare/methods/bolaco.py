@@ -8,7 +8,7 @@ a sample of text is the objective, and the best allocation of all trials is take
 segment of the model ratios of its own. This is the paper's method without its post-training.
 
 Cost: one decomposition per matrix and `trials` × `samples` runs of the model on one block of text. Model and factors,
-about twice the model, must fit in memory. Needs optuna: `pip install 'layershare[search]'`.
+about twice the model, must fit in memory. Needs optuna (the extra `search`).
 
 Where this differs
 - from paper and code: outputs are not centred: WᵀGW, pooled over the whole text, stands for their covariance, so there
@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, how_to_install
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.methods.trial import Trial, truncated
@@ -65,7 +65,7 @@ class Bolaco(Method):
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""
         if not find_spec("optuna"):
-            raise LayershareError("bolaco needs optuna; install it with `pip install 'layershare[search]'`.")
+            raise LayershareError(f"bolaco needs optuna: {how_to_install('search')}.")
         if self.segments > spec.n_layers:
             raise LayershareError(f"The model has {spec.n_layers} layers: it cannot have {self.segments} segments.")
         if budget.parameters <= sum(x.parameters for x in spec.linears if x.role in DENSE):

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from layershare.errors import LayershareError, incomplete
+from layershare.errors import LayershareError, how_to_install, incomplete
 from layershare.folders import staged
 from layershare.manifest import require_whole
 from layershare.model.dropped import DroppedAttention, DroppedLinear
@@ -64,7 +64,7 @@ class LayershareConfig(QuantizationConfigMixin):
         if version > FORMAT_VERSION:
             raise LayershareError(
                 f"This checkpoint has format version {version}, this layershare reads up to {FORMAT_VERSION}: "
-                "run `pip install --upgrade layershare`."
+                f"update it ({how_to_install()})."
             )
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]  # the enum is closed
         self.version = version

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, write_shim
+from layershare.model.original import copy_side_files, located
 from layershare.model.sliced import Sliced
 from layershare.model.swap import Anchored, Dropped, Group
 from layershare.model.weights import require_finite
@@ -21,8 +22,17 @@ from layershare.solve.apply import Factored, members
 from layershare.store import write_atomically, write_json
 
 
-def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write the whole Hugging Face folder of a solved plan: weights, config, tokenizer, shim, plan and recipe."""
+def write_model(
+    factored: Factored,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    original: Path | None = None,
+) -> None:
+    """Write the whole Hugging Face folder of a solved plan: weights, config, tokenizer, shim, plan and recipe.
+
+    What belongs to the model beside them is copied from the `original`'s folder.
+    """
     write_weights(factored, folder, recipe.max_shard_size)
     model, plan = factored.weights.model, factored.plan
     config = copy.deepcopy(model.config)
@@ -54,6 +64,9 @@ def write_model(factored: Factored, recipe: Recipe, tokenizer: PreTrainedTokeniz
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if original is not None:
+        same = tokenizer is not None and located(tokenizer.name_or_path) in (recipe.model, str(original))
+        copy_side_files(original, folder, vocabulary=same)
     write_atomically(folder / "plan.json", plan.to_json().encode())
     write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
 
