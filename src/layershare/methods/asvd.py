@@ -59,6 +59,7 @@ class Asvd(Method):
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    sizes: ClassVar[str] = "down to the lowest of `ratios`"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     ratios: Annotated[int, Field(ge=1)] = 4
     samples: Annotated[int, Field(ge=1)] = 2

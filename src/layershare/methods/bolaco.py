@@ -57,6 +57,7 @@ class Bolaco(Method):
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    sizes: ClassVar[str] = "any above a dense v"
     trials: Annotated[int, Field(ge=1)] = 20
     samples: Annotated[int, Field(ge=1)] = 4
     segments: Annotated[int, Field(ge=1)] = 1

@@ -54,6 +54,7 @@ class LaCo(Method):
     uses: ClassVar[frozenset[Kind]] = frozenset()
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    sizes: ClassVar[str] = "steps of a block"
     merged: Annotated[int, Field(ge=2)] = 4
     interval: Annotated[int, Field(ge=1)] = 2
     lowest: Annotated[int, Field(ge=0)] = 0
