@@ -240,7 +240,13 @@ def plan(
         Path | None,
         typer.Option("--stats", metavar="FOLDER", help="Statistics from `calibrate`, for methods that plan by them."),
     ] = None,
+    text: TextName = "wikitext2",
+    blocks: Blocks = None,
+    length: Length = None,
+    refine: Refines = False,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    changes: Changes = None,
     json: Json = False,
     output: Annotated[
         Path | None,
@@ -252,11 +258,21 @@ def plan(
     Groups, ranks, exact sizes, time, memory and disk; from the model's config alone if the method can.
     """
     from layershare.plan.table import plan_table
-    from layershare.run import plan_only
+    from layershare.run import plan_only, speed_for
     from layershare.store import write_atomically
 
     _require_parent(output)
-    recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype}, option)
+    values = {
+        "model": model,
+        "method": method,
+        "keep": keep,
+        "of": of,
+        "dtype": dtype,
+        "device": device,
+        "calibration": _given(text=text, blocks=blocks, length=length),
+        "refine": {} if refine else None,
+    }
+    recipe = _recipe(values, option, changes)
     with _progress() as (report, _):
         job = plan_only(recipe, stats, report)
     assert job.plan is not None
@@ -265,7 +281,7 @@ def plan(
     if json:
         _print_json(asdict(job.plan))
     else:
-        console.print(plan_table(job.spec, job.plan, job.needs))
+        console.print(plan_table(job.spec, job.plan, job.needs, speed_for(job)))
 
 
 @app.command()
@@ -607,13 +623,14 @@ def generate(
 def _run(recipe: "Recipe", output: Path) -> None:
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
-    from layershare.run import prepare, run
+    from layershare.run import prepare, run, speed_for
 
     job = prepare(recipe)
+    speed = speed_for(job)
     if job.plan is None:
-        say(console, needs_sentence(job.needs))
+        say(console, needs_sentence(job.needs, speed))
     else:
-        console.print(plan_table(job.spec, job.plan, job.needs))
+        console.print(plan_table(job.spec, job.plan, job.needs, speed))
     with _progress() as (report, _):
         results = run(recipe, output, report=report)
     if job.plan is None:

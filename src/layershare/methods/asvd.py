@@ -64,6 +64,10 @@ class Asvd(Method):
     ratios: Annotated[int, Field(ge=1)] = 4
     samples: Annotated[int, Field(ge=1)] = 2
 
+    def runs(self, spec: Spec) -> int:
+        """Every matrix at every ratio on every sample."""
+        return len(spec.linears) * self.ratios * self.samples
+
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the lowest ratio of every matrix does not meet the budget."""
         if sum(self._ranks(x)[0] * (x.d_in + x.d_out) for x in spec.linears) > budget.parameters:

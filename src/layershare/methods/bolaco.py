@@ -63,6 +63,10 @@ class Bolaco(Method):
     segments: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    def runs(self, spec: Spec) -> int:
+        """Every trial on every sample."""
+        return self.trials * self.samples
+
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""
         if not find_spec("optuna"):

@@ -62,6 +62,10 @@ class LaCo(Method):
     threshold: Annotated[float, Field(le=1)] = 0.95
     samples: Annotated[int, Field(ge=1)] = 4
 
+    def runs(self, spec: Spec) -> int:
+        """At least the original and a merge at every place, on every sample; what more depends on the model."""
+        return (1 + spec.n_layers) * self.samples
+
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if layers differ in shape, or if the range has no room for a merge or for enough."""
         require_alike(spec)

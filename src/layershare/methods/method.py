@@ -35,6 +35,10 @@ class Method(ABC):
         """Whether it needs a text for its plan or its solution."""
         return bool(self.uses) or self.searches
 
+    def runs(self, spec: Spec) -> int:
+        """How often it runs the model on a block of text while it plans, roughly."""
+        return 0
+
     def require(self, spec: Spec, budget: Budget) -> None:  # noqa: B027  # most methods treat every family
         """Raise `LayershareError` for what is known before anything is measured.
 

@@ -9,6 +9,7 @@ from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import measure
 from layershare.plan.edits import Delta, Share, sharing, sliced_width, widths
 from layershare.plan.plan import Plan
+from layershare.plan.work import Work, count_work
 
 GRAM_ITEMSIZE = 4
 """Grams are float32."""
@@ -18,11 +19,12 @@ SLACK = 1.2
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: `memory` beside the interpreter and its libraries, and disk for `stats` and for the `output`."""
+    """Bytes: `memory` beside the interpreter and its libraries, disk for `stats` and for the `output`; the `work`."""
 
     memory: int
     stats: int
     output: int
+    work: Work
 
 
 def estimate_needs(
@@ -34,10 +36,13 @@ def estimate_needs(
     batch_size: int,
     kinds: Collection[Kind],
     refits: bool = False,
-    refines: bool = False,
+    epochs: int = 0,
     searches: bool = False,
+    runs: int = 0,
 ) -> Needs:
-    """Estimate memory and disk of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
+    """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
+
+    It refines in so many `epochs` (0: not at all) and, if the method searches, runs the model on so many blocks then.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
@@ -58,11 +63,13 @@ def estimate_needs(
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
     batch = batch_size * length * (4 * width + 3 * widest) * itemsize
     states = 2 * blocks * length * width * itemsize
+    work = count_work(spec, plan, blocks=blocks, length=length, kinds=kinds, refits=refits, epochs=epochs, runs=runs)
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
             memory=2 * max(block) + batch + _eigenproblem(width),
             stats=0,
             output=2 * plan.after.all.bytes + states + 2 * spec.n_layers * width * sliced * GRAM_ITEMSIZE,
+            work=work,
         )
     if plan is None:
         full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
@@ -73,7 +80,7 @@ def estimate_needs(
     streams = refits or "inputs" in kinds or "blocks" in kinds
     if streams:
         steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
-    if refines:
+    if epochs:
         dense = max(sum(x.parameters for x in spec.linears if x.layer == layer) for layer in range(spec.n_layers))
         steps.append(2 * max(block) + 4 * 4 * dense + 4 * batch)
         states *= 2
@@ -87,7 +94,8 @@ def estimate_needs(
     return Needs(
         memory=int(SLACK * max(steps, default=0)),
         stats=(sum(grams) if "inputs" in kinds else 0) + (pooled if "blocks" in kinds else 0),
-        output=2 * after.all.bytes + (states if streams or refines else 0),
+        output=2 * after.all.bytes + (states if streams or epochs else 0),
+        work=work,
     )
 
 

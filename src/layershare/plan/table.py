@@ -12,10 +12,11 @@ from layershare.plan.budget import delta_parameters, share_parameters
 from layershare.plan.edits import Delta, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
+from layershare.plan.work import Speed
 
 
-def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> RenderableType:
-    """The plan as tables for a terminal: a line per role and run of equal groups, then totals."""
+def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed | None = None) -> RenderableType:
+    """The plan as tables for a terminal: a line per role and run of equal groups, then totals and needs."""
     groups = _table(f"{plan.method} on {spec.model_type}, keep {plan.keep} of {plan.of}")
     groups.add_column("role", no_wrap=True)
     groups.add_column("layers", min_width=6)
@@ -59,13 +60,24 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
     merges = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
     if needs is None:
         return Group(groups, *merges, totals)
-    return Group(groups, *merges, totals, needs_sentence(needs))
+    return Group(groups, *merges, totals, needs_sentence(needs, speed))
 
 
-def needs_sentence(needs: Needs) -> str:
-    """What the run will need, for people."""
-    words = f"The run needs about {size(needs.memory)} of memory beside its libraries and {size(needs.output)} of disk"
-    return f"{words}, and {size(needs.stats)} of disk for statistics."
+def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:
+    """What the run will need, for people; the time, too, if the machine's speed is known."""
+    disk = f"{size(needs.output)} of disk, and {size(needs.stats)} of disk for statistics"
+    words = f"The run needs about {size(needs.memory)} of memory beside its libraries, {disk}"
+    if speed is None:
+        return f"{words}."
+    return f"{words}; about {duration(needs.work.seconds(speed))} on this machine ({speed.place})."
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `47 s`, `3.5 min`, `2.1 h`."""
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    unit, factor = next(each for each in units if seconds >= each[1] or each[1] == 1)
+    value = seconds / factor
+    return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
 def size(count: int) -> str:
