@@ -520,10 +520,12 @@ def bench(
     Prefill and decode, at batch 1 and a larger one, taking turns with an original.
     """
     from layershare.api import bench_folder
+    from layershare.model.source import read_config
     from layershare.report.listing import speed_table
     from layershare.report.runs import SPEED
     from layershare.store import write_json
 
+    read_config(folder)
     if output is None and not Path(folder).is_dir():
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output
@@ -612,6 +614,8 @@ def generate(
     from layershare.evaluate.generate import continue_text
     from layershare.run import device_of
 
+    if Path(prompt).is_dir() and not Path(folder).is_dir():
+        raise LayershareError(f"'{prompt}' is a folder, '{folder}' is none: name the model first, then the prompt.")
     _quiet()
     print(
         continue_text(
