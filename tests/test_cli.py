@@ -1,18 +1,22 @@
 """The command line as a person meets it: what it prints, how it ends, what it leaves behind."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layershare.cli import main
+import layershare as package
+from layershare.cli import METHOD_NAMES, main
 from layershare.methods import METHODS
+from layershare.methods.catalogue import paper_of
 from layershare.report.listing import listing
 from layershare.store import write_json
 from tests.families import tiny_model, tokens
@@ -58,7 +62,20 @@ def test_help_does_not_import_torch():
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    for verb in ("run", "plan", "calibrate", "compress", "heal", "eval", "bench", "report", "export", "ls", "generate"):
+    for verb in [
+        "run",
+        "compress",
+        "plan",
+        "methods",
+        "calibrate",
+        "heal",
+        "eval",
+        "bench",
+        "report",
+        "export",
+        "ls",
+        "generate",
+    ]:
         assert f"  {verb} " in shown
 
 
@@ -66,6 +83,85 @@ def test_help_names_every_method(layershare):
     _, out, _ = layershare("compress", "--help")
     unwrapped = re.sub(r"-\s+", "-", out)
     assert set(METHODS) <= set(re.findall(r"[a-z]+(?:-[a-z]+)*", unwrapped))
+    assert set(METHODS) == set(METHOD_NAMES)
+
+
+def test_no_help_is_cut_or_shows_a_type_of_python(layershare, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = layershare("--help")
+    verbs = dict(re.findall(r"^  (\w+)  +(.*)$", out.partition("Commands:")[2], re.MULTILINE))
+    assert all(line.endswith(".") and not line.endswith("...") for line in verbs.values()), verbs
+    for verb in verbs:
+        assert "list[" not in layershare(verb, "--help")[1]
+
+
+def test_methods(layershare, monkeypatch):
+    code, out, _ = layershare("methods")
+    assert code == 0
+    for name in METHODS:
+        assert f"{name} " in out
+        assert name == "svd" or paper_of(name)
+    assert "Needs a text and gradients and the whole model in memory." in out
+    entries = {entry["name"]: entry for entry in json.loads(layershare("methods", "--json")[1])}
+    needs = {
+        name: [entry[key] for key in ("text", "gradients", "whole_model", "training")]
+        for name, entry in entries.items()
+    }
+    assert needs["svd"] == needs["welore"] == [False, False, False, False]
+    assert needs["fwsvd"] == [True, True, True, False]
+    assert needs["asvd"] == needs["laco"] == [True, False, True, False]
+    assert needs["delta"] == [True, False, False, True]
+    assert needs["slicegpt"] == [True, False, False, False]
+    assert entries["shortgpt"]["sizes"] == "steps of a block"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_consoles_that_lack_letters(encoding, here, monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding, write_through=True))
+    small = ("--blocks", "2", "--length", "64")
+    for arguments in (
+        (*COMPRESS, "--eval", "stdlib", "--set", "evaluation.blocks=2"),
+        ("compress", "dense", "-o", "δ", "--method", "svd"),
+        ("ls", "."),
+        ("eval", "small", "--text", "text.txt", "--original", "dense", *small),
+        ("bench", "small", "--batch", "2", "--prompt", "8", "--new", "3", "--rounds", "1"),
+        ("methods",),
+        ("generate", "small", "naïve – 你好 δ", "--tokens", "2"),
+        ("eval", "where–ever"),
+        ("compress", "--help"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == (2 if "where–ever" in arguments else None), arguments
+    text = written.getvalue().decode(encoding)
+    dash, times = ("-", "x") if encoding == "ascii" else ("–", "×")
+    assert f"0{dash}3" in text
+    assert f"32 {times} 32" in text
+    assert "The compressed model is in ?." in text
+    assert f"Unknown model 'where{dash}ever'" in text
+
+
+def test_json_is_all_that_is_on_standard_output(layershare, here):
+    for arguments in (("plan", "dense", "--json"), ("eval", "dense", "--text", "text.txt", "--blocks", "2", "--json")):
+        code, out, err = layershare(*arguments)
+        assert code == 0, err
+        json.loads(out)
+
+
+def test_a_plan_says_how_long_the_run_takes(layershare, here):
+    code, out, _ = layershare("plan", "dense", "--text", "stdlib", "--blocks", "2", "--length", "64", "--refine")
+    assert code == 0
+    assert re.search(r"about \d+(\.\d)? s on this machine \(cpu, 1 thread\)", " ".join(out.split()))
+    code, long, _ = layershare("plan", "dense", "--blocks", "1000000", "--length", "64", "--set", "calibration.seed=1")
+    assert re.search(r"about [\d.]+ (min|h|days) on this machine", " ".join(long.split()))
+
+
+def test_version(layershare):
+    assert layershare("--version")[1] == f"layershare {version('layershare')}\n"
+    assert package.__version__ == version("layershare")
 
 
 def test_plan_from_a_config_alone(layershare, here):
@@ -268,6 +364,16 @@ def test_mistakes_with_models(layershare, here):
     for arguments, message in {
         ("plan", "sampel"): "Did you mean 'sample'?",
         ("plan", "./nowhere"): "There is no model folder './nowhere'",
+        ("export", "nowhere", "-o", "out", "--dense"): "Unknown model 'nowhere'. It is no folder here",
+        ("generate", "nowhere", "x"): "Unknown model 'nowhere'. It is no folder here",
+        ("generate", "hello, world", "dense"): "name the model first, then the prompt",
+        ("bench", "nowhere"): "Unknown model 'nowhere'. It is no folder here",
+        ("eval", "nowhere"): "Unknown model 'nowhere'. It is no folder here",
+        ("heal", "nowhere", "-o", "out"): "There is no folder 'nowhere'",
+        ("calibrate", "nowhere", "-o", "out"): "Unknown model 'nowhere'. It is no folder here",
+        ("report", "nowhere"): "There is no folder 'nowhere'",
+        ("plan", "dense", "--length", "500"): "Blocks of 500 tokens do not fit",
+        ("generate", "dense", "x", "--device", "gpu9"): "There is no device 'gpu9'",
         ("eval", "nowhere/at/all"): "There is no model folder",
         ("generate", "text.txt", "x"): "'text.txt' is a file",
         ("generate", "dense", "x", "--dtype", "f16"): "Unknown dtype 'f16'. Did you mean 'float16'?",

@@ -37,6 +37,7 @@ from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
+from layershare.plan.work import Speed, measure_speed
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
@@ -103,9 +104,17 @@ class Job:
             batch_size=options.batch_size,
             kinds=self.kinds,
             refits=self.refits,
-            refines=self.recipe.refine is not None,
+            epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
             searches=self.plan is None and self.method.searches,
+            runs=self.method.runs(self.spec) if self.plan is None else 0,
         )
+
+
+def speed_for(job: Job) -> Speed:
+    """The speed of the job's device at products of its model's size, measured."""
+    linear = max(job.spec.linears, key=lambda linear: linear.parameters)
+    dtype = job.spec.tensors[job.spec.weight_name(linear)][1]
+    return measure_speed(device_of(job.recipe.device), dtype, min(linear.d_in, linear.d_out))
 
 
 def refits(plan: Plan, method: Method) -> bool:

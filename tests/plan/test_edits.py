@@ -130,10 +130,9 @@ def test_the_table_and_the_needs_of_deltas():
     plan = replace(PLAN, edits=edits, after=measure(SPEC, edits))
     console = Console(width=140, record=True, file=StringIO())
     console.print(plan_table(SPEC, plan))
-    lines = {line.split()[1]: line for line in console.export_text().splitlines() if "delta)" in line}
+    lines = {line.split()[0]: line for line in console.export_text().splitlines() if "delta)" in line}
     assert "0, 1, 3" in lines["up"]
     assert "1 × 3 (delta)" in lines["up"]
-    assert f"{3 * 32 * 56:,}" in lines["up"]
     assert f"{32 * 56 + 2 * 2 * (32 + 56):,}" in lines["up"]
     assert "1–2" in lines["down"]
     assert "1 × 2 (mean, delta)" in lines["down"]

@@ -20,7 +20,14 @@ SAMPLE_TOKENS = 40
 
 
 def continue_text(
-    folder: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0, dtype: str = "auto"
+    folder: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
 ) -> str:
     """The prompt and at most `tokens` tokens that the model adds to it, the likeliest ones at temperature 0.
 
@@ -30,7 +37,7 @@ def continue_text(
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dtype=dtype)
+    model = load(resolve(folder), dtype=dtype, device_map=device)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")

@@ -27,6 +27,7 @@ from layershare.healing.parameters import merge
 from layershare.healing.replacement import ReplacementCallback, gates
 from layershare.healing.settings import Healing
 from layershare.model.arch import find_blocks
+from layershare.plan.table import duration
 
 Say = Callable[[str], None]
 """Takes a line about how the training goes."""
@@ -162,7 +163,7 @@ class Watch(TrainerCallback):
         if len(self._clock) == _TIMED + 1:
             speed = self.tokens * _TIMED / (self._clock[-1] - self._clock[0])
             left = (state.max_steps - state.global_step) * self.tokens / speed
-            self.say(f"{speed:,.0f} tokens per second: about {minutes(left)} to go.")
+            self.say(f"{speed:,.0f} tokens per second: about {duration(left)} to go.")
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             began = time.perf_counter()
             self._measure(state)
@@ -340,12 +341,3 @@ def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes:
             log_level_replica="error",
             seed=healing.seed,
         )
-
-
-def minutes(seconds: float) -> str:
-    """A duration in words: `40 s`, `3.5 min`, `2.1 h`."""
-    return next(
-        f"{seconds / factor:.2g} {unit}"
-        for unit, factor in (("h", 3600), ("min", 60), ("s", 1))
-        if seconds >= factor or unit == "s"
-    )

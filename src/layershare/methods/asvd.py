@@ -59,9 +59,14 @@ class Asvd(Method):
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    sizes: ClassVar[str] = "down to the lowest of `ratios`"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     ratios: Annotated[int, Field(ge=1)] = 4
     samples: Annotated[int, Field(ge=1)] = 2
+
+    def runs(self, spec: Spec) -> int:
+        """Every matrix at every ratio on every sample."""
+        return len(spec.linears) * self.ratios * self.samples
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the lowest ratio of every matrix does not meet the budget."""

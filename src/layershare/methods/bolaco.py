@@ -57,10 +57,15 @@ class Bolaco(Method):
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    sizes: ClassVar[str] = "any above a dense v"
     trials: Annotated[int, Field(ge=1)] = 20
     samples: Annotated[int, Field(ge=1)] = 4
     segments: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    def runs(self, spec: Spec) -> int:
+        """Every trial on every sample."""
+        return self.trials * self.samples
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""

@@ -32,7 +32,7 @@ Multiplications per token and the cache of keys and values do not become fewer.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -63,6 +63,8 @@ class DeltaLlm(Method):
     share the mean of anchor and targets, with a delta for the anchor, too.
     """
 
+    wants_training: ClassVar[bool] = True
+    sizes: ClassVar[str] = "down to what `unit`, `layout` and `protect` leave"
     unit: Literal["mlp", "attention", "both"] = "mlp"
     layout: Literal["alternating", "sequential", "measured"] = "alternating"
     span: Annotated[int, Field(ge=1)] = 2

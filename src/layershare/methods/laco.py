@@ -54,12 +54,17 @@ class LaCo(Method):
     uses: ClassVar[frozenset[Kind]] = frozenset()
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    sizes: ClassVar[str] = "steps of a block"
     merged: Annotated[int, Field(ge=2)] = 4
     interval: Annotated[int, Field(ge=1)] = 2
     lowest: Annotated[int, Field(ge=0)] = 0
     highest: Annotated[int, Field(ge=1)] | None = None
     threshold: Annotated[float, Field(le=1)] = 0.95
     samples: Annotated[int, Field(ge=1)] = 4
+
+    def runs(self, spec: Spec) -> int:
+        """At least the original and a merge at every place, on every sample; what more depends on the model."""
+        return (1 + spec.n_layers) * self.samples
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if layers differ in shape, or if the range has no room for a merge or for enough."""

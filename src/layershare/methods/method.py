@@ -25,6 +25,19 @@ class Method(ABC):
     """Whether it plans by weights and statistics, so that there is no plan before these are there."""
     searches: ClassVar[bool] = False
     """Whether it runs the model on the text while it plans."""
+    wants_training: ClassVar[bool] = False
+    """Whether what it leaves is a start for training rather than a result."""
+    sizes: ClassVar[str] = "any"
+    """The sizes that it can reach, in a few words."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs a text for its plan or its solution."""
+        return bool(self.uses) or self.searches
+
+    def runs(self, spec: Spec) -> int:
+        """How often it runs the model on a block of text while it plans, roughly."""
+        return 0
 
     def require(self, spec: Spec, budget: Budget) -> None:  # noqa: B027  # most methods treat every family
         """Raise `LayershareError` for what is known before anything is measured.

@@ -48,6 +48,11 @@ class SliceGpt(Method):
     uses: ClassVar[frozenset[Kind]] = frozenset()
     round_to: Annotated[int | None, Field(ge=1)] = None
 
+    @property
+    def reads_text(self) -> bool:
+        """It does, while it slices."""
+        return True
+
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `UnsupportedModelError`, with the reason, for a model that is no plain pre-norm decoder."""
         spec.sliceable()

@@ -54,6 +54,7 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolve(name))
     except (OSError, ValueError, KeyError) as error:
+        read_config(name)  # which says so if it is the model that is not there
         reason = str(error).strip().partition("\n")[0]
         raise LayershareError(f"The tokenizer of '{name}' cannot be loaded: {reason}") from error
 

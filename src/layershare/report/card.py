@@ -4,13 +4,12 @@ It holds nothing that differs between two runs of one recipe, no dates, duration
 """
 
 import math
-import re
-import sys
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from layershare.errors import how_to_install
 from layershare.methods import METHODS
+from layershare.methods.catalogue import paper_of
 from layershare.report.runs import Run
 from layershare.report.words import (
     blocks,
@@ -134,9 +133,8 @@ def _healing(run: Run) -> str:
 
 def citation(method: str) -> str:
     """The paper that the method's own file names, if it names one."""
-    documented = sys.modules[METHODS[method].__module__].__doc__ or "" if method in METHODS else ""
-    paper = re.search(r"^Paper: (.*?arXiv [\d.]+\d)", documented, re.DOTALL | re.MULTILINE)
-    return f"{' '.join(paper[1].split())}." if paper else f"The method `{method}` of layershare."
+    paper = paper_of(method) if method in METHODS else None
+    return f"{paper}." if paper else f"The method `{method}` of layershare."
 
 
 def _front_matter(run: Run) -> ModelCardData:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from layershare.disk import size
+from layershare.plan.table import duration
 from layershare.report.runs import SHARING, Run
 
 _UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
@@ -102,12 +103,7 @@ def healed(run: Run) -> list[tuple[str, str, str]]:
 
 def made_in(seconds: dict[str, float]) -> str:
     """How long the compression took, evaluation aside: `47 s`, `3.5 min`, `2.1 h`."""
-    total = sum(value for step, value in seconds.items() if step != "evaluate")
-    return next(
-        f"{total / factor:.2g} {unit}"
-        for unit, factor in (("h", 3600), ("min", 60), ("s", 1))
-        if total >= factor or unit == "s"
-    )
+    return duration(sum(value for step, value in seconds.items() if step != "evaluate"))
 
 
 def sizes(run: Run) -> list[tuple[str, str, str, float]]:
