@@ -589,7 +589,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare w
     """Check that a finished folder is as layershare wrote it, every tensor of it."""
     from layershare.manifest import verify
 
-    console.print(str(verify(folder)), markup=False, highlight=False, soft_wrap=True)
+    say(console, str(verify(folder)))
 
 
 @app.command("ls")
@@ -605,7 +605,7 @@ def list_models(
     table, unreadable = listing(folder)
     console.print(table)
     for sentence in unreadable:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        say(console, sentence)
 
 
 @app.command()
