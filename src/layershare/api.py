@@ -25,7 +25,7 @@ from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
-from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
+from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
@@ -190,10 +190,11 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     """
     assert recipe.evaluation is not None
     options, device = recipe.evaluation, device_of(recipe.device)
-    length = block_length(read_config(folder), options.length)
-    trial = load_trial(options, read_tokenizer(folder), length)
-    model = load(resolve(folder), dtype=options.dtype, device_map=device)
-    reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    length = block_length(read_config(folder, **trust), options.length)
+    trial = load_trial(options, read_tokenizer(folder, **trust), length)
+    model = load(folder, dtype=options.dtype, device_map=device, **trust)
+    reference = None if original is None else load(original, dtype=options.dtype, device_map=device, **trust)
     evaluation = trial.measure(model, reference, report("evaluate"))
     return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
 
@@ -207,7 +208,8 @@ def bench_folder(
     """
     device = device_of(recipe.device)
     names = [folder] if original is None else [folder, original]
-    models = [load(resolve(name), dtype=recipe.dtype, device_map=device) for name in names]
+    trust = recipe.trust_remote_code
+    models = [load(name, dtype=recipe.dtype, device_map=device, trust_remote_code=trust) for name in names]
     rates = measure_speed(*models, **options, progress=report("bench"))
     return {
         "model": folder,
@@ -220,14 +222,14 @@ def bench_folder(
     }
 
 
-def export_dense(folder: str, out: Path) -> None:
+def export_dense(folder: str, out: Path, *, trust_remote_code: bool = False) -> None:
     """Write the model in `folder` as an ordinary dense checkpoint to `out`, which appears whole or not at all.
 
     Raises `LayershareError` if there is no model in `folder` or something in `out`.
     """
     require_new(out)
-    tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dense=True)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model = load(folder, dense=True, trust_remote_code=trust_remote_code)
     make_folder(out.parent)
     with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
         staging = Path(temporary) / "model"

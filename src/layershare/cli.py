@@ -15,7 +15,7 @@ from layershare.errors import LayershareError
 if TYPE_CHECKING:
     from layershare.healing.training import Say
     from layershare.recipe import Recipe
-    from layershare.run import Report
+    from layershare.run import Job, Report
 
 app = typer.Typer(
     help="Make Hugging Face causal language models smaller by letting their layers share weights.",
@@ -59,6 +59,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto (an accelerator if there is one), cpu, cuda, …")]
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model that transformers lacks.")
+]
+
 
 def main() -> None:
     """Entry point: mistakes of the user end in one sentence and exit code 2."""
@@ -100,6 +104,7 @@ def compress(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     changes: Changes = None,
 ) -> None:
     """Compress a model into a Hugging Face folder; run again to continue an interrupted run."""
@@ -111,6 +116,7 @@ def compress(
         "plan": None if plan_file is None else str(plan_file),
         "dtype": dtype,
         "device": device,
+        "trust_remote_code": trust,
         "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
         "refine": {} if refine else None,
         "evaluation": None if test is None else _given(text=test, length=length),
@@ -129,6 +135,7 @@ def plan(
         Path | None, typer.Option("--stats", help="Statistics from `calibrate`, for methods that plan by them.")
     ] = None,
     dtype: Dtype = "auto",
+    trust: Trust = False,
     json: Json = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the plan (JSON) to this file.")
@@ -140,7 +147,8 @@ def plan(
     from layershare.store import write_atomically
 
     _require_parent(output)
-    recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype}, option)
+    values = {"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype, "trust_remote_code": trust}
+    recipe = _recipe(values, option)
     with _progress() as (report, _):
         job = plan_only(recipe, stats, report)
     assert job.plan is not None
@@ -164,15 +172,17 @@ def calibrate(
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Measure a model's statistics on a text, once for many methods and every keep (`compress --stats`)."""
     from layershare.calibrate.stats import STREAMED
     from layershare.run import calibrate_to
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
+    where = {"dtype": dtype, "device": device, "trust_remote_code": trust}
     with _progress() as (report, _):
         folder = calibrate_to(
-            _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}),
+            _recipe({"model": model, "calibration": calibration, **where}),
             (*STREAMED, "fisher") if fisher else STREAMED,
             report,
         )
@@ -211,6 +221,7 @@ def heal(
         str | None, typer.Option("--eval", help="Measure before and after on the held-out part of a text.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, …")] = None,
+    trust: Trust = False,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Set a setting: lora.rank=16, compile=true. Repeatable.")
     ] = None,
@@ -237,6 +248,7 @@ def heal(
         "search.trials": search,
         "evaluation.text": test,
         "device": device,
+        "trust_remote_code": trust or None,
     }
     job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
     with _progress() as (report, say):
@@ -269,6 +281,7 @@ def evaluate(
     length: Length = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     json: Json = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the results (JSON) to this file.")
@@ -290,9 +303,8 @@ def evaluate(
     )
     test["text"] = text or (None if tasks else "wikitext2")
     with _progress() as (report, _):
-        results = evaluate_folder(
-            folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
-        )
+        values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
+        results = evaluate_folder(folder, original, _recipe(values), report)
     if output is not None:
         write_json(output, results)
     _print_evaluation(results["evaluation"], json)
@@ -308,6 +320,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds, of which the medians are taken.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -329,7 +342,7 @@ def bench(
         speed = bench_folder(
             folder,
             original,
-            _recipe({"model": folder, "dtype": dtype, "device": device}),
+            _recipe({"model": folder, "dtype": dtype, "device": device, "trust_remote_code": trust}),
             batches=(1, batch),
             prompt=prompt,
             new=new,
@@ -361,6 +374,7 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="Multiply the factors out: a checkpoint for everything.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Write an ordinary dense checkpoint of a compressed model, for programs that cannot load ours."""
     from layershare.api import export_dense
@@ -368,7 +382,7 @@ def export(
     _quiet()
     if not dense:
         raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
-    export_dense(folder, output)
+    export_dense(folder, output, trust_remote_code=trust)
     console.print(f"The dense model is in {output}.", highlight=False, soft_wrap=True)
 
 
@@ -390,28 +404,34 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     dtype: Dtype = "auto",
+    trust: Trust = False,
 ) -> None:
     """Let a model continue a prompt."""
     from layershare.evaluate.generate import continue_text
 
     _quiet()
-    print(continue_text(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, dtype=dtype))
+    sampling = {"temperature": temperature, "seed": seed}
+    print(continue_text(folder, prompt, tokens=tokens, dtype=dtype, trust_remote_code=trust, **sampling))
 
 
 def _run(recipe: "Recipe", output: Path) -> None:
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
-    from layershare.run import prepare, run
+    from layershare.run import run
 
-    job = prepare(recipe)
-    if job.plan is None:
-        console.print(needs_sentence(job.needs), highlight=False, soft_wrap=True)
-    else:
-        console.print(plan_table(job.spec, job.plan, job.needs))
+    planned: list[Job] = []
+
+    def announce(job: "Job") -> None:
+        planned.append(job)
+        if job.plan is None:
+            console.print(needs_sentence(job.needs), highlight=False, soft_wrap=True)
+        else:
+            console.print(plan_table(job.spec, job.plan, job.needs))
+
     with _progress() as (report, _):
-        results = run(recipe, output, report=report)
-    if job.plan is None:
-        console.print(plan_table(job.spec, Plan.read(output / "plan.json", job.spec)))
+        results = run(recipe, output, report=report, announce=announce)
+    if planned and planned[0].plan is None:
+        console.print(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
     if "evaluation" in results:
         _print_evaluation(results["evaluation"], False)
     console.print(f"The compressed model is in {output}.", highlight=False, soft_wrap=True)

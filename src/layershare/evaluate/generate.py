@@ -11,7 +11,7 @@ from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError, unknown
 from layershare.model.hub import load
-from layershare.model.source import read_tokenizer, resolve
+from layershare.model.source import read_tokenizer
 from layershare.recipe import Dtype
 
 SAMPLES = 3
@@ -20,7 +20,14 @@ SAMPLE_TOKENS = 40
 
 
 def continue_text(
-    folder: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0, dtype: str = "auto"
+    folder: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> str:
     """The prompt and at most `tokens` tokens that the model adds to it, the likeliest ones at temperature 0.
 
@@ -29,8 +36,8 @@ def continue_text(
     """
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
-    tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dtype=dtype)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model = load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")

@@ -21,7 +21,6 @@ from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import Say, train
 from layershare.model.hub import QUANT_METHOD, load, save
-from layershare.model.source import resolve
 from layershare.report.page import write_pages
 from layershare.report.results import environment
 from layershare.run import Clock, Report, silent
@@ -141,10 +140,10 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
 def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
     assert job.trial is not None
     dtype = job.trial.test.dtype
-    model = load(folder, dtype=dtype, device_map=job.device)
+    model = load(folder, dtype=dtype, device_map=job.device, **job.trust)
     original = job.teacher
     if isinstance(original, str):
-        original = load(resolve(original), dtype=dtype, device_map=job.device)
+        original = load(original, dtype=dtype, device_map=job.device, **job.trust)
     measured = job.trial.measure(model, original, progress)
     if samples and original is not None and job.trial.text is not None:
         measured["samples"] = compare_samples(model, original, job.trial.text, job.tokenizer)

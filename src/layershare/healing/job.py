@@ -81,7 +81,12 @@ class HealJob:
     def student(self) -> Any:
         """The compressed model in float32, all frozen but what is to train, adapters attached."""
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
-        return choose(load(self.folder, dtype=torch.float32), self.healing)
+        return choose(load(self.folder, dtype=torch.float32, **self.trust), self.healing)
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What whoever opens a model by its name is told."""
+        return {"trust_remote_code": self.healing.trust_remote_code}
 
     @property
     def teacher_dtype(self) -> str:
@@ -98,13 +103,14 @@ class HealJob:
         dtype = self.teacher_dtype
         if k is None:
             given = self.teacher
-            model: Any = load(resolve(given), dtype=dtype) if isinstance(given, str) else copy.deepcopy(given)
+            model: Any = load(given, dtype=dtype, **self.trust) if isinstance(given, str) else copy.deepcopy(given)
             return model.requires_grad_(False).eval().to(getattr(torch, dtype))
         with PartialState().main_process_first():
             if isinstance(self.teacher, PreTrainedModel):
                 weights = Weights.of(self.teacher)
             else:
-                weights = Weights.open(resolve(self.teacher), folder / "scratch", dtype=dtype, device=self.device)
+                place: dict[str, Any] = {"device": self.device, **self.trust}
+                weights = Weights.open(self.teacher, folder / "scratch", dtype=dtype, **place)
             used = self.train_tokens[: self.steps * self.healing.batch_size]
             return StoredLogits.make(weights, used, folder, k, self.micro, progress=progress)
 
@@ -113,7 +119,7 @@ class HealJob:
         teacher = 0
         if self.healing.teaches and self.healing.loss.store_teacher is None:
             each = getattr(torch, self.teacher_dtype).itemsize
-            original = read_config(self.teacher) if isinstance(self.teacher, str) else self.teacher
+            original = read_config(self.teacher, **self.trust) if isinstance(self.teacher, str) else self.teacher
             assert original is not None
             teacher = each * describe(original).parameters
         length = self.text.tokens.shape[1]
@@ -139,14 +145,16 @@ def prepare_healing(
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
-    config, tokenizer, device = read_config(folder), read_tokenizer(folder), device_of(healing.device)
+    device, trust = device_of(healing.device), healing.trust_remote_code
+    config = read_config(folder, trust_remote_code=trust)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust)
     master = teacher if teacher is not None else healing.teacher or _original(folder, config)
     if master is None and healing.teaches:
         raise LayershareError(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
     if master is not None and (healing.teaches or healing.evaluation is not None):
-        _require_same_vocabulary(master, config, tokenizer, healing.teacher)
+        _require_same_vocabulary(master, config, tokenizer, healing)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
@@ -198,11 +206,11 @@ def _require_known(healing: Healing) -> None:
 
 
 def _require_same_vocabulary(
-    master: PreTrainedModel | str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, named: str | None
+    master: PreTrainedModel | str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, healing: Healing
 ) -> None:
-    """Raise `LayershareError` if the teacher's tokens are others; `named` is what the settings call it."""
-    theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, named)
-    numbers = _tokens(master) if isinstance(master, str) else {}
+    """Raise `LayershareError` if the teacher's tokens are others than the model's."""
+    theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, healing)
+    numbers = _tokens(master, healing) if isinstance(master, str) else {}
     clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
     if theirs.vocab_size != config.vocab_size:
         other = f"{theirs.vocab_size} tokens, this model {config.vocab_size}"
@@ -213,22 +221,22 @@ def _require_same_vocabulary(
     raise LayershareError(f"The teacher has another vocabulary ({other}); name the original with --teacher.")
 
 
-def _config_of(original: str, named: str | None) -> PreTrainedConfig:
-    """The config of the teacher. Raises `LayershareError`; where no one `named` it, with what to do."""
+def _config_of(original: str, healing: Healing) -> PreTrainedConfig:
+    """The config of the teacher. Raises `LayershareError`; where the settings do not name one, with what to do."""
     try:
-        return read_config(original)
+        return read_config(original, trust_remote_code=healing.trust_remote_code)
     except LayershareError as error:
-        if named is not None:
+        if healing.teacher is not None:
             raise
         raise LayershareError(
             f"'{original}', which the model was made from, is not here; name the original with --teacher."
         ) from error
 
 
-def _tokens(name: str) -> dict[str, int]:
+def _tokens(name: str, healing: Healing) -> dict[str, int]:
     """Token -> number in a model's tokenizer; nothing if it comes without one."""
     try:
-        return read_tokenizer(name).get_vocab()
+        return read_tokenizer(name, trust_remote_code=healing.trust_remote_code).get_vocab()
     except LayershareError:
         return {}
 

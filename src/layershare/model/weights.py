@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from accelerate.utils import PrefixedDataset
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from layershare.errors import LayershareError, incomplete
+from layershare.errors import LayershareError
 from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
+from layershare.model.checked import FLOATS
+from layershare.model.source import read_model
 
 # What a configuration records about files, versions and run-time choices rather than about the function computed.
 _NOT_ARCHITECTURE = {
@@ -34,8 +35,11 @@ class Weights:
 
     `model` is the model itself: never modified, and on the meta device when its weights are on disk.
     `blocks` is its stack of blocks and `blocks_name` that stack's full name ("model.layers").
-    `device` is where `block` and `shell` put what they read.
+    `device` is where `block` and `shell` put what they read. `checkpoint` is what is stored on disk, by the names
+    there, on the meta device: of other types than the model's, perhaps, in which it is read.
     """
+
+    checkpoint: Mapping[str, Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, device: torch.device, stored: Mapping[str, Tensor] | None) -> None:
         """Use `Weights.of` or `Weights.open`; `stored` maps names to tensors on disk, None if all are in memory."""
@@ -58,27 +62,22 @@ class Weights:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
     ) -> "Weights":
         """Open a checkpoint (hub id or folder) and leave its weights on disk.
 
         Safetensors files are read where they are. What transformers has to convert, such as a PyTorch `.bin`
         checkpoint, is rewritten to the folder `scratch`, which must outlive this object.
-        Raises LayershareError if there is no such checkpoint or if it lacks weights of its architecture.
+        Raises LayershareError as `read_model`.
         """
         give_back_freed_memory()  # or what is read block after block would pile up
         scratch.mkdir(parents=True, exist_ok=True)
-        try:
-            with _hushed("accelerate.big_modeling"):  # it warns that the weights are on disk
-                opened: Any = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=dtype, device_map={"": "disk"}, offload_folder=scratch, output_loading_info=True
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise LayershareError(f"Cannot open the model '{source}': {reason}") from error
-        model, loading = opened
-        if missing := loading["missing_keys"]:
-            raise incomplete(source, missing)
-        return cls(model, torch.device(device), _take_stored(model))
+        place: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": scratch}
+        with _hushed("accelerate.big_modeling"):  # it warns that the weights are on disk
+            model, checkpoint = read_model(source, trust_remote_code=trust_remote_code, dtype=dtype, **place)
+        weights = cls(model, torch.device(device), _take_stored(model))
+        weights.checkpoint = checkpoint
+        return weights
 
     def names(self) -> list[str]:
         """Full names of all stored tensors (parameters and persistent buffers) in order; tied ones once."""
@@ -124,6 +123,10 @@ class Weights:
                     f"The config ties '{name}' to '{source}', but the checkpoint stores two different tensors; "
                     "set tie_word_embeddings to false in its config.json."
                 )
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype not in FLOATS:
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise LayershareError(f"'{name}' is {kind}, which is no type of weights; use the unquantized model.")
         require_finite((name, self.tensor(name)) for name in self.names())
 
     def block_name(self, index: int) -> str:
