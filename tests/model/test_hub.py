@@ -339,7 +339,7 @@ def test_load_explains_what_it_cannot_read(llama, tmp_path):
     cut = edited(folder, tmp_path / "cut")
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(LayershareError, match="The weight file 'model.safetensors' .* cannot be used"):
+    with pytest.raises(LayershareError, match=r"The weight file 'model.safetensors' .* cannot be used"):
         load(cut)
 
 

@@ -162,7 +162,7 @@ def test_what_is_not_a_checkpoint(tmp_path: Path) -> None:
     folder = saved(tiny_model("llama"), tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(LayershareError, match="The weight file 'model.safetensors' .* cannot be used"):
+    with pytest.raises(LayershareError, match=r"The weight file 'model.safetensors' .* cannot be used"):
         Weights.open(folder, tmp_path / "scratch")
 
 

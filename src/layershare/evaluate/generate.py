@@ -84,5 +84,6 @@ def continue_tokens(
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new,
             pad_token_id=tokenizer.eos_token_id,
+            tokenizer=tokenizer,  # where the model's settings have stop strings
             **sampling,
         )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import UnsupportedModelError, quantized_with
-from layershare.model.checked import FLOATS, quantized_by
+from layershare.model.checked import FLOATS, no_weights, quantized_by
 from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
@@ -244,6 +244,7 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
     if isinstance(model, PreTrainedModel):
         real = model.state_dict()
         _require_same(model, real, skeleton)
+        _require_floats(model)
         tensors = {name: (shape, real[name].dtype) for name, (shape, _) in tensors.items()}
     head = skeleton.get_output_embeddings()
     prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
@@ -270,6 +271,13 @@ def _require_same(model: PreTrainedModel, real: Mapping[str, torch.Tensor], skel
             f"This {type(model).__name__} is not the {type(skeleton).__name__} that its config makes, for it {whose} "
             f"'{other[0]}' ({len(other)} such tensors); give that model, as AutoModelForCausalLM loads it."
         )
+
+
+def _require_floats(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for weights in memory of a type that weights do not have."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in FLOATS:
+            raise no_weights(name, parameter.dtype)
 
 
 def _stream(flow: Flow, prefix: str, linears: Sequence[Linear], n_layers: int, head: nn.Module | None) -> PreNorm | str:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_utils import load_state_dict
+from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -43,11 +44,16 @@ _BASES = ("rope_theta", "rotary_emb_base", "rope_local_base_freq")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 FLOATS = frozenset({*_DTYPES.values(), torch.float64})
 """The types that weights have, unless they are quantized."""
+_STORED = {**str_to_torch_dtype, "C64": torch.complex64}
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_NO_WEIGHTS = re.compile(r"(^|\.)(\w*inv_freq|masked_bias|attn\.bias|attention\.bias|causal_mask|position_ids)$")
+"""Masks and tables that former versions of transformers stored with the weights."""
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _COUNTS = {"max_length", "min_length", "max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"}
+_TOKENS = {"suppress_tokens", "begin_suppress_tokens"}
 _RATES = {"temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"}
-"""Settings of generation that are whole numbers, and numbers, from 0."""
+"""Settings of generation that are whole numbers, lists of tokens, and numbers from 0."""
+_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _OTHER_HEADS = {
     *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
     *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
@@ -182,6 +188,9 @@ def stored_tensors(source: str, values: dict[str, Any], *, fetch: bool = True) -
     for path in _weight_files(source, values, fetch):
         with reading(f"The weight file '{path.name}' of '{source}'", AGAIN):
             tensors |= _tensors_of(require_file(path))
+    for name, tensor in tensors.items():
+        if tensor.is_complex():  # of no use to any model, unlike integers and bits of other sorts
+            raise no_weights(name, tensor.dtype)
     kind = values["model_type"]
     own = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
     wanted = values.get(own.get("num_hidden_layers", "num_hidden_layers"), values.get("num_hidden_layers"))
@@ -195,14 +204,27 @@ def stored_tensors(source: str, values: dict[str, Any], *, fetch: bool = True) -
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
+    if not path.stat().st_size:
+        raise ValueError("it is empty")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return {name: _empty(each.get_shape(), each.get_dtype()) for name, each in slices.items()}
     try:
         tensors = load_state_dict(path, map_location="meta")
     except UnpicklingError as error:
-        raise ValueError("it holds more than plain tensors, perhaps code, of which nothing was run") from error
+        raise ValueError("it is no file of plain tensors; it may hold code, of which nothing was run") from error
     for name, tensor in tensors.items() if isinstance(tensors, dict) else [(None, None)]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError("it holds something else than tensors by their names")
     return tensors
+
+
+def _empty(shape: list[int], dtype: str) -> Tensor:
+    """A tensor of that type, as safetensors names it, without memory."""
+    if dtype not in _STORED:
+        raise ValueError(f"it holds a tensor of the type {dtype}, which is no type of weights")
+    return torch.empty(shape, dtype=_STORED[dtype], device="meta")
 
 
 def _weight_files(source: str, values: dict[str, Any], fetch: bool) -> list[Path]:
@@ -210,7 +232,7 @@ def _weight_files(source: str, values: dict[str, Any], fetch: bool) -> list[Path
     own = values.get("transformers_weights")
     for name in [own] if own else _WHOLE:
         with reading(f"The '{name}' of '{source}'", AGAIN):
-            path = _find(source, name, fetch=fetch)
+            path = _find(source, _within(name), fetch=fetch)
             if path is None:
                 continue
             if not name.endswith(".index.json"):
@@ -221,15 +243,24 @@ def _weight_files(source: str, values: dict[str, Any], fetch: bool) -> list[Path
 
 def _shards(index: Path) -> list[str]:
     """The names of the files that an index lists."""
-    files = read_mapping(index).get("weight_map")
+    values = read_mapping(index)
+    files = values.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError("it has no weight_map that tells which file holds which tensor")
     for name, file in files.items():
         if not isinstance(file, str) or not file:
             raise ValueError(f"it names no file for '{name}'")
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise ValueError(f"it names '{file}', which is outside of the model's folder")
+        _within(file)
+    if not isinstance(values.get("metadata"), dict):
+        raise ValueError("it has no metadata, which transformers needs")
     return list(dict.fromkeys(files.values()))
+
+
+def _within(name: str) -> str:
+    """The name of a file, if it leads to one in the model's folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"'{name}' is outside of the model's folder")
+    return name
 
 
 def _shard(source: str, file: str, fetch: bool) -> Path:
@@ -273,12 +304,25 @@ def require_generation_config(source: str) -> None:
         GenerationConfig(**values).validate()
 
 
+def require_tokenizer_files(source: str) -> None:
+    """Raise `LayershareError` for a tokenizer's file that is not of its kind; small ones are read, others looked at."""
+    for name in ("tokenizer.json", "tokenizer.model", *_TOKENIZER):
+        with reading(f"The {name} of '{source}'", AGAIN):
+            path = _find(source, name, fetch=True)
+            if path is not None and name in _TOKENIZER:
+                read_mapping(path)
+            elif path is not None:
+                require_file(path)
+
+
 def _fits(key: str, value: Any) -> bool:
     """Whether a value of a generation_config.json is of the type that its key has."""
     if value is None:
         return True
     if key.endswith("_token_id"):
         return all(type(each) is int for each in (value if isinstance(value, list) else [value]))
+    if key in _TOKENS:
+        return isinstance(value, list) and all(type(each) is int for each in value)
     if key in _COUNTS:
         return type(value) is int and value >= 0
     if key in _RATES:
@@ -296,21 +340,25 @@ def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
 
 
 def require_all_used(source: str, unexpected: set[str]) -> None:
-    """Raise `LayershareError` for tensors of a checkpoint that the model made of it does not have."""
-    if unexpected:
+    """Raise `LayershareError` for weights of a checkpoint that the model made of it does not have."""
+    if lost := {name for name in unexpected if not _NO_WEIGHTS.search(name)}:
         raise LayershareError(
-            f"The checkpoint '{source}' has {len(unexpected)} tensors that its language model does not, among them "
-            f"'{min(unexpected)}': they would be lost. Take such a head or adapter out, or repair config.json."
+            f"The checkpoint '{source}' has {len(lost)} tensors that its language model does not, among them "
+            f"'{min(lost)[:100]}': they would be lost. Take such a head or adapter out, or repair config.json."
         )
 
 
 def require_floating(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> None:
     """Raise `LayershareError` for a weight that is stored as integers, truth values or other than its model's type."""
-    prefix = f"{model.base_model_prefix}."
+    prefix, parameters = f"{model.base_model_prefix}.", dict(model.named_parameters())
     for name, tensor in model.state_dict().items():
         found = stored.get(name, stored.get(name.removeprefix(prefix)))
-        if found is not None and tensor.is_floating_point() and found.dtype not in FLOATS and found.numel():
-            kind = str(found.dtype).removeprefix("torch.")
-            raise LayershareError(
-                f"'{name}' is stored as {kind}, which is no type of weights; use the unquantized checkpoint."
-            )
+        weighs = name in parameters or tensor.is_floating_point()
+        if found is not None and weighs and found.dtype not in FLOATS and found.numel():
+            raise no_weights(name, found.dtype)
+
+
+def no_weights(name: str, dtype: torch.dtype) -> UnsupportedModelError:
+    """The error for weights that are integers, truth values or other than `FLOATS`."""
+    kind = str(dtype).removeprefix("torch.")
+    return UnsupportedModelError(f"'{name}' is of type {kind}, which weights are not; use the unquantized model.")

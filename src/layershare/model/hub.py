@@ -26,7 +26,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, mismatched
 from layershare.foreign import reading
 from layershare.model.checked import AGAIN
 from layershare.model.dropped import DroppedAttention, DroppedLinear
@@ -273,7 +273,4 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
         if key not in stored:
             raise LayershareError(f"The checkpoint lacks the tensor '{key}': fetch or write it again.")
         if stored[key] != list(tensor.shape):
-            raise LayershareError(
-                f"'{key}' is {stored[key]} in the checkpoint, but config.json makes it {list(tensor.shape)}: "
-                "config.json and weights are of different models."
-            )
+            raise mismatched(key, stored[key], tensor.shape)

@@ -1,5 +1,8 @@
 """From a model's name to config and tokenizer. A name is a folder, a hub id, or `sample`, the model that we ship."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from layershare.autoload import METHOD
-from layershare.errors import LayershareError, incomplete, quantized_with, unknown
+from layershare.errors import LayershareError, incomplete, mismatched, quantized_with, unknown
 from layershare.foreign import reading
 from layershare.model.checked import (
     AGAIN,
@@ -28,6 +31,7 @@ from layershare.model.checked import (
     require_all_used,
     require_floating,
     require_generation_config,
+    require_tokenizer_files,
     stored_tensors,
 )
 
@@ -97,15 +101,21 @@ def read_model(
     foreign = method if method != METHOD else None
     run_code = may_run_code(source, values, trust_remote_code)
     try:
-        with reading(f"The model '{name}'", AGAIN):
+        with reading(f"The model '{name}'", AGAIN), _hushed():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, output_loading_info=True, trust_remote_code=run_code, **options
+                source,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=run_code,
+                **options,
             )
     except LayershareError as error:
         if foreign is None:
             raise
         raise quantized_with(foreign, error.__cause__) from error
     model, loading = loaded
+    for key, there, here in loading["mismatched_keys"]:
+        raise mismatched(key, there, here)
     if missing := loading["missing_keys"]:  # transformers makes them up
         raise incomplete(name, missing)
     require_all_used(source, loading["unexpected_keys"])
@@ -118,17 +128,37 @@ def read_model(
     return model, stored
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep libraries from printing what `read_model` makes sentences of, and that weights are on disk."""
+    loggers = [logging.getLogger(name) for name in ("transformers.modeling_utils", "accelerate.big_modeling")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `LayershareError` if it has none, and as `read_config`."""
     source = resolve(name)
     values_of(source)
+    require_tokenizer_files(source)
     with reading(f"The tokenizer of '{name}'", AGAIN):
         try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
             raise needs_trust(f"The tokenizer of '{name}'") from error
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r}")
+    if tokenizer._auto_class is None:
+        tokenizer.init_kwargs.pop("auto_map", None)  # it names files that are not written with the tokenizer
+    return tokenizer
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,10 +15,9 @@ from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, mismatched
 from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
-from layershare.model.checked import FLOATS
 from layershare.model.source import read_model
 
 # What a configuration records about files, versions and run-time choices rather than about the function computed.
@@ -73,8 +71,7 @@ class Weights:
         give_back_freed_memory()  # or what is read block after block would pile up
         scratch.mkdir(parents=True, exist_ok=True)
         place: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": scratch}
-        with _hushed("accelerate.big_modeling"):  # it warns that the weights are on disk
-            model, checkpoint = read_model(source, trust_remote_code=trust_remote_code, dtype=dtype, **place)
+        model, checkpoint = read_model(source, trust_remote_code=trust_remote_code, dtype=dtype, **place)
         weights = cls(model, torch.device(device), _take_stored(model))
         weights.checkpoint = checkpoint
         return weights
@@ -111,10 +108,7 @@ class Weights:
         for name in self.names():
             stored, expected = self.tensor(name).shape, self.model.get_parameter_or_buffer(name).shape
             if stored != expected:
-                raise LayershareError(
-                    f"'{name}' is {list(stored)} in the checkpoint, but config.json makes it {list(expected)}: "
-                    "config.json and weights are of different models."
-                )
+                raise mismatched(name, stored, expected)
         for name, source in self.model.all_tied_weights_keys.items():
             ours, theirs = self.tensor(name), self.tensor(source)
             both_known = not (ours.is_meta or theirs.is_meta)
@@ -123,10 +117,6 @@ class Weights:
                     f"The config ties '{name}' to '{source}', but the checkpoint stores two different tensors; "
                     "set tie_word_embeddings to false in its config.json."
                 )
-        for name, parameter in self.model.named_parameters():
-            if parameter.dtype not in FLOATS:
-                kind = str(parameter.dtype).removeprefix("torch.")
-                raise LayershareError(f"'{name}' is {kind}, which is no type of weights; use the unquantized model.")
         require_finite((name, self.tensor(name)) for name in self.names())
 
     def block_name(self, index: int) -> str:
@@ -228,18 +218,6 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
         # The extremes carry NaN and infinity through without a mask of the tensor's size.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise LayershareError(f"The weights of '{name}' contain NaN or infinity; use an intact checkpoint.")
-
-
-@contextmanager
-def _hushed(name: str) -> Iterator[None]:
-    """Keep a logger from printing warnings."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _take_stored(model: PreTrainedModel) -> Mapping[str, Tensor]:
