@@ -174,7 +174,7 @@ def block_length(model: PreTrainedModel | PreTrainedConfig, length: int | None) 
     config = model.config if isinstance(model, PreTrainedModel) else model
     context = getattr(config, "max_position_embeddings", None)  # models with ALiBi have no limit
     if length is None:
-        return min(LENGTH, context or LENGTH)
+        length = min(LENGTH, context or LENGTH)
     if length < 2 or length > (context or length):
         raise LayershareError(f"Blocks of {length} tokens do not fit: this model takes 2 to {context or 'any number'}.")
     return length

@@ -244,7 +244,8 @@ def test_what_others_quantized(spoilt, originals, quantization, said):
         ({"version": True}, "has version True"),
         ({"version": -1}, "has version -1"),
         ({"compression": lambda notes: json.loads('{"a":' * 100 + "1" + "}" * 100)}, "nested more than 64 levels"),
-        ({"compression": 5}, "not iterable"),
+        ({"compression": 5}, "a `compression` that is not ours"),
+        ({"compression": {"model": 5}}, "a `compression` that is not ours"),
         ({"slice": {"width": "x"}}, "it lacks 'stream'"),
     ],
 )
@@ -299,14 +300,29 @@ def test_weight_files(spoilt, monkeypatch, spoil, said):
     assert not Path("ran").exists()
 
 
-def test_the_hubs_cache_keeps_its_files_elsewhere(originals, tmp_path):
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+def test_models_of_the_hub_come_through_its_cache(originals, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789" * 4
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / commit, tmp_path / "models--a--b" / "blobs"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text(commit)
     for number, file in enumerate((originals / "llama").iterdir()):
         shutil.copy(file, blobs / str(number))
         (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
     assert load(snapshot).num_parameters() == tiny_model("llama").num_parameters()
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert load("a/b", cache_dir=str(tmp_path)).num_parameters() == tiny_model("llama").num_parameters()
+    read_tokenizer("a/b")
+    (snapshot / FILE).unlink()
+    (snapshot / FILE).symlink_to(originals / "llama" / FILE)
+    for name in (snapshot, "a/b"):
+        with pytest.raises(LayershareError, match="leads out of the model's folder"):
+            load(name)
+    with pytest.raises(LayershareError, match="the hub does not have it or cannot be reached"):
+        load("a/c")
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

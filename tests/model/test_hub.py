@@ -248,7 +248,7 @@ def test_load_and_save(llama, tmp_path):
         ({"rank": "6"}, "whole number from 1 up"),
         ({"rank": 33}, "rank 33: its matrices allow 32 at most"),
         ({"side": "left"}, "Unknown side 'left'"),
-        ({"ranks": 3}, "Malformed entry"),
+        ({"ranks": 3}, "unexpected keyword argument"),
     ],
 )
 def test_malformed_groups(llama, tmp_path, group, message):
@@ -272,7 +272,7 @@ def test_malformed_groups(llama, tmp_path, group, message):
         ({"members": ["layers.0.self_attn.q_proj"]}, "listed twice"),
         ({"rank": 0}, "whole number from 1 up"),
         ({"rank": 33}, "rank 33: its matrices allow 32 at most"),
-        ({"side": "input"}, "Malformed entry"),
+        ({"side": "input"}, "unexpected keyword argument"),
     ],
 )
 def test_malformed_deltas(llama, tmp_path, anchored, message):

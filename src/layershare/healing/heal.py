@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -125,7 +124,7 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
-    model.to(job.config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
+    model.to(job.stored_dtype)  # pyright: ignore[reportArgumentType]
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
         save(model, staging, job.tokenizer)
     else:

@@ -28,8 +28,9 @@ from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
 from layershare.healing.settings import Healing
 from layershare.model.arch import describe
+from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.source import read_config, read_tokenizer, resolve, values_of
 from layershare.model.weights import Weights
 from layershare.run import block_length, device_of
 from layershare.store import checksum
@@ -82,6 +83,12 @@ class HealJob:
         """The compressed model in float32, all frozen but what is to train, adapters attached."""
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
         return choose(load(self.folder, dtype=torch.float32, **self.trust), self.healing)
+
+    @property
+    def stored_dtype(self) -> Any:
+        """In which the compressed model is stored: as its config says, or else its files."""
+        source = str(self.folder)
+        return self.config.dtype or main_dtype(stored_tensors(source, values_of(source))) or torch.float32
 
     @property
     def trust(self) -> dict[str, Any]:

@@ -99,6 +99,10 @@ def _check_config(values: dict[str, Any]) -> None:
     code = values.get("auto_map", {})
     if not isinstance(code, dict) or not all(isinstance(each, str | list) for each in code.values()):
         raise ValueError("its auto_map does not name classes")
+    quantization = values.get("quantization_config")
+    notes = quantization.get("compression", {}) if isinstance(quantization, dict) else {}
+    if not isinstance(notes, dict) or not isinstance(notes.get("model", ""), str):
+        raise ValueError("its quantization_config has a `compression` that is not ours")
     if not isinstance(values.get("transformers_weights", ""), str | None):
         raise ValueError("its transformers_weights is no file's name")
     if values.get("is_encoder_decoder"):
@@ -287,7 +291,13 @@ def _find(source: str, name: str, *, fetch: bool) -> Path | None:
         return path if path.exists() else None
     found: Any = try_to_load_from_cache(source, name)
     if found is None and fetch:  # neither there nor known to be missing
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        needed = name == "config.json"  # others may be missing, and offline it is not known that they are
+        found = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=needed,
+            _raise_exceptions_for_connection_errors=needed,
+        )
     return Path(found) if isinstance(found, str) else None
 
 

@@ -36,6 +36,11 @@ from layershare.model.checked import (
 )
 
 SAMPLE = "sample"
+_LOGGERS = (
+    "transformers.modeling_utils",
+    "transformers.distributed.tensor_parallel",  # asked by the former where that is hushed
+    "accelerate.big_modeling",
+)
 
 
 def resolve(name: str | Path) -> str:
@@ -131,7 +136,7 @@ def read_model(
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Keep libraries from printing what `read_model` makes sentences of, and that weights are on disk."""
-    loggers = [logging.getLogger(name) for name in ("transformers.modeling_utils", "accelerate.big_modeling")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
