@@ -25,7 +25,7 @@ from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.model.original import copy_side_files, files_of, source_of
-from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
+from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.plan import Plan
@@ -213,12 +213,13 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     """
     assert recipe.evaluation is not None
     options, device = recipe.evaluation, device_of(recipe.device)
-    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
     if original is not None:
-        require_same_vocabulary("original", original, config, tokenizer)
+        require_same_vocabulary("original", original, config, tokenizer, **trust)
     trial = load_trial(options, tokenizer, config)
-    model = load(resolve(folder), dtype=options.dtype, device_map=device)
-    reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
+    model = load(folder, dtype=options.dtype, device_map=device, **trust)
+    reference = None if original is None else load(original, dtype=options.dtype, device_map=device, **trust)
     evaluation = trial.measure(model, reference, report("evaluate"))
     return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
 
@@ -231,10 +232,11 @@ def bench_folder(
     `options` are those of `measure_speed`. Raises `LayershareError` as that does, and if there is no model.
     """
     device = device_of(recipe.device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     if original is not None:
-        require_same_vocabulary("original", original, read_config(folder))
+        require_same_vocabulary("original", original, read_config(folder, **trust), **trust)
     names = [folder] if original is None else [folder, original]
-    models = [load(resolve(name), dtype=recipe.dtype, device_map=device) for name in names]
+    models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
     rates = measure_speed(*models, **options, progress=report("bench"))
     return {
         "model": folder,
@@ -247,14 +249,15 @@ def bench_folder(
     }
 
 
-def export_dense(folder: str, out: Path) -> None:
+def export_dense(folder: str, out: Path, *, trust_remote_code: bool = False) -> None:
     """Write the model in `folder` as an ordinary dense checkpoint to `out`, which appears whole or not at all.
 
     Raises `LayershareError` if there is no model in `folder`, one with NaN or infinity, or something in `out`.
     """
     require_new(out)
-    tokenizer = read_tokenizer(folder)
-    model, files = load(resolve(folder), dense=True), files_of(folder)
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = read_tokenizer(folder, **trust)
+    model, files = load(folder, dense=True, **trust), files_of(folder)
     require_finite(model.named_parameters())
     needed = sum(parameter.nbytes for parameter in model.parameters())
     require_disk({out: needed})

@@ -17,6 +17,7 @@ from layershare.errors import LayershareError
 if TYPE_CHECKING:
     from layershare.progress import Steps
     from layershare.recipe import Recipe
+    from layershare.run import Job
 
 app = typer.Typer(
     help="Make Hugging Face causal language models smaller by letting their layers share weights.",
@@ -142,6 +143,10 @@ Device = Annotated[
     ),
 ]
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model that transformers lacks.")
+]
+
 
 def main() -> None:
     """Entry point: mistakes of the user end in one sentence and exit code 2."""
@@ -208,6 +213,7 @@ def compress(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     changes: Changes = None,
 ) -> None:
     """Compress a model.
@@ -222,6 +228,7 @@ def compress(
         "plan": None if plan_file is None else str(plan_file),
         "dtype": dtype,
         "device": device,
+        "trust_remote_code": trust,
         "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
         "refine": {} if refine else None,
         "evaluation": None if test is None else {"text": test},
@@ -247,6 +254,7 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = "auto",
     changes: Changes = None,
+    trust: Trust = False,
     json: Json = False,
     output: Annotated[
         Path | None,
@@ -268,6 +276,7 @@ def plan(
         "of": of,
         "dtype": dtype,
         "device": device,
+        "trust_remote_code": trust,
         "calibration": _given(text=text, blocks=blocks, length=length),
         "refine": {} if refine else None,
     }
@@ -307,6 +316,7 @@ def calibrate(
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Measure a model on a text, for many runs.
 
@@ -316,9 +326,10 @@ def calibrate(
     from layershare.run import calibrate_to
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
+    where = {"dtype": dtype, "device": device, "trust_remote_code": trust}
     with _progress() as (report, _):
         folder = calibrate_to(
-            _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}),
+            _recipe({"model": model, "calibration": calibration, **where}),
             (*STREAMED, "fisher") if fisher else STREAMED,
             report,
         )
@@ -387,6 +398,7 @@ def heal(
             "--device", metavar="NAME", autocompletion=_one_of("auto", "cpu", "cuda"), help="auto, cpu, cuda, …"
         ),
     ] = None,
+    trust: Trust = False,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set a setting: lora.rank=16, compile=true. Repeatable."),
@@ -417,6 +429,7 @@ def heal(
         "search.trials": search,
         "evaluation.text": test,
         "device": device,
+        "trust_remote_code": trust or None,
     }
     job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
     with _progress() as (report, tell):
@@ -463,6 +476,7 @@ def evaluate(
     length: Length = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     json: Json = False,
     output: ResultFile = None,
 ) -> None:
@@ -485,9 +499,8 @@ def evaluate(
     )
     test["text"] = "wikitext2" if text is None and tasks is None else text
     with _progress() as (report, _):
-        results = evaluate_folder(
-            folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
-        )
+        values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
+        results = evaluate_folder(folder, original, _recipe(values), report)
     _print_evaluation(results["evaluation"], json)
     if output is not None:
         _write(output, to_json(results))
@@ -503,6 +516,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds, of which the medians are taken.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -533,7 +547,7 @@ def bench(
         speed = bench_folder(
             folder,
             original,
-            _recipe({"model": folder, "dtype": dtype, "device": device}),
+            _recipe({"model": folder, "dtype": dtype, "device": device, "trust_remote_code": trust}),
             batches=(1, batch),
             prompt=prompt,
             new=new,
@@ -570,6 +584,7 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="Multiply the factors out: a checkpoint for everything.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Make a compressed model a dense one.
 
@@ -580,7 +595,7 @@ def export(
     _quiet()
     if not dense:
         raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
-    export_dense(folder, output)
+    export_dense(folder, output, trust_remote_code=trust)
     say(console, f"The dense model is in {output}.")
 
 
@@ -619,6 +634,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Let a model continue a prompt."""
     from layershare.evaluate.generate import continue_text
@@ -627,28 +643,30 @@ def generate(
     if Path(prompt).is_dir() and not Path(folder).is_dir():
         raise LayershareError(f"'{prompt}' is a folder, '{folder}' is none: name the model first, then the prompt.")
     _quiet()
-    print(
-        continue_text(
-            folder, prompt, tokens=tokens, temperature=temperature, seed=seed, dtype=dtype, device=device_of(device)
-        )
-    )
+    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "dtype": dtype}
+    place = device_of(device)
+    print(continue_text(folder, prompt, tokens=tokens, device=place, trust_remote_code=trust, **options))
 
 
 def _run(recipe: "Recipe", output: Path) -> None:
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
-    from layershare.run import prepare, run, speed_for
+    from layershare.run import run, speed_for
 
-    job = prepare(recipe)
-    speed = speed_for(job)
-    if job.plan is None:
-        say(console, needs_sentence(job.needs, speed))
-    else:
-        console.print(plan_table(job.spec, job.plan, job.needs, speed))
+    planned: list[Job] = []
+
+    def announce(job: "Job") -> None:
+        planned.append(job)
+        speed = speed_for(job)
+        if job.plan is None:
+            say(console, needs_sentence(job.needs, speed))
+        else:
+            console.print(plan_table(job.spec, job.plan, job.needs, speed))
+
     with _progress() as (report, _):
-        results = run(recipe, output, report=report)
-    if job.plan is None:
-        console.print(plan_table(job.spec, Plan.read(output / "plan.json", job.spec)))
+        results = run(recipe, output, report=report, announce=announce)
+    if planned and planned[0].plan is None:
+        console.print(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
     if "evaluation" in results:
         _print_evaluation(results["evaluation"], False)
     say(console, f"The compressed model is in {output}.")

@@ -37,3 +37,19 @@ def incomplete(source: str | Path, missing: Collection[str]) -> LayershareError:
         f"The checkpoint '{source}' lacks {len(missing)} of its model's weights, among them '{min(missing)}'; "
         "use a complete checkpoint."
     )
+
+
+def mismatched(name: str, there: Iterable[int], here: Iterable[int]) -> LayershareError:
+    """The error for a tensor that has another shape in the checkpoint (`there`) than in the model of its config."""
+    return LayershareError(
+        f"'{name}' is {list(there)} in the checkpoint, but config.json makes it {list(here)}: "
+        "config.json and weights are of different models."
+    )
+
+
+def quantized_with(method: str, cause: BaseException | None = None) -> UnsupportedModelError:
+    """The error for a model that another tool quantized; `cause` is why it could not be loaded as it is."""
+    words = "" if cause is None else f" and cannot be loaded here ({' '.join(str(cause).split())[:200]})"
+    return UnsupportedModelError(
+        f"This model is quantized with '{method}'{words}; start from the unquantized weights and quantize afterwards."
+    )

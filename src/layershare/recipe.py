@@ -79,7 +79,9 @@ class Recipe:
     """One compression: what, how, how small, on which text, measured on which.
 
     `keep`: `0.8`, `5.4B` or `11GB`, counted `of` all parameters or of the targets. `plan`: a plan file to carry out
-    in place of the method's own. `dtype`: in which the model is run and stored, `auto` for the checkpoint's.
+    in place of the method's own. `dtype`: in which the model is run, `auto` for what its config or checkpoint says.
+    `store_dtype`: in which the result is stored, `auto` for each tensor as in the original. `trust_remote_code`: run
+    the Python code that comes with a model whose class transformers does not have.
     `refine`: train each block on the calibration text after it is solved; not done without.
     """
 
@@ -91,7 +93,9 @@ class Recipe:
     of: Literal["all", "targets"] = "all"
     plan: str | None = None
     dtype: Dtype = "auto"
+    store_dtype: Dtype = "auto"
     device: str = "auto"
+    trust_remote_code: bool = False
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     calibration: Calibration = field(default_factory=Calibration)
     refine: Refine | None = None

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
@@ -29,9 +30,11 @@ from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
+from layershare.model.checked import main_dtype, stored_tensors
+from layershare.model.checkpoint import Tensors
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
-from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Share, sharing, sliced_width
@@ -62,11 +65,13 @@ def silent(step: str) -> Progress:
 class Job:
     """A recipe checked against its model: everything that can be known before a weight is read.
 
-    `plan` is `None` for a method that plans by what it measures.
+    `spec` has the types in which the result is stored, `computed` those in which the model is run. `plan` is `None`
+    for a method that plans by what it measures.
     """
 
     recipe: Recipe
     spec: Spec
+    computed: Tensors
     method: Method
     name: str
     plan: Plan | None
@@ -97,7 +102,7 @@ class Job:
         """What the run will need of the machine."""
         options = self.recipe.calibration
         return estimate_needs(
-            self.spec,
+            replace(self.spec, tensors=self.computed),
             self.plan,
             blocks=options.blocks,
             length=self.length,
@@ -123,15 +128,23 @@ def refits(plan: Plan, method: Method) -> bool:
     return any(isinstance(edit, Share) for edit in plan.edits) and method.refits(kept)
 
 
-def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = None) -> Job:
-    """Check a recipe and, where the method can, plan it, from the config alone (read by name if no model is given).
+def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None = None) -> Job:
+    """Check a recipe and, where the method can, plan it, without reading a weight.
 
-    A plan file is carried out with the method and the options that it names. Raises `LayershareError` for everything
-    that is wrong with the recipe.
+    The model is read by name if none is given: its config, and which types its weights have if they are here. A plan
+    file is carried out with the method and the options that it names. Raises `LayershareError` for everything that is
+    wrong with the recipe.
     """
     method = make_method(recipe.method, recipe.options)
-    source = read_config(recipe.model) if model is None else model
+    source, checkpoint = _described(recipe, model)
     spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    computed = spec.tensors
+    if recipe.store_dtype != "auto":
+        spec = spec.stored_as({}, getattr(torch, recipe.store_dtype))
+    elif checkpoint:
+        spec = spec.stored_as({name: each.dtype for name, each in checkpoint.items()}, main_dtype(checkpoint))
+    elif isinstance(source, PreTrainedConfig) and isinstance(source.dtype, torch.dtype):
+        spec = spec.stored_as({}, source.dtype)
     name, plan = recipe.method, None
     if recipe.plan is not None:
         if recipe.options:
@@ -147,7 +160,20 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
     if recipe.refine is not None and plan is not None:
         require_refinable(plan.edits)
     config = source.config if isinstance(source, PreTrainedModel) else source
-    return Job(recipe, spec, method, name, plan, block_length(config, recipe.calibration.length))
+    return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
+
+
+def _described(
+    recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None
+) -> tuple[PreTrainedModel | PreTrainedConfig, Mapping[str, Tensor] | None]:
+    """The model or config that a recipe is about, and what its checkpoint stores, as far as that is here."""
+    if isinstance(model, Weights):
+        return model.model, model.checkpoint
+    if model is not None:
+        return model, None
+    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(recipe.model)
+    return config, stored_tensors(source, values_of(source), fetch=False)
 
 
 def run(
@@ -158,12 +184,14 @@ def run(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: Source | None = None,
     report: Report = silent,
+    announce: Callable[[Job], None] = lambda job: None,
     pages: bool = True,
 ) -> dict[str, Any]:
     """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
-    changed. `pages`: with a model card and a page to read. The same call continues an interrupted run, and returns at
+    changed. `announce` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
+    page to read. The same call continues an interrupted run, and returns at
     once if the run is finished. Raises `LayershareError` for bad input, before anything is written.
     """
     out = Path(out)
@@ -186,8 +214,12 @@ def run(
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
-        tokenizer = read_tokenizer(recipe.model) if model is None else tokenizer_of(model)
-    source = read_config(recipe.model) if model is None else model.config
+        tokenizer = (
+            read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+            if model is None
+            else tokenizer_of(model)
+        )
+    source = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code) if model is None else model.config
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None
@@ -206,11 +238,12 @@ def run(
         if model is None:
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
-            weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
+            weights = _open(recipe, scratch, device)
         else:
             weights = Weights.of(model)
         weights.require_sound()
-        job = prepare(recipe, weights.model)  # with the dtypes that the weights really have
+        job = prepare(recipe, weights)  # with the dtypes that the weights really have
+        announce(job)
         return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, Clock(report), pages)
 
 
@@ -337,7 +370,7 @@ def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> J
             f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
         )
     with TemporaryDirectory(prefix="layershare-") as scratch:
-        weights = Weights.open(resolve(recipe.model), Path(scratch), dtype=recipe.dtype)
+        weights = _open(recipe, Path(scratch))
         stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
         evidence = Evidence(job.spec, weights, stats, progress=report("plan"))
         return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
@@ -352,9 +385,9 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     assert options.stats is not None
     folder = require_folder(Path(options.stats))
     device = device_of(recipe.device)
-    config = read_config(recipe.model)
+    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     spec = describe(config)
-    text = load_calibration(options, read_tokenizer(recipe.model), config)
+    text = load_calibration(options, read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code), config)
     length = text.tokens.shape[1]
     needed = estimate_needs(
         spec, None, blocks=options.blocks, length=length, batch_size=options.batch_size, kinds=frozenset(kinds)
@@ -364,12 +397,18 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     make_folder(folder)
     with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
-        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
+        weights = _open(recipe, scratch, device)
         weights.require_sound()
         progress = report("calibrate")
         passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}
         calibrate(weights, spec, text, folder, kinds=kinds, progress=progress, **passes)
     return folder
+
+
+def _open(recipe: Recipe, scratch: Path, device: str = "cpu") -> Weights:
+    """The weights of a recipe's model, left on disk."""
+    options: dict[str, Any] = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
+    return Weights.open(recipe.model, scratch, device=device, **options)
 
 
 def load_calibration(
@@ -406,8 +445,9 @@ def _measure(
     recipe: Recipe, staging: Path, test: Trial, model: PreTrainedModel | None, progress: Progress
 ) -> dict[str, Any]:
     dtype, device = test.test.dtype, device_of(recipe.device)
-    original = load(resolve(recipe.model), dtype=dtype, device_map=device) if model is None else model
-    small = load(staging, dtype=original.dtype, device_map=original.device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    original = load(recipe.model, dtype=dtype, device_map=device, **trust) if model is None else model
+    small = load(staging, dtype=original.dtype, device_map=original.device, **trust)
     results: dict[str, Any] = {"evaluation": test.measure(small, original, progress)}
     if test.text is not None:
         results["samples"] = compare_samples(small, original, test.text, test.tokenizer)

@@ -11,7 +11,7 @@ from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError, unknown
 from layershare.model.hub import load
-from layershare.model.source import read_tokenizer, resolve
+from layershare.model.source import read_tokenizer
 from layershare.recipe import Dtype
 
 SAMPLES = 3
@@ -28,6 +28,7 @@ def continue_text(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> str:
     """The prompt and at most `tokens` tokens that the model adds to it, the likeliest ones at temperature 0.
 
@@ -36,8 +37,8 @@ def continue_text(
     """
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
-    tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dtype=dtype, device_map=device)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model = load(folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")
@@ -84,5 +85,6 @@ def continue_tokens(
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new,
             pad_token_id=tokenizer.eos_token_id,
+            tokenizer=tokenizer,  # where the model's settings have stop strings
             **sampling,
         )

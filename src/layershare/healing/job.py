@@ -29,9 +29,10 @@ from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
 from layershare.healing.settings import Healing
 from layershare.model.arch import describe
+from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.hub import load
 from layershare.model.original import located
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.source import read_config, read_tokenizer, resolve, values_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
 from layershare.report.results import RESULTS
@@ -85,7 +86,18 @@ class HealJob:
     def student(self) -> Any:
         """The compressed model in float32, all frozen but what is to train, adapters attached."""
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
-        return choose(load(self.folder, dtype=torch.float32), self.healing)
+        return choose(load(self.folder, dtype=torch.float32, **self.trust), self.healing)
+
+    @property
+    def stored_dtype(self) -> Any:
+        """In which the compressed model is stored: as its config says, or else its files."""
+        source = str(self.folder)
+        return self.config.dtype or main_dtype(stored_tensors(source, values_of(source))) or torch.float32
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What whoever opens a model by its name is told."""
+        return {"trust_remote_code": self.healing.trust_remote_code}
 
     @property
     def teacher_dtype(self) -> str:
@@ -102,13 +114,14 @@ class HealJob:
         dtype = self.teacher_dtype
         if k is None:
             given = self.teacher
-            model: Any = load(resolve(given), dtype=dtype) if isinstance(given, str) else copy.deepcopy(given)
+            model: Any = load(given, dtype=dtype, **self.trust) if isinstance(given, str) else copy.deepcopy(given)
             return model.requires_grad_(False).eval().to(getattr(torch, dtype))
         with PartialState().main_process_first():
             if isinstance(self.teacher, PreTrainedModel):
                 weights = Weights.of(self.teacher)
             else:
-                weights = Weights.open(resolve(self.teacher), folder / "scratch", dtype=dtype, device=self.device)
+                place: dict[str, Any] = {"device": self.device, **self.trust}
+                weights = Weights.open(self.teacher, folder / "scratch", dtype=dtype, **place)
             used = self.train_tokens[: self.steps * self.healing.batch_size]
             return StoredLogits.make(weights, used, folder, k, self.micro, progress=progress)
 
@@ -117,7 +130,7 @@ class HealJob:
         teacher = 0
         if self.healing.teaches and self.healing.loss.store_teacher is None:
             each = getattr(torch, self.teacher_dtype).itemsize
-            original = read_config(self.teacher) if isinstance(self.teacher, str) else self.teacher
+            original = read_config(self.teacher, **self.trust) if isinstance(self.teacher, str) else self.teacher
             assert original is not None
             teacher = each * describe(original).parameters
         length = self.text.tokens.shape[1]
@@ -147,7 +160,9 @@ def prepare_healing(
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
-    config, tokenizer, device = read_config(folder), read_tokenizer(folder), device_of(healing.device)
+    device, trust = device_of(healing.device), healing.trust_remote_code
+    config = read_config(folder, trust_remote_code=trust)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust)
     original = _original(folder, config)
     master = teacher if teacher is not None else healing.teacher or original
     if master is None and healing.teaches:
@@ -156,8 +171,8 @@ def prepare_healing(
         )
     if master is not None and (healing.teaches or healing.evaluation is not None):
         if isinstance(master, str):
-            _require_there(master, healing.teacher)
-        require_same_vocabulary("teacher", master, config, tokenizer)
+            _require_there(master, healing)
+        require_same_vocabulary("teacher", master, config, tokenizer, trust_remote_code=trust)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
@@ -213,12 +228,12 @@ def _require_known(healing: Healing) -> None:
             )
 
 
-def _require_there(original: str, named: str | None) -> None:
-    """Raise `LayershareError` if the teacher is no model; where no one `named` it, with what to do."""
+def _require_there(original: str, healing: Healing) -> None:
+    """Raise `LayershareError` if the teacher is no model; where the settings do not name one, with what to do."""
     try:
-        read_config(original)
+        read_config(original, trust_remote_code=healing.trust_remote_code)
     except LayershareError as error:
-        if named is not None:
+        if healing.teacher is not None:
             raise
         raise LayershareError(
             f"'{original}', which the model was made from, is not here; name the original with --teacher."

@@ -133,6 +133,7 @@ class Healing:
     held and changed in float32, and multiplied in `precision`. `compile`: the blocks, one by one. `*_every`: steps
     between lines of the log, measurements on the held-out blocks and checkpoints (`None`: some fifty, ten and ten in a
     run). `report_to`: trackers that the HF Trainer knows. `search`: choose learning rate, loss and replacement first.
+    `trust_remote_code`: run the Python code that comes with a model whose class transformers does not have.
     """
 
     __pydantic_config__ = STRICT
@@ -156,6 +157,7 @@ class Healing:
     report_to: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"
+    trust_remote_code: bool = False
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
     evaluation: Test | None = None
     search: Search | None = None

@@ -13,14 +13,17 @@ def require_same_vocabulary(
     other: PreTrainedModel | str,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Raise `LayershareError` if the tokens of another model, in its role, are not those of config and tokenizer.
 
     Of a model in memory, or without a tokenizer, the numbers of tokens are compared alone.
     """
-    theirs = other.config if isinstance(other, PreTrainedModel) else read_config(other)
+    theirs = (
+        other.config if isinstance(other, PreTrainedModel) else read_config(other, trust_remote_code=trust_remote_code)
+    )
     size, ours = (each.get_text_config().vocab_size for each in (theirs, config))
-    numbers = _tokens(other) if isinstance(other, str) else {}
     known = {} if tokenizer is None else tokenizer.get_vocab()
     clash = next((token for token, number in known.items() if numbers.get(token, number) != number), None)
     if size != ours:
@@ -32,9 +35,9 @@ def require_same_vocabulary(
     raise LayershareError(f"The {role} has another vocabulary ({difference}); name the original with --{role}.")
 
 
-def _tokens(name: str) -> dict[str, int]:
+def _tokens(name: str, trust_remote_code: bool) -> dict[str, int]:
     """Token -> number in a model's tokenizer; nothing if it comes without one."""
     try:
-        return read_tokenizer(name).get_vocab()
+        return read_tokenizer(name, trust_remote_code=trust_remote_code).get_vocab()
     except LayershareError:
         return {}

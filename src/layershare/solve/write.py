@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
+from layershare.errors import LayershareError
+from layershare.model.checked import main_dtype
 from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, write_shim
@@ -37,7 +40,11 @@ def write_model(
     model, plan = factored.weights.model, factored.plan
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = _stored_dtype(factored, recipe)
+    if model.is_remote_code():
+        custom_object_save(model, folder, config)  # pyright: ignore[reportArgumentType]
+    else:  # transformers' own class is the one that was changed
+        vars(config).pop("auto_map", None)
     kept = kept_layers(factored.spec.n_layers, plan.edits)
     if len(kept) < factored.spec.n_layers:
         cut_layers(config, kept)
@@ -56,7 +63,7 @@ def write_model(
         }
         config.quantization_config = LayershareConfig(groups, notes, deltas=deltas, dropped=dropped, slice=sliced)
     config.save_pretrained(folder)
-    if ours:
+    if ours and not model.is_remote_code():
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         write_shim(folder, values)
         write_json(folder / "config.json", values)
@@ -71,6 +78,15 @@ def write_model(
     write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
 
 
+def _stored_dtype(factored: Factored, recipe: Recipe) -> torch.dtype:
+    """The type in which the result says that it is to be run: as the original does, unless told to store another."""
+    if recipe.store_dtype != "auto":
+        return getattr(torch, recipe.store_dtype)
+    checkpoint = factored.weights.checkpoint
+    stored = None if recipe.dtype == "auto" or checkpoint is None else main_dtype(checkpoint)
+    return stored or factored.weights.model.dtype
+
+
 def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
     """Write the compressed model's safetensors into `folder`. Raises `LayershareError` if a tensor is not finite."""
     tensors = checkpoint_tensors(factored.spec, factored.plan.edits)
@@ -81,7 +97,10 @@ def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = 
             return torch.zeros(0, dtype=torch.uint8)
         tensor = factored.tensor(name)
         require_finite([(name, tensor)])
-        return tensor
+        stored = tensor.to(tensors[name][1])
+        if stored.dtype != tensor.dtype and not stored.isfinite().all():
+            raise LayershareError(f"'{name}' does not fit {stored.dtype}; name a wider store_dtype.")
+        return stored
 
     write_checkpoint(folder, tensors, read, max_shard_size)
 
