@@ -418,12 +418,10 @@ def _run(recipe: "Recipe", output: Path) -> None:
 
 
 def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> "Recipe":
-    import yaml
-
-    from layershare.recipe import parse_recipe
+    from layershare.recipe import changed, make_recipe
 
     prefixed = [f"options.{option}" for option in options or ()]
-    return parse_recipe(yaml.safe_dump(values), (*prefixed, *(changes or ())))
+    return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 
 
 def _given(**values: Any) -> dict[str, Any]:

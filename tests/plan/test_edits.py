@@ -106,7 +106,7 @@ def test_ids_and_users_of_deltas():
 
 
 def test_what_is_no_plan_is_refused(tmp_path):
-    with pytest.raises(LayershareError, match="There is no plan"):
+    with pytest.raises(LayershareError, match=r"there is no 'none\.json'"):
         Plan.read(tmp_path / "none.json", SPEC)
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(LayershareError, match="not a plan"):

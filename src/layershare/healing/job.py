@@ -15,14 +15,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, load_text
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, short
 from layershare.evaluate.trial import Trial, load_trial
+from layershare.healing.arguments import require_known, require_optimizer
 from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
@@ -33,6 +31,9 @@ from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.run import block_length, device_of
 from layershare.store import checksum
+
+MOST_EPOCHS, MOST_BLOCKS = 10_000, 10**8
+"""What no training needs, and what its order still fits into memory."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,28 @@ def prepare_healing(
     """
     if healing.search is not None and find_spec("optuna") is None:
         raise LayershareError("The search needs optuna: pip install 'layershare[search]'.")
-    _require_known(healing)
+    require_known(healing)
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
     config, tokenizer, device = read_config(folder), read_tokenizer(folder), device_of(healing.device)
+    require_optimizer(healing, device)
     master = teacher if teacher is not None else healing.teacher or _original(folder, config)
     if master is None and healing.teaches:
         raise LayershareError(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
+    named = healing.teacher
+    if named is not None and not healing.teaches and healing.evaluation is None:
+        raise LayershareError(f"Nothing is asked of the teacher '{short(named)}': set --loss distill, or leave it out.")
     if master is not None and (healing.teaches or healing.evaluation is not None):
-        _require_same_vocabulary(master, config, tokenizer, healing.teacher)
+        _require_same_vocabulary(master, config, tokenizer, named)
+    if (k := healing.loss.store_teacher) is not None and k > config.vocab_size:
+        raise LayershareError(f"loss.store_teacher={k} is more than the {config.vocab_size} tokens that there are.")
+    if healing.replace is not None or healing.loss.hidden:
+        assert master is not None
+        what = "train without replacement" if healing.replace is not None else "set loss.hidden to 0"
+        _require_replaceable(config, _config_of(master, named), what)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
@@ -164,6 +175,12 @@ def prepare_healing(
         steps = -(-options.tokens // (healing.batch_size * length))
     else:
         steps = max(1, int((options.epochs or 1) * available) // healing.batch_size)
+    seen = steps * healing.batch_size
+    if seen > max(MOST_EPOCHS * available, healing.batch_size) or seen > MOST_BLOCKS:
+        raise LayershareError(
+            f"The training would see {seen:,} blocks of text, of which there are {available:,}; lower text.tokens or "
+            "text.epochs."
+        )
     trial = None
     if healing.evaluation is not None:
         trial = load_trial(healing.evaluation, tokenizer, block_length(config, healing.evaluation.length or length))
@@ -180,28 +197,23 @@ def prepare_healing(
     return HealJob(healing, folder, device, config, tokenizer, master, blocks, trial, steps, micro, processes)
 
 
-def _require_known(healing: Healing) -> None:
-    """Raise `LayershareError` for an optimizer, schedule or tracker that the Trainer does not know."""
-    optimizer = healing.optimizer
-    if optimizer.name not in list(OptimizerNames):
-        raise unknown("optimizer", optimizer.name, [each.value for each in OptimizerNames])
-    if optimizer.name.startswith(("galore", "apollo")) and not optimizer.targets:
-        raise LayershareError(f"'{optimizer.name}' needs optimizer.targets, such as [attn, mlp]: what it projects.")
-    if optimizer.schedule not in list(SchedulerType):
-        raise unknown("schedule", optimizer.schedule, [each.value for each in SchedulerType])
-    available = get_available_reporting_integrations()
-    for tracker in healing.report_to:
-        if tracker not in available:
-            raise LayershareError(
-                f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
-            )
+def _require_replaceable(config: PreTrainedConfig, master: PreTrainedConfig, what: str) -> None:
+    """Raise `LayershareError` if the teacher's blocks have no counterparts here; `what` to do about it."""
+    ours, theirs = (
+        f"{getattr(each.get_text_config(), 'num_hidden_layers', '')} '{each.model_type}' blocks"
+        for each in (config, master)
+    )
+    if ours != theirs:
+        raise LayershareError(f"The model has {ours}, its teacher {theirs}, so that they cannot be compared; {what}.")
+    if (getattr(config, "quantization_config", None) or {}).get("slice") is not None:
+        raise LayershareError(f"A sliced model works on other hidden states than its teacher; {what}.")
 
 
 def _require_same_vocabulary(
     master: PreTrainedModel | str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, named: str | None
 ) -> None:
     """Raise `LayershareError` if the teacher's tokens are others; `named` is what the settings call it."""
-    theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, named)
+    theirs = _config_of(master, named)
     numbers = _tokens(master) if isinstance(master, str) else {}
     clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
     if theirs.vocab_size != config.vocab_size:
@@ -213,8 +225,10 @@ def _require_same_vocabulary(
     raise LayershareError(f"The teacher has another vocabulary ({other}); name the original with --teacher.")
 
 
-def _config_of(original: str, named: str | None) -> PreTrainedConfig:
+def _config_of(original: PreTrainedModel | str, named: str | None) -> PreTrainedConfig:
     """The config of the teacher. Raises `LayershareError`; where no one `named` it, with what to do."""
+    if isinstance(original, PreTrainedModel):
+        return original.config
     try:
         return read_config(original)
     except LayershareError as error:
