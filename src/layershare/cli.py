@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from layershare.errors import LayershareError
+from layershare.foreign import reading
 
 if TYPE_CHECKING:
     from layershare.healing.training import Say
@@ -465,7 +466,12 @@ def _progress() -> "Iterator[tuple[Report, Say]]":
 
 
 def _require_parent(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
+    if file is None:
+        return
+    with reading(f"The file '{file}'", "name another one"):
+        if file.exists() and not file.is_file():
+            raise OSError("it is no ordinary file")
+    if not file.absolute().parent.is_dir():
         raise LayershareError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
 
 

@@ -5,6 +5,7 @@ within which it means something and can be computed with.
 """
 
 import re
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -81,13 +82,30 @@ _SAID = {
     "invalid_key": "keys should be words",
     "list_type": "Input should be a list",
     "tuple_type": "Input should be a list",
+    "too_long": "there are too many entries",
+    "missing": "it is missing",
+    "unexpected_keyword_argument": "there is no such key",
+    "model_attributes_type": "Input should be a mapping of keys to values",
+    "union_tag_invalid": "there is no such kind",
+    "string_pattern_mismatch": "Input should be written as key=value,key=value",
 }
 """Faults that pydantic tells in the words of Python."""
+
+_BOUNDS = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+
+
+adapter = cache(TypeAdapter)
+"""What reads values as a dataclass; making it takes longer than all reading."""
 
 
 def checked(kind: type[_T], values: Any) -> _T:
     """The values as a dataclass of settings. Raises `pydantic.ValidationError`, or what the dataclass raises."""
-    return TypeAdapter(kind).validate_python(values)
+    return adapter(kind).validate_python(values)
 
 
 def first_fault(error: ValidationError) -> tuple[list[str], str, ErrorDetails]:
@@ -95,6 +113,10 @@ def first_fault(error: ValidationError) -> tuple[list[str], str, ErrorDetails]:
 
     A misspelt key is both unknown and missing: its own name comes first, as the better hint.
     """
-    details = error.errors(include_url=False, include_context=False, include_input=False)
+    details = error.errors(include_url=False, include_input=False)
     first = min(details, key=lambda each: each["type"] != "unexpected_keyword_argument")
-    return [str(part) for part in first["loc"]], _SAID.get(first["type"], first["msg"]), first
+    said = _SAID.get(first["type"], first["msg"])
+    if first["type"] in _BOUNDS:
+        (bound,) = first.get("ctx", {}).values()
+        said = f"Input should be {_BOUNDS[first['type']]} {f'{bound:,}' if isinstance(bound, int) else f'{bound:g}'}"
+    return [str(part) for part in first["loc"]], said, first

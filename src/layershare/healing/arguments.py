@@ -1,5 +1,6 @@
 """What the HF Trainer is given, and whether it, its optimizers and its schedules take it."""
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -50,6 +51,11 @@ def require_optimizer(healing: Healing, device: str) -> None:
             return
         model: Any = nn.Linear(1, 1)
         kind, given = Trainer.get_optimizer_cls_and_kwargs(options, model)
+        if optimizer.arguments is not None:
+            plain = copy.copy(options)
+            plain.optim_args = None
+            if Trainer.get_optimizer_cls_and_kwargs(plain, model) == (kind, given):
+                raise ValueError(f"it takes nothing of '{optimizer.arguments}'")
         if is_optimizer_factory(kind):
             return
         made = kind(given.pop("model", model).parameters(), **given)

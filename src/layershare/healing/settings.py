@@ -146,7 +146,7 @@ class Optimizer:
     """The same of the mean square."""
     targets: Names = ()
     """Parts of the names of modules that GaLore and its like project (`optim_target_modules`)."""
-    arguments: Word | None = None
+    arguments: Annotated[Word, Field(pattern=r"^\w+=[^,]+(,\s*\w+=[^,]+)*$")] | None = None
     """What the optimizer takes besides (`optim_args`): `key=value,…`."""
 
 

@@ -95,7 +95,8 @@ def plan_with(
         budget, _ = _fitting(spec, budget, wanted.bytes, lambda less: uniform(spec, private_groups(spec.linears), less))
     budget, edits = (budget, choose(budget)) if wanted.bytes is None else _fitting(spec, budget, wanted.bytes, choose)
     check(spec, edits)
-    return Plan(spec.model_type, name, asdict(method), keep, of, measure(spec, ()), measure(spec, edits), edits)
+    sizes = measure(spec, ()), measure(spec, edits)
+    return Plan(spec.model_type, name, asdict(method), keep, budget.of, *sizes, edits)
 
 
 def _fitting(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, prod
+from typing import Literal
 
 from layershare.errors import LayershareError, short, unknown
 from layershare.model.arch import Spec
@@ -44,7 +45,7 @@ class Budget:
 
     fraction: Fraction
     parameters: int
-    of: str = "targets"
+    of: Literal["all", "targets"] = "targets"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
     Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed, and for other
     words than these two.
     """
-    if of not in ("all", "targets"):
+    if of != "all" and of != "targets":  # so that its type is known
         raise unknown("of", of, ("all", "targets"))
     targets = target_parameters(spec)
     total = spec.parameters if of == "all" else targets

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, FailFast, Field
 
 from layershare.errors import LayershareError, unknown
 from layershare.model.arch import PARTS, Linear, Part, Spec
 from layershare.values import STRICT, Number, Whole, Word
 
 Side = Literal["input", "output"]
+Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=100_000)]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Share:
 
     __pydantic_config__ = STRICT
     role: Word
-    layers: tuple[Whole, ...]
+    layers: Layers
     rank: Whole
     side: Side
     kind: Literal["share"] = "share"
@@ -49,7 +50,7 @@ class Delta:
     __pydantic_config__ = STRICT
     role: Word
     anchor: Whole
-    layers: tuple[Whole, ...]
+    layers: Layers
     rank: Whole
     kind: Literal["delta"] = "delta"
 
@@ -70,7 +71,7 @@ class Drop:
 
     __pydantic_config__ = STRICT
     part: Part
-    layers: tuple[Whole, ...]
+    layers: Layers
     kind: Literal["drop"] = "drop"
 
 
@@ -83,7 +84,7 @@ class Merge:
 
     __pydantic_config__ = STRICT
     into: Whole
-    layers: tuple[Whole, ...]
+    layers: Layers
     coefficients: tuple[Annotated[Number, Field(ge=-1e6, le=1e6)], ...]
     kind: Literal["merge"] = "merge"
 

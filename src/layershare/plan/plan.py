@@ -3,9 +3,9 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from layershare.errors import LayershareError
 from layershare.foreign import parse_json, read_text, reading
@@ -24,10 +24,10 @@ class Plan:
     method: Word
     options: dict[Word, Any]
     keep: Dial
-    of: Annotated[str, Field(pattern="^(all|targets)$")]
+    of: Literal["all", "targets"]
     before: Sizes
     after: Sizes
-    edits: tuple[Edit, ...]
+    edits: Annotated[tuple[Edit, ...], FailFast(), Field(max_length=100_000)]
 
     def to_json(self) -> str:
         """The plan as JSON, as stored in `plan.json`."""
