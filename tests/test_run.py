@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,7 +351,8 @@ def test_a_plan_without_edits_is_refused(folder, tmp_path):
 
 
 def test_values_of_other_kinds_in_python(tokenizer, words):
-    for wrong in ({"keep": True}, {"blocks": "x"}, {"seed": True}, {"group_size": True}, {"refine": {"lr": 1e38}}):
+    wrongs: list[dict[str, Any]] = [{"keep": True}, {"blocks": "x"}, {"seed": True}, {"refine": {"lr": 1e38}}]
+    for wrong in [*wrongs, dict[str, Any](group_size=True)]:
         with pytest.raises(LayershareError, match="Input should be"):
             layershare.compress(tiny_model("llama"), tokenizer, text=words, **wrong)
 
