@@ -400,7 +400,7 @@ def test_mistakes_with_models(layershare, here):
         ("bench", "dense", "--prompt", "500"): "500 + 32 tokens do not fit: this model takes 128",
         ("report", "dense"): "'dense' is no finished run, it has no results.json",
         ("report", "dense", "-o", "no/report.html"): "There is no folder 'no'",
-        ("run", "nowhere.yaml", "-o", "out"): "cannot be read",
+        ("run", "nowhere.yaml", "-o", "out"): "there is no 'nowhere.yaml'",
     }.items():
         code, _, err = layershare(*arguments)
         assert code == 2

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from layershare.console import say, speak_any_encoding
 from layershare.errors import LayershareError
+from layershare.foreign import reading
 
 if TYPE_CHECKING:
     from layershare.progress import Steps
@@ -673,12 +674,10 @@ def _run(recipe: "Recipe", output: Path) -> None:
 
 
 def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> "Recipe":
-    import yaml
-
-    from layershare.recipe import parse_recipe
+    from layershare.recipe import changed, make_recipe
 
     prefixed = [f"options.{option}" for option in options or ()]
-    return parse_recipe(yaml.safe_dump(values), (*prefixed, *(changes or ())))
+    return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -720,7 +719,12 @@ def _print_json(value: Any) -> None:
 
 
 def _require_parent(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
+    if file is None:
+        return
+    with reading(f"The file '{file}'", "name another one"):
+        if file.exists() and not file.is_file():
+            raise OSError("it is no ordinary file")
+    if not file.absolute().parent.is_dir():
         raise LayershareError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
 
 

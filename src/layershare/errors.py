@@ -19,6 +19,15 @@ def how_to_install(extra: str = "") -> str:
     return f"`pip install {what}` in a checkout of layershare"
 
 
+LONGEST = 200
+"""Characters of a name that are shown."""
+
+
+def short(words: str) -> str:
+    """The words, cut off where no one reads on."""
+    return words if len(words) <= LONGEST else f"{words[: LONGEST - 1]}…"
+
+
 def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     """The error for a name that does not exist, with the nearest known name or all of them.
 
@@ -26,9 +35,9 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     "Unknown method 'basis_share'. Did you mean 'basis-sharing'?".
     """
     names = sorted(known)
-    near = get_close_matches(word, names, n=1, cutoff=0.5)
+    near = get_close_matches(short(word), names, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
-    return LayershareError(f"Unknown {kind} '{word}'. {hint}")
+    return LayershareError(f"Unknown {kind} '{short(word)}'. {hint}")
 
 
 def incomplete(source: str | Path, missing: Collection[str]) -> LayershareError:

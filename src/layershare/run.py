@@ -21,7 +21,7 @@ from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrat
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.disk import require_disk, writing
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, short
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, work_folder
@@ -150,6 +150,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         if recipe.options:
             raise LayershareError("A plan is carried out with the options that it names; give no others beside it.")
         plan = Plan.read(recipe.plan, spec)
+        if not plan.edits:
+            raise LayershareError(f"The plan '{recipe.plan}' has no edits: there is nothing to carry out.")
         name, method = plan.method, make_method(plan.method, plan.options)
     elif not method.adaptive:
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
@@ -427,18 +429,19 @@ def load_calibration(
 
 
 def device_of(name: str) -> str:
-    """The device of that name; `auto` is the accelerator if there is one, but not Apple's, which has no float64.
+    """The device of that name, `cpu` or `cuda:1`; `auto` is the accelerator if there is one.
 
-    Raises `LayershareError` if there is none of that name.
+    But not Apple's, which has no float64. Raises `LayershareError` if there is none of that name.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise LayershareError(f"There is no device '{name}' here; name another, or auto.") from error
-    return name
+    counts = {"cpu": 1} | ({} if accelerator is None else {accelerator.type: torch.accelerator.device_count()})
+    kind, _, number = name.partition(":")
+    if kind not in counts or (number or "0") not in map(str, range(counts[kind])):
+        known = [f"{each}:{i}" if i else each for each, count in counts.items() for i in range(count)]
+        raise LayershareError(f"There is no device '{short(name)}' here, only {', '.join(known)}; name one, or auto.")
+    return kind if kind == "cpu" else name
 
 
 def _measure(

@@ -14,6 +14,8 @@ from layershare.model.hub import load
 from layershare.model.source import read_tokenizer
 from layershare.recipe import Dtype
 
+LONGEST = 1 << 20
+"""Tokens that a model without a limit of its own may be asked for."""
 SAMPLES = 3
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
@@ -37,6 +39,8 @@ def continue_text(
     """
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
+    if temperature != 0 and not 0.01 <= temperature <= 1000:
+        raise LayershareError(f"A temperature of {temperature} cannot be sampled at; give 0, or 0.01 to 1000.")
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     model = load(folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -69,8 +73,8 @@ def compare_samples(
 
 def require_context(model: PreTrainedModel, prompt: int, new: int) -> None:
     """Raise `LayershareError` if prompt and new tokens do not fit into a model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)  # models with ALiBi have no limit
-    if context is not None and prompt + new > context:
+    context = getattr(model.config, "max_position_embeddings", None) or LONGEST  # models with ALiBi have no limit
+    if prompt + new > context:
         raise LayershareError(f"{prompt} + {new} tokens do not fit: this model takes {context}; ask for fewer tokens.")
 
 

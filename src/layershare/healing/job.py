@@ -15,15 +15,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, block_length, load_text
-from layershare.errors import LayershareError, how_to_install, unknown
+from layershare.errors import LayershareError, how_to_install, short
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.foreign import read_mapping, reading
+from layershare.healing.arguments import require_known, require_optimizer
 from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
@@ -38,6 +36,9 @@ from layershare.model.weights import Weights
 from layershare.report.results import RESULTS
 from layershare.run import device_of
 from layershare.store import checksum
+
+MOST_EPOCHS, MOST_BLOCKS = 10_000, 10**8
+"""What no training needs, and what its order still fits into memory."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def prepare_healing(
     """
     if healing.search is not None and find_spec("optuna") is None:
         raise LayershareError(f"The search needs optuna: {how_to_install('search')}.")
-    _require_known(healing)
+    require_known(healing)
     if folder is None:
         healing = replace(healing, model=located(healing.model))
     if healing.teacher is not None:
@@ -163,16 +164,27 @@ def prepare_healing(
     device, trust = device_of(healing.device), healing.trust_remote_code
     config = read_config(folder, trust_remote_code=trust)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust)
+    require_optimizer(healing, device)
     original = _original(folder, config)
     master = teacher if teacher is not None else healing.teacher or original
     if master is None and healing.teaches:
         raise LayershareError(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
+    named = healing.teacher
+    if named is not None and not healing.teaches and healing.evaluation is None:
+        raise LayershareError(f"Nothing is asked of the teacher '{short(named)}': set --loss distill, or leave it out.")
     if master is not None and (healing.teaches or healing.evaluation is not None):
         if isinstance(master, str):
             _require_there(master, healing)
         require_same_vocabulary("teacher", master, config, tokenizer, trust_remote_code=trust)
+    if (k := healing.loss.store_teacher) is not None and k > config.vocab_size:
+        raise LayershareError(f"loss.store_teacher={k} is more than the {config.vocab_size} tokens that there are.")
+    if healing.replace is not None or healing.loss.hidden:
+        assert master is not None
+        what = "train without replacement" if healing.replace is not None else "set loss.hidden to 0"
+        theirs = master.config if isinstance(master, PreTrainedModel) else read_config(master, trust_remote_code=trust)
+        _require_replaceable(config, theirs, what)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
@@ -195,6 +207,12 @@ def prepare_healing(
         steps = -(-options.tokens // (healing.batch_size * length))
     else:
         steps = max(1, int((options.epochs or 1) * available) // healing.batch_size)
+    seen = steps * healing.batch_size
+    if seen > max(MOST_EPOCHS * available, healing.batch_size) or seen > MOST_BLOCKS:
+        raise LayershareError(
+            f"The training would see {seen:,} blocks of text, of which there are {available:,}; lower text.tokens or "
+            "text.epochs."
+        )
     trial = None
     if healing.evaluation is not None:
         trial = load_trial(healing.evaluation, tokenizer, config)
@@ -211,21 +229,16 @@ def prepare_healing(
     return HealJob(healing, folder, device, config, tokenizer, master, blocks, trial, steps, micro, processes)
 
 
-def _require_known(healing: Healing) -> None:
-    """Raise `LayershareError` for an optimizer, schedule or tracker that the Trainer does not know."""
-    optimizer = healing.optimizer
-    if optimizer.name not in list(OptimizerNames):
-        raise unknown("optimizer", optimizer.name, [each.value for each in OptimizerNames])
-    if optimizer.name.startswith(("galore", "apollo")) and not optimizer.targets:
-        raise LayershareError(f"'{optimizer.name}' needs optimizer.targets, such as [attn, mlp]: what it projects.")
-    if optimizer.schedule not in list(SchedulerType):
-        raise unknown("schedule", optimizer.schedule, [each.value for each in SchedulerType])
-    available = get_available_reporting_integrations()
-    for tracker in healing.report_to:
-        if tracker not in available:
-            raise LayershareError(
-                f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
-            )
+def _require_replaceable(config: PreTrainedConfig, master: PreTrainedConfig, what: str) -> None:
+    """Raise `LayershareError` if the teacher's blocks have no counterparts here; `what` to do about it."""
+    ours, theirs = (
+        f"{getattr(each.get_text_config(), 'num_hidden_layers', '')} '{each.model_type}' blocks"
+        for each in (config, master)
+    )
+    if ours != theirs:
+        raise LayershareError(f"The model has {ours}, its teacher {theirs}, so that they cannot be compared; {what}.")
+    if (getattr(config, "quantization_config", None) or {}).get("slice") is not None:
+        raise LayershareError(f"A sliced model works on other hidden states than its teacher; {what}.")
 
 
 def _require_there(original: str, healing: Healing) -> None:

@@ -38,6 +38,7 @@ from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
 from layershare.plan.ranks import allocate, private_groups, uniform_rank
 from layershare.solve.linalg import low_rank
+from layershare.values import Count, Trials, Whole
 
 DENSE = ("v",)
 """Roles that stay as they are."""
@@ -49,19 +50,19 @@ START = {"qk": 0.5, "o": 0.5}
 
 @dataclass(frozen=True)
 class Bolaco(Method):
-    """Options of Bolaco.
-
-    `trials`: allocations that are tried. `samples`: blocks of the calibration text on which each is measured.
-    `segments`: parts of the depth with ratios of their own. `seed`: of the proposals.
-    """
+    """Options of Bolaco."""
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
     sizes: ClassVar[str] = "any above a dense v"
-    trials: Annotated[int, Field(ge=1)] = 20
-    samples: Annotated[int, Field(ge=1)] = 4
-    segments: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trials: Trials = 20
+    """Allocations that are tried."""
+    samples: Count = 4
+    """Blocks of the calibration text on which each is measured."""
+    segments: Count = 1
+    """Parts of the depth with ratios of their own."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    """Of the proposals."""
 
     def runs(self, spec: Spec) -> int:
         """Every trial on every sample."""

@@ -13,12 +13,14 @@ from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Share
 from layershare.solve.linalg import Factors, low_rank, share_input, share_output
+from layershare.values import STRICT
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A compression method: a frozen dataclass of its options, registered in `methods/__init__.py`."""
 
+    __pydantic_config__ = STRICT
     uses: ClassVar[frozenset[Kind]] = frozenset({"inputs"})
     """The statistics that it plans and solves with; they are measured before."""
     adaptive: ClassVar[bool] = False

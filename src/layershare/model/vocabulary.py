@@ -20,9 +20,11 @@ def require_same_vocabulary(
 
     Of a model in memory, or without a tokenizer, the numbers of tokens are compared alone.
     """
-    theirs = (
-        other.config if isinstance(other, PreTrainedModel) else read_config(other, trust_remote_code=trust_remote_code)
-    )
+    if isinstance(other, PreTrainedModel):
+        theirs, numbers = other.config, {}
+    else:
+        theirs = read_config(other, trust_remote_code=trust_remote_code)
+        numbers = _tokens(other, trust_remote_code)
     size, ours = (each.get_text_config().vocab_size for each in (theirs, config))
     known = {} if tokenizer is None else tokenizer.get_vocab()
     clash = next((token for token, number in known.items() if numbers.get(token, number) != number), None)
