@@ -36,7 +36,7 @@ class Refusal(BaseHTTPRequestHandler):
         self.send_response(403)
         self.end_headers()
 
-    def log_message(self, format, *arguments):
+    def log_message(self, format, *args):
         pass
 
 
