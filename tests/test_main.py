@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 START = "import os, signal, sys, time\nfrom layershare import __main__ as command\n"
 
 

@@ -138,7 +138,7 @@ Device = Annotated[
         "--device",
         metavar="NAME",
         autocompletion=_one_of("auto", "cpu", "cuda"),
-        help="auto (an accelerator if there is one), cpu, cuda, …",
+        help="auto (an accelerator if there is one), cpu, cuda or another.",
     ),
 ]
 
@@ -385,7 +385,10 @@ def heal(
     device: Annotated[
         str | None,
         typer.Option(
-            "--device", metavar="NAME", autocompletion=_one_of("auto", "cpu", "cuda"), help="auto, cpu, cuda, …"
+            "--device",
+            metavar="NAME",
+            autocompletion=_one_of("auto", "cpu", "cuda"),
+            help="auto, cpu, cuda or another.",
         ),
     ] = None,
     changes: Annotated[
