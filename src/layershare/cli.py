@@ -140,7 +140,7 @@ Device = Annotated[
         "--device",
         metavar="NAME",
         autocompletion=_one_of("auto", "cpu", "cuda"),
-        help="auto (an accelerator if there is one), cpu, cuda, …",
+        help="auto (an accelerator if there is one), cpu, cuda or another.",
     ),
 ]
 
@@ -396,7 +396,10 @@ def heal(
     device: Annotated[
         str | None,
         typer.Option(
-            "--device", metavar="NAME", autocompletion=_one_of("auto", "cpu", "cuda"), help="auto, cpu, cuda, …"
+            "--device",
+            metavar="NAME",
+            autocompletion=_one_of("auto", "cpu", "cuda"),
+            help="auto, cpu, cuda or another.",
         ),
     ] = None,
     trust: Trust = False,
