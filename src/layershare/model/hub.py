@@ -2,8 +2,8 @@
 
 A compressed folder is an ordinary one whose `config.json` has a `quantization_config` with our name. Because of it
 transformers asks `LayershareQuantizer` to swap the modules of the empty skeleton and does the rest itself: shards,
-dtypes, device maps, parallelism. Importing this module registers the quantizer; `autoload.py` serves programs that
-do not import it.
+dtypes, device maps, parallelism. Importing this module registers the quantizer, and our layers with PEFT;
+`autoload.py` serves programs that do not import it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from layershare.autoload import when_imported
 from layershare.errors import LayershareError, how_to_install, mismatched
 from layershare.folders import staged
 from layershare.foreign import reading
+from layershare.model import adapters
 from layershare.model.checked import AGAIN
 from layershare.model.dropped import DroppedAttention, DroppedLinear
 from layershare.model.layers import ComposedLinear
@@ -202,6 +204,7 @@ class LayershareQuantizer(HfQuantizer):
 
 register_quantization_config(QUANT_METHOD)(LayershareConfig)
 register_quantizer(QUANT_METHOD)(LayershareQuantizer)
+when_imported(adapters.RESOLVER, adapters.register)
 
 
 def load(
