@@ -54,7 +54,9 @@ def writing(place: Path, advice: str = CONTINUES, needed: int = 0) -> Iterator[N
         found = trouble(error)
         if found is None:
             raise
-        number, words = found
+        number, words, file = found
+        if file is not None and not file.startswith(str(place)):
+            words += f": '{file}'"
         if number == errno.ENOSPC:
             words += f"; {size(_free(place))} are free"
         if number in FULL and needed:
@@ -62,8 +64,8 @@ def writing(place: Path, advice: str = CONTINUES, needed: int = 0) -> Iterator[N
         raise LayershareError(f"'{place}' cannot be written ({words}): {advice}.") from error
 
 
-def trouble(error: BaseException) -> tuple[int | None, str] | None:
-    """What the system said, if that is what an exception is about: number and words; the number is not always known.
+def trouble(error: BaseException) -> tuple[int | None, str, str | None] | None:
+    """What the system said, if that is what an exception is about: number and words, and the file, where it is known.
 
     An error that another one was made from counts, and so does a full disk in one that was being dealt with.
     """
@@ -78,15 +80,15 @@ def trouble(error: BaseException) -> tuple[int | None, str] | None:
     return None
 
 
-def _said(error: BaseException) -> tuple[int | None, str] | None:
+def _said(error: BaseException) -> tuple[int | None, str, str | None] | None:
     if isinstance(error, OSError):
         words = " ".join((error.strerror or str(error)).split())
         words = words[:1].lower() + words[1:]
-        return error.errno, f"{words}: '{error.filename}'" if error.filename else words
+        return error.errno, words, None if error.filename is None else str(error.filename)
     if found := _OS_ERROR.search(str(error)):
-        return int(found[1]), os.strerror(int(found[1])).lower()
+        return int(found[1]), os.strerror(int(found[1])).lower(), None
     if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH):
-        return errno.ENOSPC, "a file could not be written to its end"
+        return errno.ENOSPC, "a file could not be written to its end", None
     return None
 
 

@@ -60,8 +60,8 @@ def heal_folder(
     state.wait_for_everyone()
     needs = job.needs(job.student())
     say(needs.sentence())
-    # Twice what is trained, its optimizer states, and the result.
-    room = 2 * (needs.gradients + needs.states) + needs.weights
+    # What is trained and its optimizer states, in three checkpoints before the oldest one is deleted, and the result.
+    room = 3 * (needs.gradients + needs.states) + needs.weights
     require_disk({out: room})
     with work_folder(out, healing.to_yaml(), HEAL, room) if main else writing(out, needed=room):
         state.wait_for_everyone()
