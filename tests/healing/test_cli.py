@@ -63,7 +63,7 @@ def test_the_whole_command(small, tmp_path):
     [
         (("nothing",), "There is no folder 'nothing'"),
         (("small", "--train", "all"), "'train' in the recipe: Input should be"),
-        (("small", "--train", "deltas", *TEXT), "'small' has no deltas to train"),
+        (("small", "--train", "deltas", *TEXT), "small' has no deltas to train"),
         (("small", "--set", "lora.rnk=3"), "Unknown key in lora 'rnk'. Did you mean 'rank'?"),
         (("small", "--replace", "--set", "replace.strat=0.1"), "Unknown key in replace 'strat'. Did you mean 'start'?"),
         (("small", "--epochs", "1", "--tokens", "5"), "name one of them"),
