@@ -309,7 +309,7 @@ def test_a_search_that_is_done_is_not_repeated(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_model_is_stored_in_the_dtype_that_is_asked_for(folder, tmp_path, dtype):
-    results = run(recipe_for(folder, method="svd", dtype=dtype), tmp_path / "out")
+    results = run(recipe_for(folder, method="svd", store_dtype=dtype), tmp_path / "out")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert small.dtype == getattr(torch, dtype)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
