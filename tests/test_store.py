@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from threading import Timer
 import pytest
 
 from layershare.errors import LayershareError
-from layershare.store import only_one
+from layershare.store import only_one, write_json
 
 HOLDER = """
 import sys, time
@@ -57,3 +58,8 @@ def test_who_waits_says_so_and_goes_on_when_the_other_is_done(tmp_path, holder):
     later.start()
     with pytest.warns(UserWarning, match="waiting until it is done"), only_one(tmp_path / "out", wait=True):
         assert later.finished.is_set()
+
+
+def test_json_keeps_names_of_files_that_are_no_utf8(tmp_path):
+    write_json(tmp_path / "file.json", {"text": "é\udcff.txt"})
+    assert json.loads((tmp_path / "file.json").read_text(encoding="utf-8")) == {"text": "é\udcff.txt"}

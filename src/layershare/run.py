@@ -371,6 +371,8 @@ def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> J
         raise LayershareError(
             f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
         )
+    if folder is not None:
+        require_folder(folder)
     with TemporaryDirectory(prefix="layershare-") as scratch:
         weights = _open(recipe, Path(scratch))
         stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None

@@ -52,7 +52,8 @@ def to_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_atomically(path, to_json(value).encode())
+    # Names of files that are no UTF-8 become escapes, which are read as the same names.
+    write_atomically(path, to_json(value).encode(errors="backslashreplace"))
 
 
 def make_folder(folder: Path) -> None:
