@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
+from layershare.connection import asking_hub
 from layershare.errors import LayershareError, UnsupportedModelError
 from layershare.foreign import read_mapping, reading, require_file
 
@@ -292,12 +293,13 @@ def _find(source: str, name: str, *, fetch: bool) -> Path | None:
     found: Any = try_to_load_from_cache(source, name)
     if found is None and fetch:  # neither there nor known to be missing
         needed = name == "config.json"  # others may be missing, and offline it is not known that they are
-        found = cached_file(
-            source,
-            name,
-            _raise_exceptions_for_missing_entries=needed,
-            _raise_exceptions_for_connection_errors=needed,
-        )
+        with asking_hub():
+            found = cached_file(
+                source,
+                name,
+                _raise_exceptions_for_missing_entries=needed,
+                _raise_exceptions_for_connection_errors=needed,
+            )
     return Path(found) if isinstance(found, str) else None
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from layershare.autoload import METHOD
+from layershare.connection import asking_hub
 from layershare.errors import LayershareError, incomplete, mismatched, quantized_with, unknown
 from layershare.foreign import reading
 from layershare.manifest import require_whole
@@ -72,7 +73,7 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     source = resolve(name)
     values = values_of(source)
     run_code = may_run_code(source, values, trust_remote_code)
-    with reading(f"The config.json of '{name}'", AGAIN):
+    with reading(f"The config.json of '{name}'", AGAIN), asking_hub(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=run_code)
         if run_code:  # so that the model's class is known wherever its config is
             model = get_class_from_dynamic_module(values["auto_map"]["AutoModelForCausalLM"], source)
@@ -110,7 +111,7 @@ def read_model(
     foreign = method if method != METHOD else None
     run_code = may_run_code(source, values, trust_remote_code)
     try:
-        with reading(f"The model '{name}'", AGAIN), _hushed():
+        with reading(f"The model '{name}'", AGAIN), _hushed(), asking_hub(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 output_loading_info=True,
@@ -156,7 +157,7 @@ def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     source = resolve(name)
     values_of(source)
     require_tokenizer_files(source)
-    with reading(f"The tokenizer of '{name}'", AGAIN):
+    with reading(f"The tokenizer of '{name}'", AGAIN), asking_hub(source):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except ValueError as error:
