@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -9,8 +10,14 @@ from math import prod
 from typing import Literal
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -40,6 +47,7 @@ _ROLE_NAMES = {
     "gate_up": ("gate_up_proj",),
     "down": ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"),
 }
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 _ROLE_OF_NAME = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 
 
@@ -215,21 +223,22 @@ def role_of(name: str) -> str | None:
 def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | None = None) -> Spec:
     """Describe a model from its config alone: builds it without memory and runs its blocks once on shapes.
 
+    Where its code looks at values, as with dynamic rotary positions, it runs on real tokens, with zeros for weights.
     Dtypes are those of the model if one is given; of a config, `dtype` or what it names. Raises
     `UnsupportedModelError`, with the reason, for models that are not dense decoders (encoder-decoder,
     mixture-of-experts, state-space and convolutional ones), and for already compressed models.
     """
     config = model.config if isinstance(model, PreTrainedModel) else model
     _refuse_config(config)
+    made_in = dtype or config.dtype or torch.float32
     try:
-        with FakeTensorMode() as fake:
-            own = dtype or config.dtype or torch.float32
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=own, trust_remote_code=False).eval()
-        stack, blocks = find_blocks(skeleton)
-        _refuse_blocks(config.model_type, blocks)
-        flow = Flow()
-        with flow.watching(skeleton):
-            sites = _sites(skeleton, blocks, stack, fake)
+        try:
+            with FakeTensorMode() as fake:
+                skeleton = AutoModelForCausalLM.from_config(config, dtype=made_in, trust_remote_code=False).eval()
+            stack, blocks, flow, sites = _watch(skeleton, fake)
+        except _NEEDS_VALUES:
+            skeleton = _hollow(config, made_in)
+            stack, blocks, flow, sites = _watch(skeleton, nullcontext())
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -352,8 +361,37 @@ def _refuse_blocks(kind: str, blocks: nn.ModuleList) -> None:
             )
 
 
-def _sites(model: PreTrainedModel, blocks: nn.ModuleList, stack: str, fake: FakeTensorMode) -> dict[str, str]:
-    """Linear's name -> name of the first linear that is given the same tensor. Runs the blocks on shapes alone."""
+def _hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model that computes with real activations, but whose weights are one zero each and whose linears multiply
+    nothing: it takes no memory and next to no time whatever its size."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+        if isinstance(module, nn.Linear | Conv1D):
+            width = module.nf if isinstance(module, Conv1D) else module.out_features
+            module.forward = lambda x, width=width: x.new_zeros(*x.shape[:-1], width)
+    model.tie_weights()
+    return model
+
+
+def _watch(
+    model: PreTrainedModel, mode: AbstractContextManager[object]
+) -> tuple[str, nn.ModuleList, Flow, dict[str, str]]:
+    """The stack of blocks of a model with its name, and what a forward in `mode` shows: the flow and the sites."""
+    stack, blocks = find_blocks(model)
+    _refuse_blocks(model.config.model_type, blocks)
+    flow = Flow()
+    with flow.watching(model):
+        return stack, blocks, flow, _sites(model, blocks, stack, mode)
+
+
+def _sites(
+    model: PreTrainedModel, blocks: nn.ModuleList, stack: str, mode: AbstractContextManager[object]
+) -> dict[str, str]:
+    """Linear's name -> name of the first linear that is given the same tensor, by a forward in `mode`."""
     first_reader: dict[int, str] = {}
     alive: list[torch.Tensor] = []  # a freed tensor's id could be taken by another
     sites: dict[str, str] = {}
@@ -368,6 +406,6 @@ def _sites(model: PreTrainedModel, blocks: nn.ModuleList, stack: str, fake: Fake
     for name, module in blocks.named_modules(prefix=stack):
         if isinstance(module, nn.Linear | Conv1D):
             module.register_forward_pre_hook(watch(name))
-    with fake, torch.no_grad():
+    with mode, torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
     return sites
