@@ -605,7 +605,10 @@ def export(
 
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare wrote.")]) -> None:
-    """Check that a finished folder is as layershare wrote it, every tensor of it."""
+    """Check that a result is undamaged.
+
+    Every file and every tensor must be as layershare wrote it.
+    """
     from layershare.manifest import verify
 
     say(console, str(verify(folder)))

@@ -15,6 +15,7 @@ from layershare.healing.settings import Lora
 from layershare.healing.training import HealTrainer, Ordered, last_checkpoint
 from layershare.model.hub import load
 from layershare.model.layers import FactorLinear
+from layershare.store import MANIFEST
 from tests.families import tokens
 from tests.healing.tiny import changed, compress_tiny, heal, job, results_of, settings, weights
 
@@ -293,7 +294,7 @@ class TestBadInput:
         self.refuses(small, "another vocabulary .200 tokens, this model 160", teacher=teacher, loss={"kind": "both"})
 
     def test_an_original_that_is_gone(self, small, tmp_path):
-        shutil.copytree(small, tmp_path / "small")
+        shutil.copytree(small, tmp_path / "small", ignore=shutil.ignore_patterns(MANIFEST))
         for name in ("config.json", "results.json"):
             file = tmp_path / "small" / name
             file.write_text(file.read_text().replace(str(small.parent / "dense"), str(tmp_path / "gone")))
@@ -312,7 +313,7 @@ class TestBadInput:
         self.refuses(small, problem, teacher=str(tmp_path / "teacher"), loss={"kind": "both"})
 
     def test_a_tokenizer_that_does_not_fit_the_model(self, small, tmp_path):
-        shutil.copytree(small, tmp_path / "model")
+        shutil.copytree(small, tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST))
         file = tmp_path / "model" / "tokenizer.json"
         values = json.loads(file.read_text())
         values["model"]["vocab"]["a"] = 500
@@ -343,7 +344,7 @@ class TestBadInput:
         assert not (tmp_path / "out").exists()
 
     def test_a_model_whose_loss_is_no_number(self, small, tmp_path):
-        shutil.copytree(small, tmp_path / "broken")
+        shutil.copytree(small, tmp_path / "broken", ignore=shutil.ignore_patterns(MANIFEST))
         tensors = {name: tensor * float("nan") for name, tensor in weights(small).items()}
         save_file(tensors, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
         with pytest.raises(LayershareError, match="not a number even before training"):

@@ -23,6 +23,7 @@ from layershare.model.source import read_config, read_tokenizer
 from layershare.model.weights import Weights
 from layershare.recipe import make_recipe
 from layershare.run import prepare, run
+from layershare.store import MANIFEST
 from tests.families import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
@@ -51,7 +52,7 @@ def spoilt(originals, tmp_path) -> Callable[..., Path]:
     """A copy of one of these models that a function has been let at."""
 
     def copied(spoil: Spoil, of: str = "llama") -> Path:
-        shutil.copytree(originals / of, tmp_path / "model")
+        shutil.copytree(originals / of, tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST))
         spoil(tmp_path / "model")
         return tmp_path / "model"
 

@@ -20,6 +20,7 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.model.hub import load
 from layershare.model.sliced import SlicedNorm
+from layershare.store import MANIFEST
 from tests.families import tiny_model, tokens
 from tests.model.small import logits
 
@@ -126,7 +127,7 @@ def test_there_is_no_dense_model(folder, tmp_path):
 
 
 def test_half_a_checkpoint_or_another_config_is_refused(folder, tmp_path):
-    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    broken = Path(shutil.copytree(folder, tmp_path / "broken", ignore=shutil.ignore_patterns(MANIFEST)))
     tensors = load_file(broken / "model.safetensors")
     name = next(name for name in tensors if name.endswith("shortcut.weight"))
     del tensors[name]

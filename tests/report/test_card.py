@@ -54,7 +54,7 @@ def test_odd_names_of_models(name, tmp_path):
 
 def test_what_was_measured_may_be_infinite(tmp_path):
     text = card(Run.read(make_run(tmp_path / "run", perplexity=float("inf")), "run"))
-    assert "| perplexity | 10 | inf |" in text
+    assert "| perplexity in blocks of 16 tokens | 10 | inf |" in text
     assert "model-index" not in front_matter(text)
 
 

@@ -126,9 +126,9 @@ def test_the_map_shows_whose_weight_is_shared_and_where_a_delta_is_added(tmp_pat
 
 def test_mistakes_are_one_sentence(tmp_path):
     run = make_run(tmp_path / "run")
-    with pytest.raises(LayershareError, match=r"cannot be written \(it is a folder\)"):
+    with pytest.raises(LayershareError, match=r"cannot be written \(is a directory"):
         report([run], tmp_path)
-    with pytest.raises(LayershareError, match=r"cannot be written \(No such file or directory\)"):
+    with pytest.raises(LayershareError, match=r"cannot be written \(no such file or directory"):
         report([run], tmp_path / "nowhere" / "report.html")
     with pytest.raises(LayershareError, match="is no finished run"):
         report([run, tmp_path], tmp_path / "report.html")

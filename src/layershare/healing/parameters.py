@@ -125,9 +125,9 @@ def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
     class SharedAdapter(Linear):
         """The adapter of what several layers share, a class of its own as that is."""
 
-    limit = max(min(p.shape) for name in targets for p in model.get_submodule(name).parameters() if p.dim() == 2)
+    limit = max(max(p.shape) for name in targets for p in model.get_submodule(name).parameters() if p.dim() == 2)
     if lora.rank > limit:
-        raise LayershareError(f"lora.rank={lora.rank} is more than the rank {limit} of the matrices that it adapts.")
+        raise LayershareError(f"lora.rank={lora.rank} is more than the width {limit} of the matrices that it adapts.")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # any number will do

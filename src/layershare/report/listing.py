@@ -19,6 +19,7 @@ from layershare.report.runs import PLAN, printable, short
 from layershare.report.words import percent
 from layershare.report.words import score as score_in_words
 
+_CAPTION = "In brackets behind a perplexity: the tokens of a block."
 _UNITS = (("B", 10**9), ("M", 10**6), ("k", 10**3))
 
 
@@ -80,10 +81,10 @@ def listing(folder: Path) -> tuple[Table, list[str]]:
     """
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{folder}'.")
-    table, unreadable = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False), []
+    table, unreadable = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, caption=_CAPTION, caption_justify="left"), []
     for column in ("folder", "model", "method"):
         table.add_column(column, overflow="fold")
-    for column in ("size", "kept", "on disk", "perplexity (block)"):
+    for column in ("size", "kept", "on disk", "perplexity"):
         table.add_column(column, justify="right", no_wrap=True)
     for place in _places(folder):
         name = printable(str(place.relative_to(folder)))
