@@ -326,7 +326,11 @@ MISTAKES = {
     "keep too small": (("--keep", "0.1"), None, "smaller than what cannot be compressed"),
     "nan": ((), spoil_weights, "The weights of 'model.layers.1.mlp.gate_proj.weight' contain NaN or infinity"),
     "config": ((), lambda here: (here / "dense" / "config.json").unlink(), "is not a model: it has no config.json"),
-    "weights": ((), lambda here: (here / "dense" / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights": (
+        (),
+        lambda here: (here / "dense" / "model.safetensors").unlink(),
+        "has no weights (model.safetensors or pytorch_model.bin)",
+    ),
     "output": (
         (),
         lambda here: write_json(here / "small.json", {}) or (here / "small").mkdir() or (here / "small" / "x").touch(),
@@ -389,7 +393,7 @@ def test_mistakes_with_models(layershare, here):
         ("eval", "dense", "-o", "dense"): "'dense' is a directory",
         ("bench", "dense", "-o", "dense"): "'dense' is a directory",
         ("eval", "dense", "--text", ""): "The text has no name",
-        ("eval", "dense", "--tasks", ""): "Unknown task ''",
+        ("eval", "dense", "--tasks", ""): "'evaluation.tasks' in the recipe",
         ("eval", "dense", "--text", "stdlib", "--length", "129"): "Blocks of 129 tokens do not fit",
         ("eval", "dense", "--text", "stdlib", "--length", "1"): "'evaluation.length' in the recipe",
         ("eval", "dense", "--text", "stdlib", "--blocks", "0"): "'evaluation.blocks' in the recipe",
