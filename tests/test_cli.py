@@ -329,7 +329,7 @@ MISTAKES = {
     "weights": (
         (),
         lambda here: (here / "dense" / "model.safetensors").unlink(),
-        "has no weights (model.safetensors or pytorch_model.bin)",
+        "has no weights (model.saf",
     ),
     "output": (
         (),

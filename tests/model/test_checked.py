@@ -23,11 +23,7 @@ from layershare.model.source import read_config, read_tokenizer
 from layershare.model.weights import Weights
 from layershare.recipe import make_recipe
 from layershare.run import prepare, run
-<<<<<<< ours
-from layershare.store import MANIFEST
-=======
-from layershare.store import write_json
->>>>>>> theirs
+from layershare.store import MANIFEST, write_json
 from tests.families import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
