@@ -5,8 +5,7 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.methods.welore import normalised, threshold_ranks
-from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, composition
 from tests.families import WIDTH, tiny_model
 from tests.methods.evidence import set_spectrum, unmeasured
 
@@ -72,7 +71,7 @@ def test_a_rank_that_would_not_pay_is_never_given():
     evidence = unmeasured(tiny_model("llama"))
     for edit in planned(evidence, 0.9).edits:
         assert isinstance(edit, Share)
-        assert share_parameters(evidence.spec, edit) < evidence.spec.linear(edit.role, edit.layers[0]).parameters
+        assert composition(evidence.spec, edit).parameters < evidence.spec.linear(edit.role, edit.layers[0]).parameters
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "falcon"])

@@ -4,8 +4,8 @@ import pytest
 
 from layershare.errors import LayershareError
 from layershare.model.arch import describe
-from layershare.plan.budget import measure, share_parameters
-from layershare.plan.edits import Share
+from layershare.plan.budget import measure
+from layershare.plan.edits import Share, composition
 from layershare.plan.ranks import TOLERANCE, allocate, dense_parameters, group_cost, private_groups
 from tests.families import CONFIGS
 
@@ -56,7 +56,7 @@ def test_what_is_left_makes_groups_dense_before_their_factors_outgrow_them():
     shares = allocate(SPEC, GROUPS, [1] * len(GROUPS), parameters)
     assert parameters * (1 - TOLERANCE) <= size(shares) <= parameters
     for share in shares:
-        assert share_parameters(SPEC, share) < SPEC.linear(share.role, share.layers[0]).parameters
+        assert composition(SPEC, share).parameters < SPEC.linear(share.role, share.layers[0]).parameters
     assert allocate(SPEC, GROUPS, PAYING, size(())) == ()
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import UnsupportedModelError
+from layershare.model.composition import Member
 from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
@@ -69,6 +70,11 @@ class Linear:
     def part(self) -> Part:
         """The sub-layer that it belongs to."""
         return part_of(self.role)
+
+    @property
+    def member(self) -> Member:
+        """As a member of a composition."""
+        return Member(self.name, self.d_in, self.d_out, self.conv1d)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from transformers.distributed.tensor_parallel import (
     TensorParallelLayer,
 )
 
-from layershare.model.layers import ComposedLinear, DeltaLinear, SharedLinear
+from layershare.model.layers import ComposedLinear, SharedLinear
 from layershare.model.sliced import SlicedNorm
 
 # The style of a dense layer -> the styles of the factor that meets the input and of the one that makes the output
-# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width. The shared weight of
-# layers with deltas is split as the dense one, and so its output is that of the delta's last factor.
+# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width. A factor that is a
+# whole matrix is split as the dense one, and so its output is that of the last factor of a product beside it.
 _FACTOR_STYLES: dict[str, tuple[str | None, str]] = {
     "colwise": (None, "colwise"),
     "colwise_gather_output": (None, "colwise_gather_output"),
@@ -48,18 +48,16 @@ class FactorStyle(TensorParallelLayer):
             self.dense.shard_param(module, param, mesh)
 
     def install_forward(self, module, mesh):
-        """Shard and hook the parts that `module` registers: what is shared once, by its owner or anchor."""
+        """Shard and hook the parts that `module` registers: what is shared once."""
         if not isinstance(module, ComposedLinear):
             return self.dense.install_forward(module, mesh)
-        styles = _FACTOR_STYLES[self.name]
-        if isinstance(module, DeltaLinear):
-            styles = (self.name, *styles)
-        registered = set(module.children())
-        for part, name in zip(module.parts(), styles, strict=False):  # an anchor without a delta has no factors
-            if name is not None and part in registered:
-                style = ALL_PARALLEL_STYLES[name]
-                style.shard_param(part, "weight", mesh)
-                style.install_forward(part, mesh)
+        for term in module.terms:
+            styles = (self.name,) if len(term.factors) == 1 else _FACTOR_STYLES[self.name]
+            for factor, name in zip(term.factors, styles, strict=True):
+                if name is not None and factor.registered_by(module.member):
+                    style, part = ALL_PARALLEL_STYLES[name], module.part(factor)
+                    style.shard_param(part, "weight", mesh)
+                    style.install_forward(part, mesh)
         return super().install_forward(module, mesh)
 
 

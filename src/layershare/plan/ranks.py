@@ -7,8 +7,9 @@ from itertools import groupby
 
 from layershare.errors import LayershareError
 from layershare.model.arch import WRITERS, Linear, Spec
-from layershare.plan.budget import Budget, unit_cost
-from layershare.plan.edits import Share, Side
+from layershare.model.composition import Side
+from layershare.plan.budget import Budget
+from layershare.plan.edits import Share, composition
 
 TOLERANCE = Fraction(1, 200)
 """A plan lands within this fraction under its budget."""
@@ -55,7 +56,7 @@ def private_groups(linears: Iterable[Linear]) -> list[LayerGroup]:
 
 def group_cost(spec: Spec, group: LayerGroup) -> int:
     """Parameters of one unit of rank, ω."""
-    return unit_cost(spec, group.role, group.layers, group.side)
+    return composition(spec, Share(group.role, group.layers, 1, group.side)).parameters
 
 
 def dense_parameters(spec: Spec, group: LayerGroup) -> int:

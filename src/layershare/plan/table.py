@@ -7,8 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from layershare.model.arch import WRITERS, Linear, Spec
-from layershare.plan.budget import delta_parameters, share_parameters
-from layershare.plan.edits import Delta, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
+from layershare.plan.edits import Delta, Merge, Share, composition, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 
@@ -86,7 +85,7 @@ def size(count: int) -> str:
 def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
     linear = spec.linear(edits[0].role, edits[0].layers[0])
     before = sum(spec.linear(edit.role, layer).parameters for edit in edits for layer in edit.users)
-    after = sum(_parameters(spec, edit) for edit in edits)
+    after = sum(composition(spec, edit).parameters for edit in edits)
     n = len(edits[0].users)
     table.add_row(
         edits[0].role,
@@ -103,10 +102,6 @@ def _how(edit: Share | Delta) -> str:
     if isinstance(edit, Share):
         return edit.side
     return "delta" if len(edit.layers) < len(edit.users) else "mean, delta"
-
-
-def _parameters(spec: Spec, edit: Share | Delta) -> int:
-    return share_parameters(spec, edit) if isinstance(edit, Share) else delta_parameters(spec, edit)
 
 
 def _add_sliced(table: Table, linears: Sequence[Linear], width: int) -> None:
