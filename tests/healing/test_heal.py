@@ -48,6 +48,25 @@ def test_what_should_train_does_and_all_else_keeps_its_bits(small, tmp_path, cha
         assert done["needs"]["trained"] == counted
 
 
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"train": "factors"}, FACTORS),
+        ({"train": "full"}, ("weight",)),
+        ({"train": "lora", "lora": {"targets": "coefficients"}}, (".coef.weight",)),
+        ({"train": "lora", "lora": {"targets": "factors"}}, FACTORS),
+    ],
+    ids=["factors", "full", "coefficients", "factors-by-lora"],
+)
+def test_pivoted_bases_train_and_keep_their_pivots(tmp_path, tokenizer, words, changes, trained):
+    small = compress_tiny(tmp_path, tokenizer, words, options={"pivot": True})
+    done = heal(small, tmp_path / "out", **changes)
+    every = {name for name, tensor in weights(small).items() if tensor.numel()}
+    assert any(name.endswith(".basis_order") for name in every)
+    assert changed(small, tmp_path / "out") == {name for name in every if name.endswith(trained)}
+    assert done["log"][-1]["train_loss"] < 10
+
+
 def test_a_shared_basis_gets_the_sum_of_its_members_gradients(small):
     shared, alone = load(small), load(small)
     members = {}

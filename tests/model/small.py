@@ -20,15 +20,15 @@ def some_shares(model: PreTrainedModel) -> list[Composition]:
     """Shared bases over linears of the 4 blocks: both sides, members that are not neighbours, some layers left dense.
 
     Of every third linear of a block from the first, layers 0 and 2 share the input side, 1 and 3 the output side; from
-    the second, layers 0 to 2 share the output side and layer 3 stays dense.
+    the second, layers 0 to 2 share the output side and layer 3 stays dense. Some bases are pivoted.
     """
     found = []
     for index, layers in enumerate(_by_role(model)):
         if index % 3 == 0:
-            found.append(shared(layers[::2], RANK, "input"))
+            found.append(shared(layers[::2], RANK, "input", pivot=True))
             found.append(shared(layers[1::2], RANK, "output"))
         elif index % 3 == 1:
-            found.append(shared(layers[:3], RANK, "output"))
+            found.append(shared(layers[:3], RANK, "output", pivot=index % 2 == 1))
     return found
 
 
@@ -69,6 +69,8 @@ def compressed(family: str, **options) -> Any:
             if isinstance(module, ComposedLinear):
                 for part in module.children():
                     part.weight.normal_(std=0.15)  # pyright: ignore[reportCallIssue, reportArgumentType]
+                for order in module.buffers(recurse=False):
+                    order.copy_(torch.randperm(len(order)))
     return model
 
 

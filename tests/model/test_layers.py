@@ -21,18 +21,24 @@ def layers_of(composition: Composition, bias: bool = True, **options: Any) -> li
     layers: list[ComposedLinear] = []
     for name in composition.names:
         layers.append(ComposedLinear(composition, name, bias, home=layers[0] if layers else None, **options))
-    with torch.no_grad():
-        for parameter in nn.ModuleList(layers).parameters():
-            parameter.normal_()
+    fill(nn.ModuleList(layers))
     return layers
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.normal_()
+    for order in module.buffers():
+        order.copy_(torch.randperm(len(order)))
 
 
 def members_of(count: int, conv1d: bool) -> list[Member]:
     return [Member(f"layers.{i}.up", D_IN, D_OUT, conv1d) for i in range(count)]
 
 
-def group(side: Side, *, conv1d: bool = False, members: int = 2, **options: Any) -> list[Any]:
-    return layers_of(shared(members_of(members, conv1d), RANK, side), **options)
+def group(side: Side, *, conv1d: bool = False, members: int = 2, pivot: bool = False, **options: Any) -> list[Any]:
+    return layers_of(shared(members_of(members, conv1d), RANK, side, pivot), **options)
 
 
 def anchored(*, conv1d: bool = False, mean: bool = False, **options: Any) -> list[Any]:
@@ -60,9 +66,10 @@ def check_forward_weight_and_dense(layer: ComposedLinear, bias: bool, conv1d: bo
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conv1d", [True, False])
+@pytest.mark.parametrize("pivot", [True, False])
 @pytest.mark.parametrize("side", SIDES)
-def test_forward_weight_and_dense_agree(side, conv1d, bias):
-    for layer in group(side, bias=bias, conv1d=conv1d):
+def test_forward_weight_and_dense_agree(side, pivot, conv1d, bias):
+    for layer in group(side, bias=bias, conv1d=conv1d, pivot=pivot):
         check_forward_weight_and_dense(layer, bias, conv1d)
 
 
@@ -107,6 +114,25 @@ def test_owner_layout(side):
     assert "layers.0.up.basis(" in repr(member)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_pivoted_basis_stores_t_and_an_order(side):
+    owner, member = group(side, pivot=True)
+    assert set(owner.state_dict()) == {"bias", "coef.weight", "basis.weight", "basis_order"}
+    assert list(member.state_dict()) == ["bias", "coef.weight"]
+    shapes = {"input": ((RANK, D_IN - RANK), (D_IN,)), "output": ((D_OUT - RANK, RANK), (D_OUT,))}
+    assert (owner.basis.weight.shape, owner.basis_order.shape) == shapes[side]
+    x, order = torch.randn(3, D_IN if side == "input" else RANK), owner.basis_order.long()
+    basis = owner.product(tuple(f for f in owner.factors if f.home), wide=True).T
+    if side == "input":
+        assert torch.equal(basis[order[:RANK]], torch.eye(RANK))
+        assert torch.equal(basis[order[RANK:]], owner.basis.weight.T)
+    else:
+        expected = torch.cat((x, x @ owner.basis.weight.T), 1)
+        torch.testing.assert_close(x @ basis, expected[:, order])
+    half = copy.deepcopy(owner).to(torch.bfloat16)
+    assert torch.equal(half.basis_order, owner.basis_order)
+
+
 def test_the_basis_is_looked_up_when_called():
     owner, member = group("input")
     owner.basis = nn.Linear(D_IN, RANK, bias=False)
@@ -119,7 +145,7 @@ def test_the_basis_is_looked_up_when_called():
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_the_link_and_are_independent(clone):
     x = torch.randn(2, D_IN)
-    for layers, what in ((group("output"), "basis"), (anchored(), "base")):
+    for layers, what in ((group("output"), "basis"), (group("input", pivot=True), "basis"), (anchored(), "base")):
         copied = clone(nn.ModuleList(layers))
         assert getattr(copied[0], what) in copied[1].parts()
         assert getattr(copied[0], what) is not getattr(layers[0], what)
@@ -129,7 +155,7 @@ def test_copies_keep_the_link_and_are_independent(clone):
 @pytest.mark.parametrize(
     ("layers", "what"),
     [
-        *((group(side, members=3), "basis") for side in SIDES),
+        *((group(side, members=3, pivot=pivot), "basis") for side in SIDES for pivot in (False, True)),
         *((anchored(mean=mean), "base") for mean in (False, True)),
     ],
 )

@@ -55,6 +55,13 @@ class Method(ABC):
         return False
 
 
+@dataclass(frozen=True)
+class LowRank(Method):
+    """A method whose edits are `Share`s. `pivot`: bases in pivoted form, so that ranks are higher at the same size."""
+
+    pivot: bool = False
+
+
 def solve_group(share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
     """The optimum for a group under its Grams (`None`: every input direction counts the same)."""
     if len(weights) > 1:

@@ -5,6 +5,10 @@ out, counts, swaps modules, splits them, trains or shows them loops over factors
 
     shared basis      (basis*, coef), or (coef, basis*) on the output side
     deltas            (base*) + (down, up)
+    pivoted basis     as shared, of another form
+
+The pivoted form of a d × k matrix B on the input side is P[1; T]: k of its rows are the identity's, T: (d − k) × k has
+the others, and P puts all d in their places; then z = xB = x[pivots] + x[others]·T. On the output side likewise.
 
 The first member registers what is shared (*) for all, under its own name: one tensor, stored once.
 """
@@ -18,6 +22,8 @@ from typing import Any, Literal
 
 from layershare.errors import LayershareError, unknown
 
+Form = Literal["dense", "pivoted"]
+FORMS: tuple[Form, ...] = ("dense", "pivoted")
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
 
@@ -37,18 +43,38 @@ class Factor:
     """One linear map of a product, a child `name` of the layer that registers it.
 
     `inward`, `outward`: its widths, `None` for the member's own d_in or d_out. `home`: the member that registers it for
-    all; `None`: every member has its own.
+    all; `None`: every member has its own. `form`: "pivoted" stores T as weight and, in `order`, where x or y has
+    its numbers: P[1; T] meets x[order] on the input side, and its y is (z, zT)[order] on the output side.
     """
 
     name: str
     inward: int | None = None
     outward: int | None = None
     home: str | None = None
+    form: Form = "dense"
+
+    @property
+    def pivots(self) -> Side | None:
+        """The side on which it is pivoted, `None` if it is dense."""
+        return None if self.form == "dense" else "input" if self.inward is None else "output"
+
+    @property
+    def order(self) -> str:
+        """The name of the integer buffer beside a pivoted weight."""
+        return f"{self.name}_order"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its tensors in the layer that registers it."""
+        return (f"{self.name}.weight",) if self.pivots is None else (f"{self.name}.weight", self.order)
 
     def shape(self, member: Member) -> tuple[int, int]:
         """Its weight's shape in a member, [out, in] as `nn.Linear` stores it."""
-        inward = member.d_in if self.inward is None else self.inward
-        return (member.d_out if self.outward is None else self.outward), inward
+        rows = member.d_out if self.outward is None else self.outward
+        columns = member.d_in if self.inward is None else self.inward
+        if self.pivots is None:
+            return rows, columns
+        return (rows, columns - rows) if self.pivots == "input" else (rows - columns, columns)
 
     def parameters(self, member: Member) -> int:
         """Its stored numbers, which are also its multiplications per token."""
@@ -155,18 +181,18 @@ class Composition:
         return cls(**{**values, "members": tuple(Member(**each) for each in values["members"]), "terms": tuple(terms)})
 
 
-def shared(members: Sequence[Member], rank: int, side: Side) -> Composition:
-    """Members with one basis on a side and own coefficients; a single one is plain low rank.
+def shared(members: Sequence[Member], rank: int, side: Side, pivot: bool = False) -> Composition:
+    """Members with one basis on a side, pivoted or dense, and own coefficients; a single one is plain low rank.
 
     Raises `LayershareError` as `Composition`, and for an unknown side.
     """
     if side not in SIDES:
         raise unknown("side", str(side), SIDES)
-    home = members[0].name if members else ""
+    home, form = members[0].name if members else "", FORMS[pivot]
     if side == "input":
-        factors = Factor("basis", outward=rank, home=home), Factor("coef", inward=rank)
+        factors = Factor("basis", outward=rank, home=home, form=form), Factor("coef", inward=rank)
     else:
-        factors = Factor("coef", outward=rank), Factor("basis", inward=rank, home=home)
+        factors = Factor("coef", outward=rank), Factor("basis", inward=rank, home=home, form=form)
     return Composition(tuple(members), (Term(factors),))
 
 
@@ -203,6 +229,12 @@ def _check(composition: Composition) -> None:
     if not chained or used != set(names) or len(factors) > len(set(factors)):
         raise LayershareError(f"The factors of the {what} do not make its matrices: repair its 'terms' in config.json.")
     for factor in composition.factors:
+        if factor.form not in FORMS:
+            raise unknown("form", str(factor.form), FORMS)
+        if factor.pivots and factor.inward == factor.outward:
+            raise LayershareError(
+                f"The {what} has '{factor.name}' pivoted, which must be the first or last of a product."
+            )
         if factor.home is None:
             continue
         users = composition.users(factor)
@@ -223,12 +255,12 @@ def _check(composition: Composition) -> None:
 def _limit(composition: Composition, term: Term) -> int:
     """The largest rank of a product: the smaller of what its first and its last factor can tell apart.
 
-    Beside a shared factor the own ones of all members count together, as one matrix.
+    Beside a shared factor the own ones of all members count together, as one matrix. A pivoted factor has rows left.
     """
     ends = ((term.factors[0], "d_in"), (term.factors[-1], "d_out"))
     together = any(factor.home for factor, _ in ends)
     widths = []
     for factor, end in ends:
         own = [getattr(user, end) for user in composition.users(factor)]
-        widths.append(sum(own) if together and not factor.home else min(own))
+        widths.append((sum(own) if together and not factor.home else min(own)) - (factor.form == "pivoted"))
     return min(widths)

@@ -251,7 +251,8 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
     kinds = {name: type(module) for name, module in model.named_modules()}
     composed = tuple(f"{name}." for name, kind in kinds.items() if issubclass(kind, ComposedLinear))
     ours = ("",) if SlicedNorm in kinds.values() else composed
-    for name, tensor in model.named_parameters():
+    orders = {name: buffer for name, buffer in model.named_buffers() if name.startswith(composed)}
+    for name, tensor in chain(model.named_parameters(), orders.items()):
         if not name.startswith(ours):
             continue
         key = name.removeprefix(_base_prefix(model))

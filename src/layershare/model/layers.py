@@ -56,6 +56,9 @@ class ComposedLinear(nn.Module):
                 # Built on meta and then allocated: nothing is drawn from the random number generator.
                 part = kind(columns, rows, bias=False, device="meta", dtype=dtype).to_empty(device=device)
                 self.add_module(factor.name, part)
+                if factor.pivots:
+                    order = torch.empty(rows + columns, dtype=torch.int32, device=device)
+                    self.register_buffer(factor.order, order)
         # nn.Module registers a module that is an attribute, but not one inside a tuple.
         self._home: tuple[ComposedLinear, ...] = () if home is None else (home,)
 
@@ -78,7 +81,14 @@ class ComposedLinear(nn.Module):
 
     def part(self, factor: Factor) -> nn.Linear:
         """The linear that a factor is."""
-        return getattr(self if factor.registered_by(self.member) else self._home[0], factor.name)
+        return getattr(self._registering(factor), factor.name)
+
+    def order(self, factor: Factor) -> torch.Tensor:
+        """The order of a pivoted factor, `[d]`."""
+        return getattr(self._registering(factor), factor.order)
+
+    def _registering(self, factor: Factor) -> ComposedLinear:
+        return self if factor.registered_by(self.member) else self._home[0]
 
     def parts(self) -> tuple[nn.Linear, ...]:
         """The linears that it is made of, its own and those that it shares, in the order of its factors."""
@@ -90,17 +100,38 @@ class ComposedLinear(nn.Module):
         for term in self.terms:
             y = x
             for factor in term.factors:
-                y = self.part(factor)(y)
+                y = self._multiplied(factor, y)
             y = y.to(x.device)  # a model split over devices may keep what is shared on another one than this layer
             total = y if total is None else total + y
         assert total is not None
         return total if self.bias is None else total + self.bias
 
+    def _multiplied(self, factor: Factor, x: torch.Tensor) -> torch.Tensor:
+        """What a factor makes of x."""
+        part = self.part(factor)
+        if factor.pivots is None:
+            return part(x)
+        order = self.order(factor).to(x.device)
+        if factor.pivots == "input":
+            rank = factor.outward
+            x = x.index_select(-1, order)
+            return x[..., :rank] + part(x[..., rank:]).to(x.device)
+        return torch.cat((x, part(x).to(x.device)), -1).index_select(-1, order)
+
     def product(self, factors: tuple[Factor, ...], *, wide: bool) -> torch.Tensor:
         """The matrix of a product of factors, `[out, in]`, on `own`'s device; `wide`: float32 or better."""
         place, dtype = self.own.weight.device, self.own.weight.dtype
         dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
-        weights = [self.part(factor).weight.to(place, dtype) for factor in factors]
+        weights = []
+        for factor in factors:
+            weight = self.part(factor).weight.to(place, dtype)
+            if factor.pivots:
+                side = -1 if factor.pivots == "input" else 0  # where the identity stands beside T
+                order = self.order(factor).to(place)
+                identity = torch.eye(weight.shape[side + 1], dtype=dtype, device=place)
+                weight = torch.cat((identity, weight), side)
+                weight = weight.index_select(side, order if side == 0 else order.argsort())
+            weights.append(weight)
         return reduce(lambda inner, outer: outer @ inner, weights)
 
     def matrix(self, *, wide: bool) -> torch.Tensor:

@@ -13,13 +13,15 @@ from layershare.model.composition import Composition, Member, Side, deltas, shar
 class Share:
     """Layers that share one basis of rank k for one role; a single layer is plain low rank.
 
-    `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared.
+    `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared. `pivot`:
+    B in pivoted form, which has k² numbers less.
     """
 
     role: str
     layers: tuple[int, ...]
     rank: int
     side: Side
+    pivot: bool = False
     kind: Literal["share"] = "share"
 
     @property
@@ -122,7 +124,7 @@ def composition(spec: Spec, edit: Share | Delta) -> Composition:
 def composed(edit: Share | Delta, members: Mapping[int, Member]) -> Composition:
     """The same, of the members by their layers; see `composition`."""
     if isinstance(edit, Share):
-        return shared([members[layer] for layer in edit.layers], edit.rank, edit.side)
+        return shared([members[layer] for layer in edit.layers], edit.rank, edit.side, edit.pivot)
     first, *others = sorted(edit.users, key=lambda layer: layer != edit.anchor)
     return deltas([members[first], *(members[i] for i in others)], edit.rank, [members[i].name for i in edit.layers])
 

@@ -73,8 +73,10 @@ def composed_tensors(spec: Spec, each: Composition) -> Tensors:
     """The tensors of a composition, by full names, in the dtypes of the dense weights that they stand for."""
     tensors: Tensors = {}
     for member, factor in each.stored():
-        name = f"{spec.base_prefix}{member.name}"
-        tensors[f"{name}.{factor.name}.weight"] = (factor.shape(member), spec.tensors[f"{name}.weight"][1])
+        name, shape = f"{spec.base_prefix}{member.name}", factor.shape(member)
+        weight, *order = (f"{name}.{key}" for key in factor.keys)
+        tensors[weight] = (shape, spec.tensors[f"{name}.weight"][1])
+        tensors |= dict.fromkeys(order, ((sum(shape),), torch.int32))
     return tensors
 
 

@@ -105,7 +105,8 @@ def _solving(composition: Composition) -> int:
     else:
         shared = [width for factor, width in ends if factor.home]
         width, weights = shared[0] if len(composition.members) > 1 else min(first.d_in, first.d_out), 1
-    return _eigenproblem(width) + 8 * (weights * first.d_in * first.d_out + composition.parameters)
+    dense = sum((factor.outward or factor.inward or 0) ** 2 for factor in composition.factors if factor.pivots)
+    return _eigenproblem(width) + 8 * (weights * first.d_in * first.d_out + composition.parameters + dense)
 
 
 def _eigenproblem(width: int) -> int:

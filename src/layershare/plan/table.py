@@ -100,7 +100,7 @@ def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
 def _how(edit: Share | Delta) -> str:
     """The side that a group shares, or that its layers have deltas: all of them, or all but the anchor."""
     if isinstance(edit, Share):
-        return edit.side
+        return f"{edit.side}, pivoted" if edit.pivot else edit.side
     return "delta" if len(edit.layers) < len(edit.users) else "mean, delta"
 
 

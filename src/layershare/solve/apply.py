@@ -24,7 +24,7 @@ from layershare.model.weights import Weights
 from layershare.plan.edits import Delta, Share, composition, dropped_parts, sliced_width
 from layershare.plan.layout import composed_tensors, compositions, origins
 from layershare.plan.plan import Plan
-from layershare.solve.linalg import refit
+from layershare.solve.linalg import pivot_factors, pivoted, refit
 from layershare.store import Store
 
 SPECTRUM_POINTS = 64
@@ -145,10 +145,14 @@ def solve(
         if unit_name(edit) not in factored.groups:
             dense = [evidence.weight(linear) for linear in linears]
             factors = method.solve(edit, dense, [evidence.inputs(linear) for linear in linears])
+            facts: dict[str, Any] = {"error": factors.error}
+            facts["spectrum"] = None if factors.spectrum is None else sampled(factors.spectrum, edit.rank)
+            if edit.pivot:
+                factors = pivot_factors(factors, edit.side)
+                facts["largest"] = float(factors.basis.abs().max())
             own = {linear.name: [coef] for linear, coef in zip(linears, factors.coefs, strict=True)}
-            named = named_tensors(spec, edit, factors.basis, own)
-            spectrum = None if factors.spectrum is None else sampled(factors.spectrum, edit.rank)
-            factored.groups.write(unit_name(edit), named, {"error": factors.error, "spectrum": spectrum})
+            named = named_tensors(spec, edit, factors.basis, own, factors.order)
+            factored.groups.write(unit_name(edit), named, facts)
         done += sum(linear.parameters for linear in linears)
     progress(total, total)
 
@@ -194,10 +198,18 @@ def _refit_layer(
         stream.run()
     new = {}
     for x in fitted:
-        first, second = x.module.parts()
-        dense = row_convention(x.weight.to(second.weight.device), x.linear)
-        second.weight.copy_(refit(first.weight.T, grams[x.linear.site], dense).T)
-        new[f"{spec.base_prefix}{x.linear.name}.{x.module.factors[-1].name}.weight"] = second.weight
+        (first, second), module = x.module.factors, x.module
+        dense = row_convention(x.weight.to(module.own.weight.device), x.linear)
+        fit = refit(module.product((first,), wide=False).T, grams[x.linear.site], dense)
+        changed = [second]
+        if second.pivots:
+            rest, order, mixing = pivoted(fit.T)
+            module.part(first).weight.copy_(mixing @ module.part(first).weight.double())
+            module.order(second).copy_(order.argsort())
+            fit, changed = rest.T, [first, second]
+        module.part(second).weight.copy_(fit.T)
+        for key in (key for factor in changed for key in factor.keys):
+            new[f"{spec.base_prefix}{x.linear.name}.{key}"] = module.state_dict()[key]
     return new
 
 
@@ -226,18 +238,28 @@ def names(spec: Spec, edit: Share | Delta) -> list[str]:
 
 
 def named_tensors(
-    spec: Spec, edit: Share | Delta, shared: Tensor, own: Mapping[str, Iterable[Tensor]]
+    spec: Spec,
+    edit: Share | Delta,
+    shared: Tensor,
+    own: Mapping[str, Iterable[Tensor]],
+    order: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an edit as they are stored, by full name, from its matrices in row convention.
 
-    `own`: linear's name -> the factors that are its own, the one that meets the input first. Raises `LayershareError`
-    if one does not fit the dtype that it is stored in.
+    `own`: linear's name -> the factors that are its own, the one that meets the input first. `order`: of the shared
+    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype that it is stored in.
     """
     composed = composition(spec, edit)
     rest = {name: iter(matrices) for name, matrices in own.items()}
-    matrices = [shared if factor.home else next(rest[member.name]) for member, factor in composed.stored()]
+    matrices: list[Tensor] = []
+    for member, factor in composed.stored():
+        matrices.append(shared if factor.home else next(rest[member.name]))
+        matrices += [order] if factor.pivots and order is not None else []
     layout = composed_tensors(spec, composed).items()
-    tensors = {name: matrix.T.to(dtype) for (name, (_, dtype)), matrix in zip(layout, matrices, strict=True)}
+    tensors = {
+        name: matrix.mT.to(dtype) if matrix.ndim > 1 else matrix.to(dtype)
+        for (name, (_, dtype)), matrix in zip(layout, matrices, strict=True)
+    }
     require_fitting(tensors)
     return tensors
 
@@ -251,7 +273,7 @@ def require_fitting(tensors: Mapping[str, Tensor]) -> None:
 
 def unit_name(edit: Share) -> str:
     """The name of a solved group's file."""
-    return f"{edit.id}.{edit.side}.{edit.rank}"
+    return f"{edit.id}.{edit.side}.{edit.rank}{'.pivoted' if edit.pivot else ''}"
 
 
 @contextmanager
@@ -306,9 +328,9 @@ def _composed(factored: Factored, composition: Composition, dense: Mapping[str, 
     for name in here.names:
         place = {"device": dense[name].weight.device, "dtype": dense[name].weight.dtype}
         module = ComposedLinear(here, name, False, home=made.get(here.names[0]), **place)
-        for factor in composition.factors:
-            if (part := module._modules.get(factor.name)) is not None:
-                part.load_state_dict({"weight": factored.tensor(f"{prefix}{factor.home or name}.{factor.name}.weight")})
+        keys = [(factor.home or name, key) for factor in composition.factors for key in factor.keys]
+        there = module.state_dict().keys()
+        module.load_state_dict({key: factored.tensor(f"{prefix}{home}.{key}") for home, key in keys if key in there})
         module.requires_grad_(False)
         module.bias = dense[name].bias  # the model's own, which stays as it is
         made[name] = module
