@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
-A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `heal MODEL`, `speed` or
-`measured METHOD`.
+A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `heal MODEL`, `speed`,
+`measured METHOD`, or, from the code, `recipe KIND` or `options`.
 """
 
 import json
@@ -14,9 +14,10 @@ from benchmarks.heal.tables import heal_page, speed_page
 from benchmarks.methods.tables import machine, markdown, measured_method, model_page
 from benchmarks.results import Results
 from scripts.method_matrix import matrix
+from scripts.recipe_tables import options_page, recipe_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/papers.md")
+PAGES = ("README.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
 BENCHMARKS = ROOT / "benchmarks"
 METHODS, HEAL = (Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "heal"))
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
@@ -68,6 +69,10 @@ def table(name: str) -> str:
         return speed_page(BENCHMARKS / "heal" / "speed.json")
     if kind == "measured":
         return measured_method(METHODS, which)
+    if kind == "recipe":
+        return recipe_page(which)
+    if kind == "options":
+        return options_page()
     raise ValueError(f"There is no table '{name}'.")
 
 

@@ -47,7 +47,7 @@ def test_the_readme_s_python_runs(user):
     script = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", script], cwd=user, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "top1_agreement" in done.stdout
+    assert "top-1 agreement with the original: " in done.stdout
     assert "trainable params" in done.stdout
 
 

@@ -5,12 +5,14 @@ package, as the command line's `--help` does, does not import torch.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layershare.api import compress, heal, make_plan, measure
     from layershare.errors import LayershareError, UnsupportedModelError
     from layershare.evaluate.divergence import Evaluation
+    from layershare.manifest import Verified, verify
     from layershare.model.arch import Spec, describe
     from layershare.model.hub import load, save
     from layershare.plan.edits import Share
@@ -24,6 +26,8 @@ _HOME = {
     "Evaluation": "evaluate.divergence",
     "LayershareError": "errors",
     "UnsupportedModelError": "errors",
+    "Verified": "manifest",
+    "verify": "manifest",
     "Spec": "model.arch",
     "describe": "model.arch",
     "load": "model.hub",
@@ -39,6 +43,7 @@ __all__ = [
     "Share",
     "Spec",
     "UnsupportedModelError",
+    "Verified",
     "compress",
     "describe",
     "heal",
@@ -46,10 +51,13 @@ __all__ = [
     "make_plan",
     "measure",
     "save",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("layershare")
     if name in _HOME:
         return getattr(import_module(f"layershare.{_HOME[name]}"), name)
     raise AttributeError(f"module 'layershare' has no attribute '{name}'")

@@ -9,29 +9,42 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from layershare.disk import writing
 from layershare.errors import LayershareError
-from layershare.plan.table import size
-from layershare.store import LOCK, only_one, write_atomically
+from layershare.foreign import read_text, reading
+from layershare.manifest import require_whole, write_manifest
+from layershare.store import LOCK, MANIFEST, make_folder, only_one, write_atomically
 
 WORK = ".run"
 RECIPE = "recipe.yaml"
 HEAL = "heal.yaml"
 """The recipe of a healing, beside which that of the compression lies."""
+MEND = "mend that, or name another folder"
+AGAIN = "delete the folder, so that the command can make it again, or name another one"
+"""What to do about a finished folder that is damaged."""
 
 
 def is_finished(out: Path, recipe: str, name: str = RECIPE) -> bool:
     """Whether `out` holds the run of this very recipe, finished; `name` is that of the recipe's file.
 
-    Raises `LayershareError` if it is a file, or holds something else than that run, finished or not.
+    Raises `LayershareError` if it is a file, or holds something else than that run, finished or not, or if what is
+    finished has changed since.
     """
     if not require_folder(out).exists():
         return False
+    if not (out / WORK).exists() or (out / "config.json").is_file():
+        require_whole(out, weights=False, mend=AGAIN)
     names = [each for each in (HEAL, RECIPE) if (out / each).is_file()]
     finished = (out / "config.json").is_file() and names[:1] == [name]
     place = out if finished else out / WORK
     if (place / name).is_file():
-        if (place / name).read_text(encoding="utf-8") == recipe:
+        with reading(f"The {name} in '{place}'", AGAIN):
+            same = read_text(place / name) == recipe
+        if same:
+            if finished:
+                require_whole(out, weights=True, mend=AGAIN)
             return finished
         state = "a finished" if finished else "an unfinished"
         raise LayershareError(
@@ -56,49 +69,79 @@ def require_new(out: Path) -> None:
 
 
 def require_folder(path: Path) -> Path:
-    """The path, if a folder is there or can be. Raises `LayershareError` if it, or a part of it, is a file."""
-    for part in (path, *path.parents):
-        if part.is_file():
-            raise LayershareError(f"'{part}' is a file; name a folder.")
+    """The path, if a folder is there or can be. Raises `LayershareError` if it, or a part of it, is something else."""
+    with writing(path, "name another folder"):
+        for part in (path, *path.parents):
+            if part.exists() and not part.is_dir():
+                raise LayershareError(f"'{part}' is a file; name a folder.")
     return path
 
 
-def require_disk(needs: dict[Path, int]) -> None:
-    """Raise `LayershareError` if there are fewer bytes free than needed for one of these folders."""
-    for folder, needed in needs.items():
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise LayershareError(
-                f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
-                "free some or name another folder."
-            )
+@contextmanager
+def work_folder(out: Path, recipe: str, name: str = RECIPE, needed: int = 0) -> Iterator[Path]:
+    """The folder in `out` for an unfinished run, which is gone after it; `name` is that of its recipe's file.
+
+    If the run fails before any work is finished, the folder is removed, and so are those around it that were made for
+    it and hold nothing else. Raises `LayershareError` if it cannot be made or written to (`needed` bytes will be), or
+    if another process works in it.
+    """
+    work = out / WORK
+    with writing(out, needed=needed):
+        made = _missing(work)
+        with only_one(work):
+            try:
+                write_atomically(work / name, recipe.encode())
+                yield work
+            except Exception:
+                if made and not [*work.rglob("*.safetensors"), *work.glob("plan-*.json")]:  # no finished work to keep
+                    shutil.rmtree(work, ignore_errors=True)
+                    _remove_empty(made[1:])
+                raise
+            shutil.rmtree(work)
 
 
 @contextmanager
-def work_folder(out: Path, recipe: str, name: str = RECIPE) -> Iterator[Path]:
-    """The folder in `out` for an unfinished run; `name` is that of its recipe's file.
+def staged(out: Path, needed: int = 0) -> Iterator[Path]:
+    """A folder for the files of a model that then come into `out` together, or not at all.
 
-    If the run fails before any work is finished, the folder is removed, and so are those around it that were made for
-    it and hold nothing else. Raises `LayershareError` if it cannot be made, or if another process works in it.
+    Raises `LayershareError` if they cannot be written; `needed` bytes will be.
     """
-    work = out / WORK
-    made = [path for path in (work, *work.parents) if not path.exists()]
-    with only_one(work):
-        write_atomically(work / name, recipe.encode())
+    with writing(out, MEND, needed):
+        made = _missing(out)
         try:
-            yield work
-        except Exception:
-            if made and not [*work.rglob("*.safetensors"), *work.glob("plan-*.json")]:  # no finished work to keep
-                shutil.rmtree(work)
-                with suppress(OSError):  # something else is there by now, such as another run
-                    for folder in made[1:]:
-                        folder.rmdir()
+            make_folder(out)
+            with TemporaryDirectory(prefix=".new-", dir=out) as temporary:
+                yield Path(temporary)
+                publish(Path(temporary), out)
+        except BaseException:
+            _remove_empty(made)
             raise
 
 
 def publish(staging: Path, out: Path) -> None:
-    """Move the finished files from the work folder to `out`, `config.json` last, then delete what is left of it."""
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+    """Give the files of a finished model their manifest and move them to `out`, `config.json` last.
+
+    The manifest comes first: beside older files, among which these come, it tells that they are not a whole model.
+    Older weights that would be read in place of these are deleted.
+    """
+    write_manifest(staging)
+    order = {MANIFEST: 0, "config.json": 2}
+    for number, file in enumerate(sorted(staging.iterdir(), key=lambda file: order.get(file.name, 1))):
+        if (out / file.name).is_dir():
+            shutil.rmtree(out / file.name)
         file.replace(out / file.name)
-    shutil.rmtree(out / WORK)
+        if number == 0:
+            for old in out.glob("model*.safetensors*"):
+                if not (staging / old.name).exists():
+                    old.unlink()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those around it that are not there."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # something else is there by now, such as another run
+        for folder in folders:
+            folder.rmdir()

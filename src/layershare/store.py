@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,45 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layershare.disk import writing
 from layershare.errors import LayershareError
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, fsync, rename."""
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file, which gets its own when it is whole and on the disk; it goes if that fails."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all; a pipe or device is written to as it is."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    with appearing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def to_json(value: Any) -> str:
+    """JSON as our files have it."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, to_json(value).encode())
 
 
 def make_folder(folder: Path) -> None:
@@ -66,12 +86,15 @@ def only_one(folder: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def checksum(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """The SHA-256 of a file, or of its bytes from `begin` to before `end`, in hexadecimal."""
     digest = hashlib.sha256()
+    left = path.stat().st_size - begin if end is None else end - begin
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
+        file.seek(begin)
+        while left > 0 and (chunk := file.read(min(left, 1 << 22))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
 
 
@@ -113,13 +136,12 @@ class Store:
     def write(self, unit: str, tensors: dict[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Store a finished unit with some facts about it."""
         path = self._path(unit)
-        temporary = path.with_name(path.name + ".part")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        self._units[unit] = {"sha256": checksum(temporary), "facts": dict(facts or {})}
-        temporary.replace(path)
-        write_json(self.folder / MANIFEST, {"identity": self.identity, "units": self._units})
+        with writing(self.folder):
+            with appearing(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+                entry = {"sha256": checksum(temporary), "facts": dict(facts or {})}
+            self._units[unit] = entry
+            write_json(self.folder / MANIFEST, {"identity": self.identity, "units": self._units})
         self._verified.add(unit)
 
     def read(self, unit: str, name: str) -> Tensor:

@@ -298,7 +298,7 @@ def test_hidden_states_in_files(lock_step: bool, tmp_path: Path) -> None:
 def test_scratch_folder_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
-    with pytest.raises(LayershareError, match="hidden states need"):
+    with pytest.raises(LayershareError, match="of disk in"):
         streamed_outputs(Stream(Weights.of(tiny_model("llama")), TEXT, 2, scratch=tmp_path))
 
 

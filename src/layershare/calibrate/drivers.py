@@ -16,7 +16,7 @@ because blocks could talk to each other through a list, dictionary or cache. Oth
 """
 
 import math
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershare.errors import LayershareError, UnsupportedModelError
+from layershare.disk import require_disk, writing
+from layershare.errors import UnsupportedModelError
 from layershare.model.weights import Weights
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -58,14 +59,15 @@ class Batches:
         if self._scratch is None:
             return torch.empty(shape, dtype=like.dtype)
         size = math.prod(shape)
-        free = shutil.disk_usage(self._scratch).free
-        if size * like.itemsize > free:
-            raise LayershareError(
-                f"The hidden states need {size * like.itemsize / 1e9:.1f} GB in '{self._scratch}', which has "
-                f"{free / 1e9:.1f} GB left; free some space or use fewer tokens."
-            )
+        require_disk({self._scratch: size * like.itemsize})
         # The file's name goes at once, so that its room on the disk returns with the tensor, however the process ends.
-        with NamedTemporaryFile(dir=self._scratch, prefix="states-") as file:
+        with (
+            writing(self._scratch, needed=size * like.itemsize),
+            NamedTemporaryFile(dir=self._scratch, prefix="states-") as file,
+        ):
+            # Room is taken now: a disk that is full when the memory map is written to would kill the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size * like.itemsize)
             return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)
 
 

@@ -4,6 +4,7 @@ KL divergence D(original ‖ model) and top-1 agreement (how often both rank the
 positions as perplexity.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.evaluate.perplexity import Perplexity, logits, negative_log_likelihood, perplexity
+from layershare.model.weights import require_finite
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,18 @@ class Evaluation:
     kl: float | None = None
     top1_agreement: float | None = None
 
+    def __str__(self) -> str:
+        """For people: what was measured on which text, one number a line."""
+        text = self.text
+        blocks = f"{text['blocks']:,} blocks of {text['length']:,} tokens of {text['source']}, {self.dtype}"
+        if self.original_perplexity is None:
+            return f"perplexity {self.perplexity.value:.4g} on {blocks}"
+        return (
+            f"perplexity {self.perplexity.value:.4g} (original: {self.original_perplexity.value:.4g}) on {blocks}\n"
+            f"KL divergence from the original: {self.kl:.4g} nats per token\n"
+            f"top-1 agreement with the original: {self.top1_agreement:.1%}"
+        )
+
 
 @torch.no_grad()
 def evaluate(
@@ -43,7 +57,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model on a text, and against its original if that is given.
 
-    Raises `LayershareError` if the two have different vocabularies.
+    Raises `LayershareError` if the two have different vocabularies, or if one gives no numbers.
     """
     if original is not None and original.config.vocab_size != model.config.vocab_size:
         raise LayershareError(
@@ -66,6 +80,9 @@ def evaluate(
                     agreement += int((p.argmax(-1) == q.argmax(-1)).sum())
                     kl += float(q.exp().mul_(q - p).sum(dtype=torch.float64))
     progress(len(batches), len(batches))
+    _require_numbers(model, nll)
+    if original is not None:
+        _require_numbers(original, reference_nll)
     predicted = text.tokens.shape[0] * (text.tokens.shape[1] - 1)
     measured = Evaluation(text.identity, str(model.dtype).removeprefix("torch."), perplexity(nll, predicted))
     if original is None:
@@ -78,3 +95,12 @@ def evaluate(
         kl / predicted,
         agreement / predicted,
     )
+
+
+def _require_numbers(model: PreTrainedModel, nll: float) -> None:
+    """Raise `LayershareError` if a likelihood is none, naming the tensor at fault if there is one."""
+    if math.isfinite(nll):
+        return
+    require_finite((*model.named_parameters(), *model.named_buffers()))
+    if math.isnan(nll):
+        raise LayershareError(f"The logits overflow in {str(model.dtype).removeprefix('torch.')}; use a wider dtype.")

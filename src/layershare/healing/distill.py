@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from layershare.calibrate.drivers import evaluating, with_hidden_output
 from layershare.calibrate.stats import Progress
 from layershare.calibrate.stream import Stream
+from layershare.disk import require_disk
 from layershare.errors import LayershareError
-from layershare.folders import require_disk
 from layershare.model.arch import find_blocks
 from layershare.model.weights import Weights
 from layershare.store import Store, only_one

@@ -8,20 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from layershare.calibrate.stats import Progress
+from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
-from layershare.folders import HEAL, WORK, is_finished, publish, require_disk, work_folder
+from layershare.folders import AGAIN, HEAL, WORK, is_finished, publish, work_folder
+from layershare.foreign import reading
 from layershare.healing.job import HealJob, results_of
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import Say, train
-from layershare.model.hub import QUANT_METHOD, load, save
-from layershare.model.source import resolve
+from layershare.model.hub import QUANT_METHOD, load, write_folder
+from layershare.model.original import copy_side_files
 from layershare.report.page import write_pages
 from layershare.report.results import environment
 from layershare.run import Clock, Report, silent
@@ -42,13 +43,14 @@ def heal_folder(
     """
     out, healing = Path(out), job.healing
     if is_finished(out, healing.to_yaml(), HEAL):
-        results = results_of(out)
-        if results["healing"]["fingerprint"] != job.fingerprint:
+        with reading(f"The results.json in '{out}'", AGAIN):
+            results = results_of(out)
+            date, fingerprint = (results["healing"][key] for key in ("date", "fingerprint"))
+        if fingerprint != job.fingerprint:
             raise LayershareError(
                 f"The folder '{out}' holds a finished healing of another model, text or teacher; name another folder."
             )
         shutil.rmtree(out / WORK, ignore_errors=True)
-        date = results["healing"]["date"]
         warnings.warn(f"'{out}' holds this very healing, finished {date}: nothing was done.", stacklevel=2)
         return results
     state = PartialState()
@@ -59,10 +61,11 @@ def heal_folder(
     needs = job.needs(job.student())
     say(needs.sentence())
     # Twice what is trained, its optimizer states, and the result.
-    require_disk({out: 2 * (needs.gradients + needs.states) + needs.weights})
-    with work_folder(out, healing.to_yaml(), HEAL) if main else nullcontext(out / WORK) as work:
+    room = 2 * (needs.gradients + needs.states) + needs.weights
+    require_disk({out: room})
+    with work_folder(out, healing.to_yaml(), HEAL, room) if main else writing(out, needed=room):
         state.wait_for_everyone()
-        return _carry_out(job, out, work, needs, Clock(report), say)
+        return _carry_out(job, out, out / WORK, needs, Clock(report), say)
 
 
 def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clock, say: Say) -> dict[str, Any]:
@@ -126,12 +129,13 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
-    model.to(job.config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
+    model.to(job.stored_dtype)  # pyright: ignore[reportArgumentType]
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
-        save(model, staging, job.tokenizer)
+        write_folder(model, staging, job.tokenizer)
     else:
         model.save_pretrained(staging, max_shard_size=job.healing.max_shard_size)
         job.tokenizer.save_pretrained(staging)
+    copy_side_files(job.folder, staging)
     for name in KEPT:
         if (job.folder / name).is_file():
             shutil.copyfile(job.folder / name, staging / name)
@@ -141,10 +145,10 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
 def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
     assert job.trial is not None
     dtype = job.trial.test.dtype
-    model = load(folder, dtype=dtype, device_map=job.device)
+    model = load(folder, dtype=dtype, device_map=job.device, **job.trust)
     original = job.teacher
     if isinstance(original, str):
-        original = load(resolve(original), dtype=dtype, device_map=job.device)
+        original = load(original, dtype=dtype, device_map=job.device, **job.trust)
     measured = job.trial.measure(model, original, progress)
     if samples and original is not None and job.trial.text is not None:
         measured["samples"] = compare_samples(model, original, job.trial.text, job.tokenizer)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from layershare.disk import size
 from layershare.healing.settings import Healing
 from layershare.model.arch import find_blocks
 from layershare.model.layers import ComposedLinear
-from layershare.plan.table import size
 from layershare.report.words import count
 
 _STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}

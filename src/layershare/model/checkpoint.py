@@ -74,6 +74,6 @@ def _write_file(path: Path, tensors: Tensors, read: Read) -> None:
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}")
             if tensor.numel():
-                tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().tofile(file)
+                file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

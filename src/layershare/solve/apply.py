@@ -151,7 +151,7 @@ def solve(
                 factors = pivot_factors(factors, edit.side)
                 facts["largest"] = float(factors.basis.abs().max())
             own = {linear.name: [coef] for linear, coef in zip(linears, factors.coefs, strict=True)}
-            named = named_tensors(spec, edit, factors.basis, own, factors.order)
+            named = named_tensors(spec, edit, factors.basis, own, dense[0].dtype, factors.order)
             factored.groups.write(unit_name(edit), named, facts)
         done += sum(linear.parameters for linear in linears)
     progress(total, total)
@@ -242,12 +242,13 @@ def named_tensors(
     edit: Share | Delta,
     shared: Tensor,
     own: Mapping[str, Iterable[Tensor]],
+    dtype: torch.dtype,
     order: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of an edit as they are stored, by full name, from its matrices in row convention.
+    """The tensors of an edit as layers hold them, by full name, from its matrices in row convention.
 
     `own`: linear's name -> the factors that are its own, the one that meets the input first. `order`: of the shared
-    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype that it is stored in.
+    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype.
     """
     composed = composition(spec, edit)
     rest = {name: iter(matrices) for name, matrices in own.items()}
@@ -255,11 +256,8 @@ def named_tensors(
     for member, factor in composed.stored():
         matrices.append(shared if factor.home else next(rest[member.name]))
         matrices += [order] if factor.pivots and order is not None else []
-    layout = composed_tensors(spec, composed).items()
-    tensors = {
-        name: matrix.mT.to(dtype) if matrix.ndim > 1 else matrix.to(dtype)
-        for (name, (_, dtype)), matrix in zip(layout, matrices, strict=True)
-    }
+    found = zip(composed_tensors(spec, composed), matrices, strict=True)
+    tensors = {name: each.T.to(dtype) if each.is_floating_point() else each.int() for name, each in found}
     require_fitting(tensors)
     return tensors
 

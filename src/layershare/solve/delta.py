@@ -60,7 +60,7 @@ def _solved(
     for edit in edits:
         base, made, error = _deltas(edit, dict(zip(users, views, strict=True)), method.init)
         own = {evidence.spec.linear(edit.role, layer).name: pair for layer, pair in made.items()}
-        tensors |= named_tensors(evidence.spec, edit, base, own)
+        tensors |= named_tensors(evidence.spec, edit, base, own, base.dtype)
         facts[edit.id] = {"error": error}
     require_fitting(tensors)
     return tensors, facts

@@ -1,0 +1,96 @@
+"""The disk and its troubles, no room, a quota, no permission, a folder that goes away: each becomes a sentence here."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from layershare.errors import LayershareError
+
+CONTINUES = "mend that, and the same command continues"
+OTHER_FILE = "mend that, or name another file"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries that are written in Rust, such as safetensors, spell what the system said."""
+_TORCH = ("inline_container", "PytorchStreamWriter")
+"""In what torch says when `torch.save` could not write; it does not say why."""
+
+
+def size(count: int) -> str:
+    """Bytes for people: `3.2 GB`."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def require_disk(needs: dict[Path, int]) -> None:
+    """Raise `LayershareError` if there are fewer bytes free than needed for one of these folders."""
+    for folder, needed in needs.items():
+        free = _free(folder)
+        if needed > free:
+            raise LayershareError(
+                f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
+                "free some or name another folder."
+            )
+
+
+@contextmanager
+def writing(place: Path, advice: str = CONTINUES, needed: int = 0) -> Iterator[None]:
+    """Turn whatever the system says while something is written to `place` into a `LayershareError`.
+
+    `advice`: what to do; `needed`: the bytes that all of it needs there, if known. Other errors pass as they are.
+    """
+    try:
+        yield
+    except LayershareError:
+        raise
+    except Exception as error:  # libraries have errors of their own for a full disk
+        found = trouble(error)
+        if found is None:
+            raise
+        number, words = found
+        if number == errno.ENOSPC:
+            words += f"; {size(_free(place))} are free"
+        if number in FULL and needed:
+            words += f"; about {size(needed)} are needed in all"
+        raise LayershareError(f"'{place}' cannot be written ({words}): {advice}.") from error
+
+
+def trouble(error: BaseException) -> tuple[int | None, str] | None:
+    """What the system said, if that is what an exception is about: number and words; the number is not always known.
+
+    An error that another one was made from counts, and so does a full disk in one that was being dealt with.
+    """
+    link: BaseException | None = error
+    direct = True
+    while link is not None:
+        said = _said(link)
+        if said is not None and (direct or said[0] in FULL):
+            return said
+        direct = direct and link.__cause__ is not None
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _said(error: BaseException) -> tuple[int | None, str] | None:
+    if isinstance(error, OSError):
+        words = " ".join((error.strerror or str(error)).split())
+        words = words[:1].lower() + words[1:]
+        return error.errno, f"{words}: '{error.filename}'" if error.filename else words
+    if found := _OS_ERROR.search(str(error)):
+        return int(found[1]), os.strerror(int(found[1])).lower()
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH):
+        return errno.ENOSPC, "a file could not be written to its end"
+    return None
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
