@@ -202,7 +202,7 @@ def test_compress_list_evaluate_generate_export(layershare, here):
     code, out, _ = layershare("export", "small", "-o", "wide", "--dense")
     assert code == 0
     dense = AutoModelForCausalLM.from_pretrained(here / "wide")
-    assert {type(m).__name__ for m in dense.modules()}.isdisjoint({"FactorLinear", "SharedBasis"})
+    assert {type(m).__name__ for m in dense.modules()}.isdisjoint({"ComposedLinear", "SharedLinear"})
     assert "quantization_config" not in json.loads((here / "wide" / "config.json").read_text())
     with torch.no_grad():
         torch.testing.assert_close(dense(tokens()).logits, small(tokens()).logits, rtol=1e-3, atol=1e-4)

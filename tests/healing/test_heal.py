@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from layershare.healing.parameters import choose, lora_targets, merge
 from layershare.healing.settings import Lora
 from layershare.healing.training import HealTrainer, Ordered, last_checkpoint
 from layershare.model.hub import load
-from layershare.model.layers import FactorLinear
+from layershare.model.layers import ComposedLinear
 from layershare.store import MANIFEST
 from tests.families import tokens
 from tests.healing.tiny import changed, compress_tiny, heal, job, results_of, settings, weights
@@ -48,24 +49,43 @@ def test_what_should_train_does_and_all_else_keeps_its_bits(small, tmp_path, cha
         assert done["needs"]["trained"] == counted
 
 
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"train": "factors"}, FACTORS),
+        ({"train": "full"}, ("weight",)),
+        ({"train": "lora", "lora": {"targets": "coefficients"}}, (".coef.weight",)),
+        ({"train": "lora", "lora": {"targets": "factors"}}, FACTORS),
+    ],
+    ids=["factors", "full", "coefficients", "factors-by-lora"],
+)
+def test_pivoted_bases_train_and_keep_their_pivots(tmp_path, tokenizer, words, changes, trained):
+    small = compress_tiny(tmp_path, tokenizer, words, options={"pivot": True})
+    done = heal(small, tmp_path / "out", **changes)
+    every = {name for name, tensor in weights(small).items() if tensor.numel()}
+    assert any(name.endswith(".basis_order") for name in every)
+    assert changed(small, tmp_path / "out") == {name for name in every if name.endswith(trained)}
+    assert done["log"][-1]["train_loss"] < 10
+
+
 def test_a_shared_basis_gets_the_sum_of_its_members_gradients(small):
     shared, alone = load(small), load(small)
     members = {}
     for name, module in list(alone.named_modules()):
-        if isinstance(module, FactorLinear):
+        if isinstance(module, ComposedLinear):
             basis = torch.nn.Linear(1, 1, bias=False)
-            first, second = module.parts()
-            basis.weight = torch.nn.Parameter((first if module.side == "input" else second).weight.detach().clone())
-            module._owner = ()
-            module.basis = basis  # pyright: ignore[reportAttributeAccessIssue]
+            (shared_part,) = (part for part, f in zip(module.parts(), module.factors, strict=True) if f.home)
+            basis.weight = torch.nn.Parameter(shared_part.weight.detach().clone())
+            module._home = (SimpleNamespace(basis=basis),)  # pyright: ignore[reportAttributeAccessIssue]
+            module.basis = basis
             members[name] = basis.weight
     objective = Objective(settings(small).loss, shared, None)
     for model in (shared, alone):
         objective(model, tokens(), torch.arange(2))[0].backward()
     for module in shared.modules():
-        if isinstance(module, FactorLinear) and not module._owner:
-            own = module.basis.weight
-            users = [n for n, m in shared.named_modules() if isinstance(m, FactorLinear) and module in (m, *m._owner)]
+        if isinstance(module, ComposedLinear) and not module._home:
+            own = module.basis.weight  # pyright: ignore[reportAttributeAccessIssue]
+            users = [n for n, m in shared.named_modules() if isinstance(m, ComposedLinear) and module in (m, *m._home)]
             total = torch.stack([members[each].grad for each in users]).sum(0)  # pyright: ignore
             torch.testing.assert_close(own.grad, total)
             assert len(users) in (1, 2)

@@ -7,8 +7,7 @@ import torch
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.methods.d_rank import effective_rank, in_proportion, to_v
-from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, composition
 from layershare.plan.ranks import LayerGroup
 from tests.families import WIDTH, tiny_model
 from tests.methods.evidence import measured, set_spectrum, unmeasured
@@ -121,7 +120,7 @@ def test_plans_use_their_budget_up_to_half_a_percent(family, tmp_path, tokenizer
         for edit in plan.edits:
             assert isinstance(edit, Share)
             linear = evidence.spec.linear(edit.role, edit.layers[0])
-            assert share_parameters(evidence.spec, edit) < len(edit.layers) * linear.parameters
+            assert composition(evidence.spec, edit).parameters < len(edit.layers) * linear.parameters
 
 
 def test_the_refit_is_basis_sharing_s():

@@ -5,8 +5,8 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.methods.welore import normalised, threshold_ranks
-from layershare.plan.budget import share_parameters
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, composition
+from layershare.plan.ranks import Cost
 from tests.families import WIDTH, tiny_model
 from tests.methods.evidence import set_spectrum, unmeasured
 
@@ -26,8 +26,9 @@ def test_one_threshold_on_normalised_values_keeps_to_the_budget():
         for n in (20, 30, 25)
     ]
     costs, dense = [50, 70, 60], [600, 1000, 625]
+    all_costs = [Cost(cost, whole) for cost, whole in zip(costs, dense, strict=True)]
     for parameters in (700, 1100, 1600):
-        ranks = threshold_ranks(spectra, costs, dense, parameters)
+        ranks = threshold_ranks(spectra, all_costs, parameters)
 
         def size(ranks):
             return sum(min(k * cost, whole) for k, cost, whole in zip(ranks, costs, dense, strict=True))
@@ -72,7 +73,7 @@ def test_a_rank_that_would_not_pay_is_never_given():
     evidence = unmeasured(tiny_model("llama"))
     for edit in planned(evidence, 0.9).edits:
         assert isinstance(edit, Share)
-        assert share_parameters(evidence.spec, edit) < evidence.spec.linear(edit.role, edit.layers[0]).parameters
+        assert composition(evidence.spec, edit).parameters < evidence.spec.linear(edit.role, edit.layers[0]).parameters
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "falcon"])
@@ -91,7 +92,7 @@ def test_equal_singular_values_are_all_kept_or_none():
 
 def test_what_is_asked_for_in_vain_is_said_in_one_sentence():
     evidence = unmeasured(tiny_model("llama"))
-    with pytest.raises(LayershareError, match="'welore' has no options"):
+    with pytest.raises(LayershareError, match=r"Unknown option of welore 'threshold'\. Known: pivot"):
         make_method("welore", {"threshold": 0.1})
     with pytest.raises(LayershareError, match="plans by what it measures"):
         plan_with(evidence.spec, "welore", make_method("welore"), 0.5, "targets")

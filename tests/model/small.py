@@ -7,45 +7,47 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from layershare.model.composition import Composition, Member, deltas, shared
 from layershare.model.hub import LayershareConfig, LayershareQuantizer
 from layershare.model.layers import ComposedLinear
-from layershare.model.swap import Anchored, Group
+from layershare.model.swap import member_of
 from tests.families import tiny_model, tokens
 
 RANK = 6
 
 
-def some_groups(model: PreTrainedModel) -> list[Group]:
-    """Groups over linears of the 4 blocks: both sides, members that are not neighbours, and some layers left dense.
+def some_shares(model: PreTrainedModel) -> list[Composition]:
+    """Shared bases over linears of the 4 blocks: both sides, members that are not neighbours, some layers left dense.
 
     Of every third linear of a block from the first, layers 0 and 2 share the input side, 1 and 3 the output side; from
-    the second, layers 0 to 2 share the output side and layer 3 stays dense.
+    the second, layers 0 to 2 share the output side and layer 3 stays dense. Some bases are pivoted.
     """
-    groups = []
-    for index, (role, layers) in enumerate(_by_role(model).items()):
+    found = []
+    for index, layers in enumerate(_by_role(model)):
         if index % 3 == 0:
-            groups.append(Group(role, "input", RANK, layers[::2]))
-            groups.append(Group(role, "output", RANK, layers[1::2]))
+            found.append(shared(layers[::2], RANK, "input", pivot=True))
+            found.append(shared(layers[1::2], RANK, "output"))
         elif index % 3 == 1:
-            groups.append(Group(role, "output", RANK, layers[:3]))
-    return groups
+            found.append(shared(layers[:3], RANK, "output", pivot=index % 2 == 1))
+    return found
 
 
-def some_deltas(model: PreTrainedModel) -> list[Anchored]:
+def some_deltas(model: PreTrainedModel) -> list[Composition]:
     """In the others layers 1 and 3 have deltas: to layer 0, or, every second time, to a mean of the two."""
-    deltas = []
-    for index, (role, layers) in enumerate(_by_role(model).items()):
+    found = []
+    for index, layers in enumerate(_by_role(model)):
         if index % 3 == 2:
-            deltas.append(Anchored(role, RANK, layers[index % 2], layers[1::2]))
-    return deltas
+            users = layers[1::2] if index % 2 else (layers[0], *layers[1::2])
+            found.append(deltas(users, RANK, [layer.name for layer in layers[1::2]]))
+    return found
 
 
-def _by_role(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """Name in a block -> the names of that linear in the 4 blocks, in the order of the first block."""
-    linears = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D) and ".0." in n]
-    return {
-        name.partition(".0.")[2]: tuple(name.replace(".0.", f".{layer}.") for layer in range(4)) for name in linears
-    }
+def _by_role(model: PreTrainedModel) -> list[tuple[Member, ...]]:
+    """Of every linear of a block those of the 4 blocks, in the order of the first block."""
+    linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    first = [name for name in linears if ".0." in name]
+    layers = ([name.replace(".0.", f".{layer}.") for layer in range(4)] for name in first)
+    return [tuple(member_of(name, linears[name]) for name in names) for names in layers]
 
 
 def adopt(model: PreTrainedModel, config: LayershareConfig) -> PreTrainedModel:
@@ -61,12 +63,14 @@ def compressed(family: str, **options) -> Any:
     """A live compressed model of the family, with random factors and deltas and with notes in its config."""
     model = tiny_model(family, **options)
     notes = {"method": "random", "keep": 0.5}
-    adopt(model, LayershareConfig(some_groups(model), notes, deltas=some_deltas(model)))
+    adopt(model, LayershareConfig([*some_shares(model), *some_deltas(model)], notes))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ComposedLinear):
                 for part in module.children():
                     part.weight.normal_(std=0.15)  # pyright: ignore[reportCallIssue, reportArgumentType]
+                for order in module.buffers(recurse=False):
+                    order.copy_(torch.randperm(len(order)))
     return model
 
 

@@ -535,6 +535,6 @@ def test_code_of_others_is_run_only_where_that_is_allowed(spoilt, originals, mon
     shutil.rmtree(folder)
     small: Any = load(out, trust_remote_code=True)
     assert type(small).__name__ == "XForCausalLM"
-    assert type(small.model.layers[0].self_attn.q_proj).__name__ == "FactorLinear"
+    assert type(small.model.layers[0].self_attn.q_proj).__name__ == "ComposedLinear"
     with pytest.raises(LayershareError, match="--trust-remote-code"):
         load(out)

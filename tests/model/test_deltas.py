@@ -13,13 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from layershare.errors import LayershareError
 from layershare.methods.evidence import row_convention
 from layershare.model.arch import Spec, describe
-from layershare.model.layers import DeltaLinear
+from layershare.model.composition import Composition
+from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
 from layershare.plan.budget import measure
 from layershare.plan.edits import Delta, Drop, Edit, Share
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe
-from layershare.solve.apply import Factored, delta_names, factor_names, unit_name
+from layershare.solve.apply import Factored, names, unit_name
 from layershare.solve.write import write_model
 from tests.families import CONFIGS, tiny_model
 from tests.model.small import logits
@@ -46,7 +47,7 @@ def solved(factored: Factored, edit: Delta) -> dict[str, Tensor]:
         u, s, v = torch.linalg.svd(dense[layer] - shared, full_matrices=False)
         a, b = u[:, : edit.rank] * s[: edit.rank], v[: edit.rank]
         tensors += [a.T, b.T]
-    return dict(zip(delta_names(spec, edit), tensors, strict=True))
+    return dict(zip(names(spec, edit), tensors, strict=True))
 
 
 def carried_out(model: Any, edits: tuple[Edit, ...], folder: Path) -> Factored:
@@ -87,7 +88,7 @@ def test_deltas_of_full_rank_lose_nothing(family, tmp_path):
     folder, after = tmp_path / "small", factored.plan.after
     assert (folder / "model.safetensors").stat().st_size == after.all.bytes
     small = loaded(folder)
-    assert sum(isinstance(module, DeltaLinear) for module in small.modules()) > 4
+    assert sum(isinstance(module, ComposedLinear) for module in small.modules()) > 4
     assert small.num_parameters() == after.all.parameters
     torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-4)
     small.dequantize()
@@ -119,7 +120,7 @@ def test_deltas_beside_groups_and_dropped_parts(tmp_path):
     model = tiny_model("llama")
     share, delta, drop = Share("q", (0, 1), 5, "input"), Delta("up", 0, (1, 2), 4), Drop("mlp", (3,))
     factored = planned(model, (delta, drop, share), tmp_path / "work")
-    basis, *coefs = factor_names(factored.spec, share)
+    basis, *coefs = names(factored.spec, share)
     tensors = {basis: torch.randn(5, 32)} | {name: torch.randn(32, 5) for name in coefs}
     factored.groups.write(unit_name(share), tensors, {"error": 0.1, "spectrum": None})
     factored.write_delta("up", solved(factored, delta), {})
@@ -127,7 +128,7 @@ def test_deltas_beside_groups_and_dropped_parts(tmp_path):
     write_model(factored, Recipe("by-hand"), None, tmp_path / "small")
     small = loaded(tmp_path / "small")
     assert small.num_parameters() == factored.plan.after.all.parameters
-    assert small.hf_quantizer.edits.guard == "layers.0.self_attn.q_proj.weight"
+    assert small.hf_quantizer.edits.guard == "layers.0.mlp.up_proj.weight"
     assert (tmp_path / "small" / "model.safetensors").stat().st_size == factored.plan.after.all.bytes
 
 
@@ -135,16 +136,23 @@ def test_the_folder_says_who_shares_with_whom(tmp_path):
     model = tiny_model("llama")
     carried_out(model, (Delta("up", 0, (1, 3), 4), Delta("gate", 1, (1, 2), 4)), tmp_path)
     config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert config["groups"] == []
     up, gate = "layers.{}.mlp.up_proj", "layers.{}.mlp.gate_proj"
-    assert config["deltas"] == [
-        {"role": "up", "rank": 4, "anchor": up.format(0), "members": [up.format(1), up.format(3)]},
-        {"role": "gate", "rank": 4, "anchor": gate.format(1), "members": [gate.format(1), gate.format(2)]},
+    low_rank = [{"name": "down", "outward": 4}, {"name": "up", "inward": 4}]
+    assert config["compositions"] == [
+        {
+            "members": [{"name": name.format(layer), "d_in": 32, "d_out": 56} for layer in users],
+            "terms": [
+                {"factors": [{"name": "base", "home": name.format(users[0])}]},
+                {"factors": low_rank, "members": [name.format(layer) for layer in layers]},
+            ],
+        }
+        for name, users, layers in ((up, (0, 1, 3), (1, 3)), (gate, (1, 2), (1, 2)))
     ]
+    assert [Composition.from_json(each).to_json() for each in config["compositions"]] == config["compositions"]
     small = loaded(tmp_path / "small")
     layers = small.model.layers
     assert layers[3].mlp.up_proj.parts()[0] is layers[0].mlp.up_proj.base
-    assert layers[0].mlp.up_proj.rank == 0
+    assert len(layers[0].mlp.up_proj.parts()) == 1
     assert layers[2].mlp.gate_proj.parts()[0] is layers[1].mlp.gate_proj.base
     assert torch.equal(layers[0].mlp.up_proj.weight, model.get_parameter("model.layers.0.mlp.up_proj.weight"))
 
@@ -169,7 +177,7 @@ def test_what_is_solved_is_there_again_for_the_same_plan_alone(tmp_path):
     assert again.has_delta(edit.id)
     assert again.facts() == first.facts()
     assert first.facts()[edit.id] == {"rank": 4, "parameters": 32 * 56 + 2 * 4 * (32 + 56), "error": 0.5}
-    assert all(torch.equal(again.tensor(n), first.tensor(n)) for n in delta_names(first.spec, edit))
+    assert all(torch.equal(again.tensor(n), first.tensor(n)) for n in names(first.spec, edit))
     assert not planned(model, (Delta("up", 0, (1, 2), 5),), tmp_path / "work").has_delta(edit.id)
 
 

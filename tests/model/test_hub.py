@@ -13,16 +13,17 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import layershare
 from layershare.errors import LayershareError
+from layershare.model.composition import Member, deltas, shared
 from layershare.model.hub import (
     FORMAT_VERSION,
     LayershareConfig,
     load,
     save,
 )
-from layershare.model.layers import ComposedLinear, FactorLinear, SharedBasis, SharedDense
-from layershare.model.swap import Anchored, Group, swap_modules
+from layershare.model.layers import ComposedLinear, SharedLinear
+from layershare.model.swap import swap_modules
 from tests.families import CONFIGS, tiny_model, tokens
-from tests.model.small import adopt, compressed, logits, some_groups
+from tests.model.small import adopt, compressed, logits, some_shares
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,8 @@ def stored(folder: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_save_load_save_and_dense_export(family, tmp_path):
     model = compressed(family)
-    groups = model.hf_quantizer.groups
+    compositions = model.hf_quantizer.edits.compositions
+    groups, deltas = ([each for each in compositions if each.whole == whole] for whole in (False, True))
     model.save_pretrained(tmp_path / "first")
     loaded, info = reported(AutoModelForCausalLM, tmp_path / "first")
     assert not any(info.values()), info
@@ -74,13 +76,13 @@ def test_save_load_save_and_dense_export(family, tmp_path):
     names = stored(tmp_path / "first")
     assert sum(name.endswith(".basis.weight") for name in names) == len(groups)
     assert sum(name.endswith(".coef.weight") for name in names) == sum(len(group.members) for group in groups)
-    deltas = model.hf_quantizer.edits.deltas
     assert sum(name.endswith(".base.weight") for name in names) == len(deltas) > 0
     for part in ("down", "up"):
-        count = sum(len(anchored.members) for anchored in deltas)
+        count = sum(len(each.terms[1].members) for each in deltas)
         assert sum(name.endswith(f".{part}.weight") for name in names) == count
-    assert names.pop(f"{model.base_model_prefix}.{LayershareConfig(groups).guard}") == [0]
-    assert sum(torch.Size(shape).numel() for shape in names.values()) == model.num_parameters()
+    assert names.pop(f"{model.base_model_prefix}.{LayershareConfig(compositions).guard}") == [0]
+    numbers = {name: torch.Size(shape).numel() for name, shape in names.items() if not name.endswith("_order")}
+    assert sum(numbers.values()) == model.num_parameters()
 
     loaded.dequantize().save_pretrained(tmp_path / "dense")
     assert "layershare" not in (tmp_path / "dense" / "config.json").read_text()
@@ -97,10 +99,10 @@ def test_shards_with_one_group_in_several(llama, tmp_path):
     model: Any = AutoModelForCausalLM.from_pretrained(llama[1])
     model.save_pretrained(tmp_path / "first", max_shard_size="15KB")
     shards = json.loads((tmp_path / "first" / "model.safetensors.index.json").read_text())["weight_map"]
-    for group in model.hf_quantizer.groups:
-        assert len({shards[f"model.{name}.coef.weight"] for name in group.members}) > 1
-    for anchored in model.hf_quantizer.edits.deltas:
-        assert len({shards[f"model.{name}.up.weight"] for name in anchored.members}) > 1
+    for composition in model.hf_quantizer.edits.compositions:
+        own = composition.terms[-1].members or composition.names
+        part = "up" if composition.whole else "coef"
+        assert len({shards[f"model.{name}.{part}.weight"] for name in own}) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert torch.equal(logits(model), logits(loaded))
     loaded.save_pretrained(tmp_path / "second", max_shard_size="15KB")
@@ -186,7 +188,7 @@ def test_the_live_model_looks_loaded(llama):
         assert each.is_quantized is False
         assert each.hf_quantizer.is_trainable
         assert type(each._no_split_modules) is type(tiny_model("llama")._no_split_modules)
-        assert {SharedBasis.__name__, SharedDense.__name__} <= each._no_split_modules & each.model._no_split_modules
+        assert SharedLinear.__name__ in each._no_split_modules & each.model._no_split_modules
         assert each._fsdp_plan["model.layers.*.mlp.gate_proj.basis"] == "free_full_weight"
         assert each._fsdp_plan["model.layers.*.self_attn.v_proj.base"] == "free_full_weight"
         assert each._tp_plan["model.layers.*.mlp.gate_proj"] == "layershare_colwise"
@@ -195,7 +197,8 @@ def test_the_live_model_looks_loaded(llama):
 
 
 def test_other_fields_of_the_config_survive():
-    ours = LayershareConfig([Group("q", "input", 2, ("a",))], deltas=[Anchored("k", 2, "b", ("c",))])
+    members = [Member(name, 4, 4) for name in "abc"]
+    ours = LayershareConfig([shared(members[:1], 2, "input"), deltas(members[1:], 2, ["c"])])
     content = {**ours.to_dict(), "added_by": "another tool"}
     again: Any = LayershareConfig.from_dict(json.loads(json.dumps(content)))
     assert again.to_dict() == content
@@ -204,12 +207,12 @@ def test_other_fields_of_the_config_survive():
 def test_swap_on_a_real_model_keeps_biases_and_places():
     model = tiny_model("qwen2", dtype=torch.bfloat16).train()
     bias = model.get_submodule("model.layers.1.self_attn.q_proj").bias
-    swap_modules(model, some_groups(model))
+    swap_modules(model, some_shares(model))
     layer = model.get_submodule("model.layers.1.self_attn.q_proj")
-    assert isinstance(layer, FactorLinear)
+    assert isinstance(layer, ComposedLinear)
     assert layer.bias is bias
     assert layer.training
-    assert layer.coef.weight.dtype == torch.bfloat16
+    assert {part.weight.dtype for part in layer.parts()} == {torch.bfloat16}
 
 
 def test_dense_model_cannot_be_quantized_on_load(tmp_path):
@@ -235,52 +238,67 @@ def test_load_and_save(llama, tmp_path):
     assert torch.equal(logits(load(tmp_path / "dense", dense=True)), logits(dense))
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        ({"members": ["layers.0.self_attn.qproj"]}, "Did you mean 'layers.0.self_attn.q_proj'"),
-        ({"members": ["layers.9.self_attn.q_proj"]}, "Unknown linear layer 'layers.9"),
-        ({"members": ["layers.0.mlp"]}, "Unknown linear layer 'layers.0.mlp'"),
-        ({"members": []}, "no member layers"),
-        ({"members": ["layers.0.mlp.up_proj"] * 2}, "listed twice"),
-        ({"members": ["layers.0.mlp.up_proj", "layers.1.mlp.down_proj"]}, "cannot share"),
-        ({"rank": 0}, "whole number from 1 up"),
-        ({"rank": "6"}, "whole number from 1 up"),
-        ({"rank": 33}, "rank 33: its matrices allow 32 at most"),
-        ({"side": "left"}, "Unknown side 'left'"),
-        ({"ranks": 3}, "unexpected keyword argument"),
-    ],
-)
-def test_malformed_groups(llama, tmp_path, group, message):
-    def spoil(config):
-        config["groups"] = [
-            {"role": "q", "side": "input", "rank": 6, "members": ["layers.0.self_attn.q_proj"], **group}
-        ]
+Q, UP = ("layers.{}.self_attn.q_proj", 32, 32), ("layers.{}.mlp.up_proj", 32, 56)
 
-    with pytest.raises(LayershareError, match=message):
-        AutoModelForCausalLM.from_pretrained(edited(llama[1], tmp_path / "model", spoil))
+
+def entries(kind: tuple[str, int, int], *layers: Any) -> list[dict[str, Any]]:
+    name, d_in, d_out = kind
+    return [{"name": name.format(layer), "d_in": d_in, "d_out": d_out} for layer in layers]
+
+
+def basis(**changes: Any) -> dict[str, Any]:
+    """A shared basis of two layers, as it stands in the config, with changed entries of its first factor."""
+    first = {"name": "basis", "outward": 6, "home": Q[0].format(0), **changes}
+    return {"members": entries(Q, 0, 1), "terms": [{"factors": [first, {"name": "coef", "inward": first["outward"]}]}]}
+
+
+def delta(base: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A delta, likewise, with changed entries of its low-rank term."""
+    first = {"name": "base", "home": UP[0].format(0), **(base or {})}
+    second = {"factors": [{"name": "down", "outward": 6}, {"name": "up", "inward": 6}], "members": [UP[0].format(1)]}
+    return {"members": entries(UP, 0, 1), "terms": [{"factors": [first]}, {**second, **changes}]}
 
 
 @pytest.mark.parametrize(
-    ("anchored", "message"),
+    ("composition", "message"),
     [
-        ({"anchor": "layers.9.mlp.up_proj"}, "Unknown linear layer 'layers.9.mlp.up_proj'"),
-        ({"anchor": "layers.0.self_attn.k_proj"}, "differ in shape: they cannot share"),
-        ({"members": []}, "lists no anchor or no members"),
-        ({"anchor": 0}, "lists no anchor or no members"),
-        ({"members": ["layers.1.mlp.up_proj", "layers.1.mlp.up_proj"]}, "listed twice"),
-        ({"members": ["layers.0.self_attn.q_proj"]}, "listed twice"),
-        ({"rank": 0}, "whole number from 1 up"),
-        ({"rank": 33}, "rank 33: its matrices allow 32 at most"),
-        ({"side": "input"}, "unexpected keyword argument"),
+        ({**basis(home=Q[0].format(9)), "members": entries(Q, 9)}, r"Unknown linear layer 'layers\.9"),
+        ({**basis(home="layers.0.mlp"), "members": entries(("layers.0.mlp", 32, 32), 0)}, "Unknown linear layer"),
+        (
+            {**basis(home="layers.0.self_attn.qproj"), "members": entries(("layers.0.self_attn.qproj", 32, 32), 0)},
+            "Did",
+        ),
+        ({**basis(), "members": []}, "no member layers"),
+        ({**basis(), "members": entries(Q, 0, 0)}, "listed twice"),
+        ({**basis(), "members": entries(Q, 0, 2)}, "listed twice"),  # another one has layer 2
+        (
+            {**basis(), "members": [*entries(Q, 0), {"name": "layers.1.mlp.down_proj", "d_in": 56, "d_out": 32}]},
+            "share",
+        ),
+        ({**basis(), "members": entries((Q[0], 32, 40), 0, 1)}, "is 32 × 32 in this model, but 32 × 40"),
+        (basis(outward=0), "whole number from 1 up"),
+        (basis(outward="6"), "whole number from 1 up"),
+        (basis(outward=33), "rank 33: its matrices allow 32 at most"),
+        (basis(inward=32), "do not make its matrices"),
+        (basis(home=Q[0].format(1)), "elsewhere than in its first member"),
+        (basis(side="left"), "unexpected keyword argument"),
+        ({**basis(), "rank": 6}, "unexpected keyword argument"),
+        ({"members": entries(Q, 0)}, "terms"),
+        ({**delta(), "members": [*entries(UP, 0), *entries((UP[0], 32, 40), 1)]}, "width of 'base': they cannot share"),
+        (delta(members=[UP[0].format(7)]), "do not make its matrices"),
+        (delta(base={"home": UP[0].format(1)}), "elsewhere than in its first member"),
+        (
+            delta(factors=[{"name": "down", "outward": 33}, {"name": "up", "inward": 33}]),
+            "rank 33: its matrices allow 32",
+        ),
+        (delta(factors=[{"name": "down", "outward": 3}, {"name": "up", "inward": 4}]), "do not make its matrices"),
     ],
 )
-def test_malformed_deltas(llama, tmp_path, anchored, message):
+def test_malformed_compositions(llama, tmp_path, composition, message):
+    other = shared([Member(Q[0].format(2), 32, 32)], 6, "input").to_json()
+
     def spoil(config):
-        config["groups"] = [{"role": "q", "side": "input", "rank": 6, "members": ["layers.0.self_attn.q_proj"]}]
-        config["deltas"] = [
-            {"role": "up", "rank": 6, "anchor": "layers.0.mlp.up_proj", "members": ["layers.1.mlp.up_proj"], **anchored}
-        ]
+        config["compositions"] = [composition, other]
 
     with pytest.raises(LayershareError, match=message):
         AutoModelForCausalLM.from_pretrained(edited(llama[1], tmp_path / "model", spoil))
@@ -289,9 +307,10 @@ def test_malformed_deltas(llama, tmp_path, anchored, message):
 def test_swap_leaves_the_model_alone_when_it_refuses():
     model = tiny_model("llama")
     expected = logits(model)
-    good = Group("q", "input", 4, ("layers.0.self_attn.q_proj",))
-    with pytest.raises(LayershareError):
-        swap_modules(model, [good, Group("q", "input", 40, ("layers.1.self_attn.q_proj",))])
+    good = shared([Member("layers.0.self_attn.q_proj", 32, 32)], 4, "input")
+    for other in (Member("layers.1.self_attn.q_proj", 32, 40), Member("layers.1.self_attn.q", 32, 32)):
+        with pytest.raises(LayershareError):
+            swap_modules(model, [good, shared([other], 4, "input")])
     assert torch.equal(logits(model), expected)
     adopt(model, LayershareConfig([good]))
     with pytest.raises(LayershareError, match="compressed already"):
@@ -324,8 +343,12 @@ def test_missing_tensors_are_named(tmp_path, key):
 
 
 def test_weights_of_another_rank(llama, tmp_path):
-    folder = edited(llama[1], tmp_path / "rank", lambda config: config["groups"][0].update(rank=5))
-    with pytest.raises(LayershareError, match=r"\[32, 6\] in the checkpoint, but config\.json makes it \[32, 5\]"):
+    def change(config):
+        first, second = config["compositions"][0]["terms"][0]["factors"]
+        first["outward"] = second["inward"] = 5
+
+    folder = edited(llama[1], tmp_path / "rank", change)
+    with pytest.raises(LayershareError, match=r"\[6, 32\] in the checkpoint, but config\.json makes it \[5, 32\]"):
         AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 

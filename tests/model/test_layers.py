@@ -1,6 +1,6 @@
 import copy
 import pickle
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -8,34 +8,44 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError
-from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedBasis, SharedDense, Side
+from layershare.model.composition import Composition, Member, Side, deltas, shared
+from layershare.model.layers import ComposedLinear, SharedLinear
 
-Layer = TypeVar("Layer", FactorLinear, DeltaLinear)
 D_IN, D_OUT, RANK = 12, 20, 5
 SIDES: list[Side] = ["input", "output"]
 
 
-def group(side: Side, *, bias: bool = True, conv1d: bool = False, members: int = 2) -> list[FactorLinear]:
+def layers_of(composition: Composition, bias: bool = True, **options: Any) -> list[Any]:
+    """The layers of a composition, with random numbers in them."""
     torch.manual_seed(0)
-    layers: list[FactorLinear] = []
-    for _ in range(members):
-        layers.append(FactorLinear(D_IN, D_OUT, RANK, bias, side, conv1d, owner=layers[0] if layers else None))
-    return filled(layers)
-
-
-def anchored(*, bias: bool = True, conv1d: bool = False, mean: bool = False) -> list[DeltaLinear]:
-    """An anchor, with a delta of its own if the shared weight is a `mean`, and two layers with deltas to it."""
-    torch.manual_seed(0)
-    anchor = DeltaLinear(D_IN, D_OUT, RANK if mean else 0, bias, conv1d)
-    return filled([anchor, *(DeltaLinear(D_IN, D_OUT, RANK, bias, conv1d, anchor=anchor) for _ in range(2))])
+    layers: list[ComposedLinear] = []
+    for name in composition.names:
+        layers.append(ComposedLinear(composition, name, bias, home=layers[0] if layers else None, **options))
+    fill(nn.ModuleList(layers))
+    return layers
 
 
 @torch.no_grad()
-def filled(layers: list[Layer]) -> list[Layer]:
-    for layer in layers:
-        for parameter in layer.parameters():
-            parameter.normal_()
-    return layers
+def fill(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.normal_()
+    for order in module.buffers():
+        order.copy_(torch.randperm(len(order)))
+
+
+def members_of(count: int, conv1d: bool) -> list[Member]:
+    return [Member(f"layers.{i}.up", D_IN, D_OUT, conv1d) for i in range(count)]
+
+
+def group(side: Side, *, conv1d: bool = False, members: int = 2, pivot: bool = False, **options: Any) -> list[Any]:
+    return layers_of(shared(members_of(members, conv1d), RANK, side, pivot), **options)
+
+
+def anchored(*, conv1d: bool = False, mean: bool = False, **options: Any) -> list[Any]:
+    """An anchor, with a delta of its own if the shared weight is a `mean`, and two layers with deltas to it."""
+    members = members_of(3, conv1d)
+    own = [member.name for member in members[0 if mean else 1 :]]
+    return layers_of(deltas(members, RANK, own), **options)
 
 
 def check_forward_weight_and_dense(layer: ComposedLinear, bias: bool, conv1d: bool) -> None:
@@ -56,9 +66,10 @@ def check_forward_weight_and_dense(layer: ComposedLinear, bias: bool, conv1d: bo
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conv1d", [True, False])
+@pytest.mark.parametrize("pivot", [True, False])
 @pytest.mark.parametrize("side", SIDES)
-def test_forward_weight_and_dense_agree(side, conv1d, bias):
-    for layer in group(side, bias=bias, conv1d=conv1d):
+def test_forward_weight_and_dense_agree(side, pivot, conv1d, bias):
+    for layer in group(side, bias=bias, conv1d=conv1d, pivot=pivot):
         check_forward_weight_and_dense(layer, bias, conv1d)
 
 
@@ -85,22 +96,41 @@ def test_anchor_layout(mean):
     assert list(anchor.state_dict()) == ["bias", "base.weight", *(delta if mean else [])]
     assert list(member.state_dict()) == ["bias", *delta]
     assert (member.down.weight.shape, member.up.weight.shape) == ((RANK, D_IN), (D_OUT, RANK))
-    assert isinstance(anchor.base, SharedDense)
-    assert "anchor" in repr(anchor)
-    assert "delta" in repr(member)
+    assert isinstance(anchor.base, SharedLinear)
+    assert f"12 -> 20, base(x){' + up(down(x))' if mean else ''}" in repr(anchor)
+    assert "12 -> 20, layers.0.up.base(x) + up(down(x))" in repr(member)
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_owner_layout(side):
     owner, member = group(side)
-    assert list(owner.state_dict()) == ["bias", "coef.weight", "basis.weight"]
+    assert set(owner.state_dict()) == {"bias", "coef.weight", "basis.weight"}
     assert list(member.state_dict()) == ["bias", "coef.weight"]
     shapes = {"input": ((RANK, D_IN), (D_OUT, RANK)), "output": ((D_OUT, RANK), (RANK, D_IN))}
     assert (owner.basis.weight.shape, owner.coef.weight.shape) == shapes[side]
-    assert isinstance(owner.basis, SharedBasis)
+    assert isinstance(owner.basis, SharedLinear)
     assert owner.basis in member.parts()
-    assert "owner" in repr(owner)
-    assert "member" in repr(member)
+    assert f"12 -> 20, {'coef(basis(x))' if side == 'input' else 'basis(coef(x))'}" in repr(owner)
+    assert "layers.0.up.basis(" in repr(member)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_pivoted_basis_stores_t_and_an_order(side):
+    owner, member = group(side, pivot=True)
+    assert set(owner.state_dict()) == {"bias", "coef.weight", "basis.weight", "basis_order"}
+    assert list(member.state_dict()) == ["bias", "coef.weight"]
+    shapes = {"input": ((RANK, D_IN - RANK), (D_IN,)), "output": ((D_OUT - RANK, RANK), (D_OUT,))}
+    assert (owner.basis.weight.shape, owner.basis_order.shape) == shapes[side]
+    x, order = torch.randn(3, D_IN if side == "input" else RANK), owner.basis_order.long()
+    basis = owner.product(tuple(f for f in owner.factors if f.home), wide=True).T
+    if side == "input":
+        assert torch.equal(basis[order[:RANK]], torch.eye(RANK))
+        assert torch.equal(basis[order[RANK:]], owner.basis.weight.T)
+    else:
+        expected = torch.cat((x, x @ owner.basis.weight.T), 1)
+        torch.testing.assert_close(x @ basis, expected[:, order])
+    half = copy.deepcopy(owner).to(torch.bfloat16)
+    assert torch.equal(half.basis_order, owner.basis_order)
 
 
 def test_the_basis_is_looked_up_when_called():
@@ -115,22 +145,22 @@ def test_the_basis_is_looked_up_when_called():
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_the_link_and_are_independent(clone):
     x = torch.randn(2, D_IN)
-    for layers, shared in ((group("output"), "basis"), (anchored(), "base")):
+    for layers, what in ((group("output"), "basis"), (group("input", pivot=True), "basis"), (anchored(), "base")):
         copied = clone(nn.ModuleList(layers))
-        assert getattr(copied[0], shared) in copied[1].parts()
-        assert getattr(copied[0], shared) is not getattr(layers[0], shared)
+        assert getattr(copied[0], what) in copied[1].parts()
+        assert getattr(copied[0], what) is not getattr(layers[0], what)
         assert torch.equal(copied[1](x), layers[1](x))
 
 
 @pytest.mark.parametrize(
-    ("layers", "shared"),
+    ("layers", "what"),
     [
-        *((group(side, members=3), "basis") for side in SIDES),
+        *((group(side, members=3, pivot=pivot), "basis") for side in SIDES for pivot in (False, True)),
         *((anchored(mean=mean), "base") for mean in (False, True)),
     ],
 )
-def test_what_is_shared_gets_the_sum_of_its_users_gradients(layers, shared):
-    weight = getattr(layers[0], shared).weight
+def test_what_is_shared_gets_the_sum_of_its_users_gradients(layers, what):
+    weight = getattr(layers[0], what).weight
     x = torch.randn(7, D_IN)
     alone = []
     for layer in layers:
@@ -144,9 +174,14 @@ def test_what_is_shared_gets_the_sum_of_its_users_gradients(layers, shared):
 def test_new_layers_do_not_touch_the_random_state_and_can_be_meta():
     before = torch.get_rng_state()
     place: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
-    anchor = DeltaLinear(D_IN, D_OUT, 0, True, **place)
-    delta = DeltaLinear(D_IN, D_OUT, RANK, True, anchor=anchor, **place)
-    for layer in (FactorLinear(D_IN, D_OUT, RANK, True, "input", **place), anchor, delta):
+    compositions = shared(members_of(1, False), RANK, "input"), deltas(members_of(2, False), RANK, ["layers.1.up"])
+    layers: list[ComposedLinear] = []
+    for each in compositions:
+        home = None
+        for name in each.names:
+            layers.append(ComposedLinear(each, name, True, home=home, **place))
+            home = layers[-1]
+    for layer in layers:
         assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
         assert layer.weight.is_meta
         with pytest.raises(LayershareError, match="offloaded"):
@@ -166,4 +201,4 @@ def test_half_precision_product_is_rounded_once():
 
 def test_unknown_side():
     with pytest.raises(LayershareError, match=r"Unknown side 'inputs'. Did you mean 'input'\?"):
-        FactorLinear(D_IN, D_OUT, RANK, True, "inputs")  # pyright: ignore[reportArgumentType]
+        shared(members_of(1, False), RANK, "inputs")  # pyright: ignore[reportArgumentType]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from layershare.errors import LayershareError
 from layershare.model.hub import LayershareConfig, load
-from layershare.model.layers import DeltaLinear, FactorLinear
+from layershare.model.layers import ComposedLinear
 from layershare.model.swap import Dropped
 from tests.families import tiny_model, tokens
 from tests.model.small import adopt, compressed, logits
@@ -93,7 +93,8 @@ def test_lora_on_factors_and_deltas(folder, tmp_path, target):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     reloaded = load(tmp_path / "merged")
-    assert {FactorLinear, DeltaLinear} <= {type(module) for module in reloaded.modules()}
+    composed = [module for module in reloaded.modules() if isinstance(module, ComposedLinear)]
+    assert {module.composition.whole for module in composed} == {True, False}
     assert torch.equal(logits(reloaded), logits(merged))
 
 

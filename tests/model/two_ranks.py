@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from layershare.model.layers import SharedBasis, SharedDense
+from layershare.model.layers import SharedLinear
 from tests.families import tokens
 
 # Column-wise with biases; row-wise with biases; fused projections with gathered outputs and split inputs.
@@ -55,7 +55,7 @@ def fsdp(folder: Path) -> None:
     # The auto-wrap of accelerate: every class that must not be split is a unit.
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     units = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    assert {SharedBasis, SharedDense} <= {type(module) for module in units}
+    assert SharedLinear in {type(module) for module in units}
     for module in reversed(units):
         fully_shard(module)
     compare(fully_shard(model), folder)

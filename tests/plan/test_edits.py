@@ -97,7 +97,7 @@ def test_what_stands_beside_a_delta(other, message):
 
 def test_a_delta_joins_only_layers_of_one_shape():
     spec = replace(SPEC, linears=tuple(replace(x, d_out=40) if x.layer == 3 else x for x in SPEC.linears))
-    with pytest.raises(LayershareError, match="shares up of layer 3 with a layer of another shape"):
+    with pytest.raises(LayershareError, match="differ in the width of 'base': they cannot share it"):
         check(spec, [UP])
 
 

@@ -4,14 +4,15 @@ import pytest
 
 from layershare.errors import LayershareError
 from layershare.model.arch import describe
-from layershare.plan.budget import measure, share_parameters
-from layershare.plan.edits import Share
-from layershare.plan.ranks import TOLERANCE, allocate, dense_parameters, group_cost, private_groups
+from layershare.plan.budget import measure
+from layershare.plan.edits import Share, composition
+from layershare.plan.ranks import TOLERANCE, LayerGroup, allocate, group_cost, private_groups
 from tests.families import CONFIGS
 
 SPEC = describe(CONFIGS["llama"]())
 GROUPS = private_groups(SPEC.linears)
-PAYING = [Fraction(dense_parameters(SPEC, group), group_cost(SPEC, group)) for group in GROUPS]
+COSTS = [group_cost(SPEC, group) for group in GROUPS]
+PAYING = [Fraction(cost.whole, cost.linear) for cost in COSTS]
 """The rank from which on factors are no smaller than their matrix."""
 
 
@@ -21,7 +22,7 @@ def size(shares):
 
 def test_ranks_that_use_the_budget_stand_as_they_are():
     exact = [rank * Fraction(7, 10) for rank in PAYING]
-    whole = sum(int(rank) * group_cost(SPEC, group) for rank, group in zip(exact, GROUPS, strict=True))
+    whole = sum(cost.size(int(rank)) for rank, cost in zip(exact, COSTS, strict=True))
     shares = allocate(SPEC, GROUPS, exact, whole + int(whole * TOLERANCE))
     given = {(share.role, share.layers): share.rank for share in shares}
     assert given == {(group.role, group.layers): int(rank) for rank, group in zip(exact, GROUPS, strict=True)}
@@ -29,8 +30,8 @@ def test_ranks_that_use_the_budget_stand_as_they_are():
 
 def test_single_ranks_go_first_to_groups_that_gain_most():
     exact = [int(rank * Fraction(7, 10)) + Fraction(i, 100) for i, rank in enumerate(PAYING)]
-    whole = sum(int(rank) * group_cost(SPEC, group) for rank, group in zip(exact, GROUPS, strict=True))
-    spare = group_cost(SPEC, GROUPS[-1]) + int(whole * TOLERANCE)
+    whole = sum(cost.size(int(rank)) for rank, cost in zip(exact, COSTS, strict=True))
+    spare = COSTS[-1].linear + int(whole * TOLERANCE)
     for gains, winner in ((None, len(GROUPS) - 1), ([float(-i) for i in range(len(GROUPS))], 0)):
         shares = allocate(SPEC, GROUPS, exact, whole + spare, gains)
         ranks = {(share.role, share.layers): share.rank for share in shares}
@@ -41,14 +42,11 @@ def test_single_ranks_go_first_to_groups_that_gain_most():
 def test_a_group_whose_rank_does_not_pay_stays_dense():
     exact = [rank / 2 for rank in PAYING]
     exact[3], exact[5] = PAYING[3], PAYING[5] + 100
-    parameters = sum(
-        min(int(rank) * group_cost(SPEC, group), dense_parameters(SPEC, group))
-        for rank, group in zip(exact, GROUPS, strict=True)
-    )
-    shares = allocate(SPEC, GROUPS, exact, parameters + dense_parameters(SPEC, GROUPS[3]))
+    parameters = sum(cost.size(int(rank)) for rank, cost in zip(exact, COSTS, strict=True))
+    shares = allocate(SPEC, GROUPS, exact, parameters + COSTS[3].whole)
     shared = {(share.role, share.layers) for share in shares}
     assert not shared & {(GROUPS[i].role, GROUPS[i].layers) for i in (3, 5)}
-    assert size(shares) <= parameters + dense_parameters(SPEC, GROUPS[3])
+    assert size(shares) <= parameters + COSTS[3].whole
 
 
 def test_what_is_left_makes_groups_dense_before_their_factors_outgrow_them():
@@ -56,7 +54,7 @@ def test_what_is_left_makes_groups_dense_before_their_factors_outgrow_them():
     shares = allocate(SPEC, GROUPS, [1] * len(GROUPS), parameters)
     assert parameters * (1 - TOLERANCE) <= size(shares) <= parameters
     for share in shares:
-        assert share_parameters(SPEC, share) < SPEC.linear(share.role, share.layers[0]).parameters
+        assert composition(SPEC, share).parameters < SPEC.linear(share.role, share.layers[0]).parameters
     assert allocate(SPEC, GROUPS, PAYING, size(())) == ()
 
 
@@ -70,3 +68,32 @@ def test_shares_come_in_the_order_of_the_layers():
     assert [share.layers[0] for share in shares] == sorted(share.layers[0] for share in shares)
     assert [share.role for share in shares if share.layers == (0,)] == list(SPEC.roles)
     assert all(isinstance(share, Share) for share in shares)
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("role", SPEC.roles)
+def test_a_pivoted_basis_costs_the_square_of_its_rank_less(role, layers):
+    plain, pivoted = (group_cost(SPEC, LayerGroup(role, layers, "input", pivot)) for pivot in (False, True))
+    for rank in range(1, 60):
+        assert pivoted.size(rank) <= plain.size(rank)
+        if pivoted.size(rank) < pivoted.whole:
+            assert pivoted.size(rank) == rank * plain.linear - rank**2
+            assert pivoted.size(rank) == composition(SPEC, Share(role, layers, rank, "input", True)).parameters
+            assert pivoted.rank(Fraction(pivoted.size(rank))) == rank
+    assert pivoted.size(pivoted.rank(pivoted.whole)) == pivoted.whole
+
+
+def test_ranks_of_pivoted_bases_are_higher_at_the_same_size():
+    groups = private_groups(SPEC.linears, pivot=True)
+    for keep in (Fraction(1, 2), Fraction(4, 5)):
+        budget = int(keep * size(()))
+        plain, pivoted = (
+            allocate(SPEC, each, [cost.rank(keep * cost.whole) for cost in (group_cost(SPEC, g) for g in each)], budget)
+            for each in (GROUPS, groups)
+        )
+        for shares in (plain, pivoted):
+            assert (1 - TOLERANCE) * budget <= size(shares) <= budget
+        assert sum(share.rank for share in pivoted) > 1.1 * sum(share.rank for share in plain)
+        assert measure(SPEC, pivoted).targets.multiplications <= size(())
+        for share in pivoted:  # of groups of one no layer multiplies more than the dense one
+            assert measure(SPEC, [share]).all.multiplications < measure(SPEC, ()).all.multiplications

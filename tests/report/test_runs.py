@@ -14,7 +14,7 @@ def test_what_became_of_every_linear(tmp_path):
     assert len(cells) == 5 * 6
     first, second = cells["q", 2], cells["q", 3]
     assert (first.kind, first.layers, first.rank, first.side) == ("share", (0, 2), 6, "input")
-    assert first.kept == 6 * 40 / (2 * 16 * 16)
+    assert first.kept == 6 * (16 + 2 * 16) / (2 * 16 * 16)
     assert first.error == 0.06
     assert cells["q", 0].group == first.group != second.group
     assert (cells["down", 4].kind, cells["down", 4].kept) == ("own", 3 * 40 / (24 * 16))

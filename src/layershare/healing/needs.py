@@ -4,18 +4,17 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from layershare.disk import size
 from layershare.healing.settings import Healing
 from layershare.model.arch import find_blocks
+from layershare.model.layers import ComposedLinear
 from layershare.report.words import count
 
 _STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 """Optimizer states in float32 per trained parameter, by the beginning of its name; Adam and others have two."""
-
-_ADDED = {"lora_B", "up"}
-"""Linears of adapters and deltas whose outputs are added to another's at once, so that nothing keeps them."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def _activations(model: PreTrainedModel, healing: Healing) -> int:
     per_block = [0]
     for block in blocks:
         matrices = [(name, m) for name, m in block.named_parameters() if m.dim() == 2]
-        written = sum(m.shape[0] for name, m in matrices if _ADDED.isdisjoint(name.split(".")))
+        added = ("lora_B", *_added(block))
+        written = sum(m.shape[0] for name, m in matrices if not any(each in name for each in added))
         read = sum(m.shape[1] for _, m in matrices if m.requires_grad)
         per_block.append(each * (written + read))
     width = 4 * model.config.hidden_size
@@ -105,3 +105,9 @@ def _activations(model: PreTrainedModel, healing: Healing) -> int:
     else:
         kept = sum(per_block) + 4 * width * len(blocks)
     return kept + model.config.vocab_size * (8 + each * (1 + healing.loss.teaches))
+
+
+def _added(block: nn.Module) -> list[str]:
+    """The linears of a block whose outputs are added to another's at once, so that nothing keeps them."""
+    composed = {name: module for name, module in block.named_modules() if isinstance(module, ComposedLinear)}
+    return [f"{name}.{term.factors[-1].name}." for name, module in composed.items() for term in module.terms[1:]]

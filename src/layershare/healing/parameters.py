@@ -12,7 +12,7 @@ from transformers.trainer_utils import check_target_module_exists
 from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
-from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedLinear
+from layershare.model.layers import ComposedLinear, SharedLinear
 from layershare.model.parallel import adapt_sharding
 
 
@@ -49,8 +49,8 @@ def factors(model: nn.Module) -> set[str]:
     """The names of all bases and coefficients."""
     return {
         f"{name}.{child}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, FactorLinear)
+        for name, module in _composed(model).items()
+        if not module.composition.whole
         for child, _ in module.named_children()
     }
 
@@ -66,13 +66,18 @@ def norms(model: nn.Module) -> set[str]:
 
 
 def deltas(model: nn.Module) -> set[str]:
-    """The names of the two factors of every delta."""
+    """The names of the factors of every delta."""
     return {
-        f"{name}.{child}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, DeltaLinear) and module.rank
-        for child in ("down", "up")
+        f"{name}.{factor.name}.weight"
+        for name, module in _composed(model).items()
+        if module.composition.whole
+        for factor in module.factors
+        if factor.home is None
     }
+
+
+def _composed(model: nn.Module) -> dict[str, ComposedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ComposedLinear)}
 
 
 def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
@@ -81,14 +86,9 @@ def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     inside = {name: module for name, module in model.named_modules() if name.startswith(f"{prefix}{stack}.")}
     linears = [name for name, module in inside.items() if isinstance(module, nn.Linear | Conv1D)]
-    composed = {name: module for name, module in inside.items() if isinstance(module, ComposedLinear)}
+    composed = {name: module for name, module in _composed(model).items() if name in inside}
     parts = {f"{name}.{child}": name for name, module in composed.items() for child, _ in module.named_children()}
-    own = {
-        f"{name}.{child}"
-        for name, each in composed.items()
-        for child, part in each.named_children()
-        if part is each.own
-    }
+    own = {f"{name}.{factor.name}" for name, module in composed.items() for factor in module.coefficients}
     if lora.targets == "linears":
         return linears
     if lora.targets == "factors":
@@ -96,7 +96,7 @@ def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     elif lora.targets == "coefficients":
         found = [name for name in parts if name in own and not isinstance(inside[name], SharedLinear)]
     else:
-        # A composed layer goes by its own name, and its own part gets the adapter.
+        # A composed layer goes by its own name, and its coefficients get the adapter.
         called = {
             name: parts.get(name, name).rpartition(".")[2] for name in linears if name not in parts or name in own
         }

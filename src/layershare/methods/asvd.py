@@ -31,12 +31,12 @@ from torch import Tensor
 
 from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence, Inputs
-from layershare.methods.method import Method, solve_group
+from layershare.methods.method import LowRank, solve_group
 from layershare.methods.trial import Trial, truncated
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget, target_parameters
 from layershare.plan.edits import Share
-from layershare.plan.ranks import allocate, private_groups, uniform_rank
+from layershare.plan.ranks import allocate, matrix_cost, private_groups
 from layershare.solve.linalg import Factors, low_rank
 from layershare.values import Count, UpTo1, Whole
 
@@ -51,7 +51,7 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class Asvd(Method):
+class Asvd(LowRank):
     """Options of ASVD."""
 
     adaptive: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class Asvd(Method):
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the lowest ratio of every matrix does not meet the budget."""
-        if sum(self._ranks(x)[0] * (x.d_in + x.d_out) for x in spec.linears) > budget.parameters:
+        if sum(matrix_cost(x, self.pivot).size(self._ranks(x)[0]) for x in spec.linears) > budget.parameters:
             raise LayershareError(
                 "The lowest ratio that asvd tries is not low enough; keep more, or set a higher 'ratios'."
             )
@@ -85,7 +85,7 @@ class Asvd(Method):
         for done, linear in enumerate(spec.linears):
             evidence.progress(done, len(spec.linears))
             truncations += self._truncations(linear, evidence, trial)
-        return search(spec, budget, truncations)
+        return search(spec, budget, truncations, self.pivot)
 
     def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
         """W′ = S⁻¹U_kΣ_kV_kᵀ; the error is that of SW."""
@@ -98,8 +98,9 @@ class Asvd(Method):
 
     def _ranks(self, linear: Linear) -> list[int]:
         """The ranks of the ratios that are tried, the lowest first."""
+        cost = matrix_cost(linear, self.pivot)
         ratios = [Fraction(step, self.ratios + 1) for step in range(1, self.ratios + 1)]
-        return [max(1, uniform_rank(linear.d_in, linear.d_out, 1, ratio)) for ratio in ratios]
+        return [max(1, int(cost.rank(ratio * cost.whole))) for ratio in ratios]
 
     def _truncations(self, linear: Linear, evidence: Evidence, trial: Trial) -> Iterator[Truncation]:
         weight, ranks = evidence.weight(linear), self._ranks(linear)
@@ -110,9 +111,10 @@ class Asvd(Method):
             yield Truncation(linear, rank, trial.loss({name: truncated(linear, factors, rank)}))
 
 
-def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation]) -> tuple[Share, ...]:
+def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation], pivot: bool = False) -> tuple[Share, ...]:
     """STRS: the least harmful truncations, as few of them as meet the budget, which all of them together must."""
     ordered = sorted(truncations, key=lambda each: each.loss)
+    costs = {x: matrix_cost(x, pivot) for x in spec.linears}
 
     def ranks(count: int) -> dict[Linear, int]:
         lowest: dict[Linear, int] = {}
@@ -121,8 +123,7 @@ def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation]) -> tup
         return lowest
 
     def parameters(count: int) -> int:
-        saved = (x.parameters - rank * (x.d_in + x.d_out) for x, rank in ranks(count).items())
-        return target_parameters(spec) - sum(saved)
+        return target_parameters(spec) - sum(x.parameters - costs[x].size(rank) for x, rank in ranks(count).items())
 
     count = bisect_left(range(len(ordered) + 1), True, key=lambda count: parameters(count) <= budget.parameters)
     if not count:
@@ -130,6 +131,7 @@ def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation]) -> tup
     chosen, last = ranks(count), ordered[count - 1].linear
     linears = sorted(chosen, key=lambda linear: linear != last)  # that of the threshold first
     exact = [Fraction(chosen[linear]) for linear in linears]
-    exact[0] += Fraction(budget.parameters - parameters(count), last.d_in + last.d_out)
+    left = budget.parameters - parameters(count)
+    exact[0] = costs[last].rank(Fraction(costs[last].size(chosen[last]) + left))
     available = budget.parameters - sum(x.parameters for x in spec.linears if x not in chosen)
-    return allocate(spec, private_groups(linears), exact, available)
+    return allocate(spec, private_groups(linears, pivot), exact, available)

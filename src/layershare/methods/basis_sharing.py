@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
+from layershare.methods.method import LowRank
 from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
@@ -39,7 +39,7 @@ REFIT_AT = 0.6
 
 
 @dataclass(frozen=True)
-class BasisSharing(Method):
+class BasisSharing(LowRank):
     """Options of Basis Sharing."""
 
     group_size: Count = 2
@@ -55,14 +55,14 @@ class BasisSharing(Method):
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """The same ratio for every group."""
-        return uniform(spec, sharing_groups(spec, self.shared, self.group_size), budget)
+        return uniform(spec, sharing_groups(spec, self.shared, self.group_size, self.pivot), budget)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on, unless the option says otherwise."""
         return fraction <= REFIT_AT if self.refit is None else self.refit
 
 
-def sharing_groups(spec: Spec, shared: Sequence[str] | None, size: int) -> list[LayerGroup]:
+def sharing_groups(spec: Spec, shared: Sequence[str] | None, size: int, pivot: bool = False) -> list[LayerGroup]:
     """Groups of `size` consecutive layers for the `shared` roles, groups of one for the others.
 
     `None` shares the authors' choice. Raises `LayershareError` for a role that the model does not have.
@@ -77,7 +77,7 @@ def sharing_groups(spec: Spec, shared: Sequence[str] | None, size: int) -> list[
     for role, linears in spec.by_role.items():
         sharing = role in chosen and size > 1
         side = "input" if sharing else natural_side(role)
-        groups += [LayerGroup(role, layers, side) for layers in consecutive(linears, size if sharing else 1)]
+        groups += [LayerGroup(role, layers, side, pivot) for layers in consecutive(linears, size if sharing else 1)]
     return groups
 
 

@@ -23,6 +23,7 @@ Where this differs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.util import find_spec
 from typing import Annotated, ClassVar
 
@@ -31,12 +32,12 @@ from torch import Tensor
 
 from layershare.errors import LayershareError, how_to_install
 from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
+from layershare.methods.method import LowRank
 from layershare.methods.trial import Trial, truncated
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
-from layershare.plan.ranks import allocate, private_groups, uniform_rank
+from layershare.plan.ranks import allocate, matrix_cost, private_groups
 from layershare.solve.linalg import low_rank
 from layershare.values import Count, Trials, Whole
 
@@ -49,7 +50,7 @@ START = {"qk": 0.5, "o": 0.5}
 
 
 @dataclass(frozen=True)
-class Bolaco(Method):
+class Bolaco(LowRank):
     """Options of Bolaco."""
 
     adaptive: ClassVar[bool] = True
@@ -90,11 +91,12 @@ class Bolaco(Method):
         for x in names:
             weight, inputs = evidence.weight(x), evidence.inputs(x)
             assert inputs is not None
-            left, right, *_ = low_rank(weight, inputs.gram, uniform_rank(x.d_in, x.d_out, 1, 1) + 1)
+            cost = matrix_cost(x, self.pivot)
+            left, right, *_ = low_rank(weight, inputs.gram, int(cost.rank(Fraction(cost.whole))) + 1)
             factors[x] = left.to(weight.dtype), right.to(weight.dtype)
 
         def shares(wanted: dict[str, float]) -> tuple[Share, ...]:
-            return at_ratios(spec, budget, {x: wanted[name] for x, name in names.items()})
+            return at_ratios(spec, budget, {x: wanted[name] for x, name in names.items()}, self.pivot)
 
         def loss(proposal: optuna.Trial) -> float:
             evidence.progress(proposal.number, self.trials)
@@ -118,7 +120,7 @@ class Bolaco(Method):
         return f"{'qk' if linear.role in ('q', 'k') else linear.role}.{linear.layer * self.segments // spec.n_layers}"
 
 
-def at_ratios(spec: Spec, budget: Budget, wanted: dict[Linear, float]) -> tuple[Share, ...]:
+def at_ratios(spec: Spec, budget: Budget, wanted: dict[Linear, float], pivot: bool = False) -> tuple[Share, ...]:
     """Ranks for ratios min(1, t·x) of the linears, x `wanted`, with the t that meets the budget; at 1 they stay dense.
 
     The linears that are not among these must not take the budget alone.
@@ -128,8 +130,8 @@ def at_ratios(spec: Spec, budget: Budget, wanted: dict[Linear, float]) -> tuple[
     ratios = scaled(list(wanted.values()), sizes, budget.parameters - fixed)
     low = [(x, ratio) for x, ratio in zip(linears, ratios, strict=True) if ratio < 1]
     dense = fixed + sum(size for size, ratio in zip(sizes, ratios, strict=True) if ratio == 1)
-    exact = [ratio * x.parameters / (x.d_in + x.d_out) for x, ratio in low]
-    return allocate(spec, private_groups(x for x, _ in low), exact, budget.parameters - dense)
+    exact = [matrix_cost(x, pivot).rank(ratio * x.parameters) for x, ratio in low]
+    return allocate(spec, private_groups((x for x, _ in low), pivot), exact, budget.parameters - dense)
 
 
 def scaled(wanted: Sequence[float], sizes: Sequence[int], available: int) -> list[float]:

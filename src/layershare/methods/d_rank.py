@@ -31,16 +31,16 @@ from torch import Tensor
 
 from layershare.methods.basis_sharing import REFIT_AT, sharing_groups
 from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
+from layershare.methods.method import LowRank
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
-from layershare.plan.ranks import LayerGroup, allocate, dense_parameters, group_cost
+from layershare.plan.ranks import LayerGroup, allocate, group_cost
 from layershare.values import Below1, Count, Flag, Names
 
 
 @dataclass(frozen=True)
-class DRank(Method):
+class DRank(LowRank):
     """Options of D-Rank."""
 
     adaptive: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class DRank(Method):
 
     def groups(self, spec: Spec) -> list[LayerGroup]:
         """The groups of layers. Raises `LayershareError` for roles that the model does not have."""
-        return sharing_groups(spec, self.shared, self.group_size or (1 if spec.grouped_query else 2))
+        return sharing_groups(spec, self.shared, self.group_size or (1 if spec.grouped_query else 2), self.pivot)
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles that the model does not have."""
@@ -66,17 +66,18 @@ class DRank(Method):
         """The same ratio for every role but q, k and v; within a role, rank by effective rank."""
         assert evidence is not None
         groups = self.groups(spec)
-        limits = {group: dense_parameters(spec, group) for group in groups}
+        costs = {group: group_cost(spec, group) for group in groups}
+        limits = {group: cost.whole for group, cost in costs.items()}
         sizes: dict[LayerGroup, Fraction] = {}
         for done, role in enumerate(spec.roles):
             evidence.progress(done, len(spec.roles))
             own = [group for group in groups if group.role == role]
             ranks = [effective_rank(evidence.spectrum(group, weighted=True)) for group in own]
-            weights = [(rank * group_cost(spec, group)) ** 0.5 for group, rank in zip(own, ranks, strict=True)]
+            weights = [(rank * costs[group].linear) ** 0.5 for group, rank in zip(own, ranks, strict=True)]
             limit = [limits[group] for group in own]
             sizes |= zip(own, in_proportion(budget.fraction * sum(limit), weights, limit), strict=True)
         sizes = to_v(sizes, limits, Fraction(self.beta))
-        return allocate(spec, groups, [sizes[group] / group_cost(spec, group) for group in groups], budget.parameters)
+        return allocate(spec, groups, [costs[group].rank(sizes[group]) for group in groups], budget.parameters)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on, unless the option says otherwise."""

@@ -44,7 +44,7 @@ from layershare.methods.method import Method
 from layershare.model.arch import PARTS, Part, Spec
 from layershare.plan.budget import Budget, allows, measure
 from layershare.plan.edits import Delta
-from layershare.plan.ranks import TOLERANCE, spend
+from layershare.plan.ranks import TOLERANCE, Cost, spend
 from layershare.solve.linalg import energy, spectrum
 from layershare.values import MOST, Count, Flag, Whole
 
@@ -223,12 +223,12 @@ def _with_ranks(spec: Spec, edits: Sequence[Delta], budget: Budget) -> tuple[Del
     """The edits with ranks raised as far as the budget allows, all by the same number, then some by one more."""
     linears = [spec.linear(edit.role, edit.anchor) for edit in edits]
     costs = [len(edit.layers) * (x.d_in + x.d_out) for edit, x in zip(edits, linears, strict=True)]
-    largest = [cost * min(x.d_in, x.d_out) for cost, x in zip(costs, linears, strict=True)]
     left = budget.parameters - measure(spec, edits).targets.parameters
     more = left // sum(costs)
     ranks = [min(edit.rank + more, x.d_in, x.d_out) for edit, x in zip(edits, linears, strict=True)]
     left -= sum(cost * (rank - edit.rank) for cost, rank, edit in zip(costs, ranks, edits, strict=True))
     if left > TOLERANCE * budget.parameters:
         sizes = [cost * rank for cost, rank in zip(costs, ranks, strict=True)]
-        spend(ranks, sizes, costs, largest, left, range(len(edits)))
+        limits = [Cost(cost, cost * min(x.d_in, x.d_out)) for cost, x in zip(costs, linears, strict=True)]
+        spend(ranks, sizes, limits, left, range(len(edits)))
     return tuple(Delta(e.role, e.anchor, e.layers, rank) for e, rank in zip(edits, ranks, strict=True))

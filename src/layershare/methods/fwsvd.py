@@ -31,7 +31,7 @@ from layershare.solve.linalg import Factors
 
 @dataclass(frozen=True)
 class FwSvd(UniformLowRank):
-    """FWSVD has no options."""
+    """FWSVD has no options of its own."""
 
     uses: ClassVar[frozenset[Kind]] = frozenset({"fisher"})
 

@@ -27,7 +27,7 @@ from layershare.solve.linalg import Factors, share_output
 
 @dataclass(frozen=True)
 class Lord(UniformLowRank):
-    """LoRD has no options."""
+    """LoRD has no options of its own."""
 
     def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
         """W V_k and V_kᵀ, also where the input side would be the smaller problem."""

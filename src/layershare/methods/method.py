@@ -13,7 +13,7 @@ from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Share
 from layershare.solve.linalg import Factors, low_rank, share_input, share_output
-from layershare.values import STRICT
+from layershare.values import STRICT, Flag
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,14 @@ class Method(ABC):
     def refits(self, fraction: float) -> bool:
         """Whether coefficients are fitted again to what the compressed layers put out, at this fraction of targets."""
         return False
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """A method whose edits are `Share`s."""
+
+    pivot: Flag = False
+    """Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."""
 
 
 def solve_group(share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:

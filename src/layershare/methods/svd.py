@@ -14,6 +14,6 @@ from layershare.methods.private import UniformLowRank
 
 @dataclass(frozen=True)
 class Svd(UniformLowRank):
-    """Plain SVD has no options."""
+    """Plain SVD has no options of its own."""
 
     uses: ClassVar[frozenset[Kind]] = frozenset()  # every input direction counts the same

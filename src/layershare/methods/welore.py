@@ -24,16 +24,16 @@ from torch import Tensor
 
 from layershare.calibrate.stats import Kind
 from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
+from layershare.methods.method import LowRank
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
-from layershare.plan.ranks import allocate, dense_parameters, group_cost, private_groups
+from layershare.plan.ranks import Cost, allocate, group_cost, private_groups
 
 
 @dataclass(frozen=True)
-class WeLore(Method):
-    """WeLore has no options."""
+class WeLore(LowRank):
+    """WeLore has no options of its own."""
 
     uses: ClassVar[frozenset[Kind]] = frozenset()  # every input direction counts the same
     adaptive: ClassVar[bool] = True
@@ -41,14 +41,13 @@ class WeLore(Method):
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """The ranks above the lowest threshold that the budget allows."""
         assert evidence is not None
-        groups = private_groups(spec.linears)
+        groups = private_groups(spec.linears, self.pivot)
         spectra = []
         for done, group in enumerate(groups):
             evidence.progress(done, len(groups))
             spectra.append(normalised(evidence.spectrum(group, weighted=False).sqrt()))
         costs = [group_cost(spec, group) for group in groups]
-        dense = [dense_parameters(spec, group) for group in groups]
-        ranks = threshold_ranks(spectra, costs, dense, budget.parameters)
+        ranks = threshold_ranks(spectra, costs, budget.parameters)
         following = [
             float(values[rank]) if rank < len(values) else 0.0 for values, rank in zip(spectra, ranks, strict=True)
         ]
@@ -61,16 +60,14 @@ def normalised(values: Tensor) -> Tensor:
     return (values - values.min()) / span if span > 0 else torch.ones_like(values)
 
 
-def threshold_ranks(
-    spectra: Sequence[Tensor], costs: Sequence[int], dense: Sequence[int], parameters: int
-) -> list[int]:
+def threshold_ranks(spectra: Sequence[Tensor], costs: Sequence[Cost], parameters: int) -> list[int]:
     """How many values of each spectrum lie above the lowest threshold common to all that keeps to `parameters`.
 
-    A matrix takes its cost for every value, and no more than its dense parameters. Spectra fall.
+    A matrix takes what its cost says of as many values. Spectra fall.
     """
     steps, owners = [], []
-    for i, (values, cost, whole) in enumerate(zip(spectra, costs, dense, strict=True)):
-        sizes = (torch.arange(len(values) + 1, device=values.device) * cost).clamp(max=whole)
+    for i, (values, cost) in enumerate(zip(spectra, costs, strict=True)):
+        sizes = torch.tensor([cost.size(rank) for rank in range(len(values) + 1)], device=values.device)
         steps.append(sizes.diff())
         owners.append(torch.full_like(steps[-1], i))
     order = torch.cat(list(spectra)).argsort(descending=True, stable=True)

@@ -66,8 +66,10 @@ def resolve_targets(config: Any, model: nn.Module) -> None:
         raise LayershareError("All layers that the adapter names were dropped from this model: name others.")
     for key in ("rank_pattern", "alpha_pattern"):
         if patterns := getattr(config, key, None):
-            own = r"(?:\.(?:coef|up|base))?"
-            setattr(config, key, {f"(?:{word}){own}": value for word, value in patterns.items()})
+            own = "|".join(
+                sorted({each.removeprefix(f"{name}.") for name, each in part.items() if each and name in ours})
+            )
+            setattr(config, key, {rf"(?:{word})(?:\.(?:{own}))?": value for word, value in patterns.items()})
     if words := getattr(config, "feedforward_modules", None):  # of IA3
         forward = {each for name, each in part.items() if each is not None and _is_forward(words, name)}
         config.feedforward_modules = forward
@@ -92,5 +94,5 @@ def _refuse_copies(model: nn.Module, words: Collection[str]) -> None:
         if name.endswith(tuple(words)) and any(isinstance(each, ComposedLinear) for each in module.modules()):
             raise LayershareError(
                 f"modules_to_save would train a copy of '{name}', which no longer shares with other layers; "
-                "name its parts instead, such as 'basis' or 'coef'."
+                "name its parts instead."
             )

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import UnsupportedModelError, quantized_with
 from layershare.model.checked import FLOATS, no_weights, quantized_by
+from layershare.model.composition import Member
 from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
@@ -78,6 +79,11 @@ class Linear:
     def part(self) -> Part:
         """The sub-layer that it belongs to."""
         return part_of(self.role)
+
+    @property
+    def member(self) -> Member:
+        """As a member of a composition."""
+        return Member(self.name, self.d_in, self.d_out, self.conv1d)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,13 @@ from layershare.folders import staged
 from layershare.foreign import reading
 from layershare.model import adapters
 from layershare.model.checked import AGAIN
+from layershare.model.composition import Composition
 from layershare.model.dropped import DroppedAttention, DroppedLinear
 from layershare.model.layers import ComposedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
 from layershare.model.source import read_model
-from layershare.model.swap import Anchored, Dropped, Group, drop_modules, make_dense, swap_modules
+from layershare.model.swap import Dropped, drop_modules, first_gone, make_dense, swap_modules
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "layershare"
@@ -47,22 +48,21 @@ SHIM = "modeling_layershare"
 class LayershareConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed model.
 
-    `groups`: `Group`s or their JSON form; `deltas`, `dropped`: `Anchored`s and `Dropped`s likewise; `slice`: a `Sliced`
-    likewise; `compression`: free notes for people (method, keep, ...). All, and whatever other tools add, are written
-    again on a re-save.
+    `compositions`: `Composition`s or their JSON form; `dropped`: `Dropped`s likewise; `slice`: a `Sliced` likewise;
+    `compression`: free notes for people (method, keep, ...). All, and whatever other tools add, are written again on a
+    re-save.
 
-    Raises `LayershareError` for a newer format or malformed groups.
+    Raises `LayershareError` for a newer format or malformed entries.
     """
 
     def __init__(
         self,
-        groups: Iterable[Group | dict[str, Any]] = (),
+        compositions: Iterable[Composition | dict[str, Any]] = (),
         compression: dict[str, Any] | None = None,
         version: int = FORMAT_VERSION,
         layershare_version: str | None = None,
         dropped: Iterable[Dropped | dict[str, Any]] = (),
         slice: Sliced | dict[str, Any] | None = None,
-        deltas: Iterable[Anchored | dict[str, Any]] = (),
         quant_method: str = QUANT_METHOD,
         **more: Any,
     ) -> None:
@@ -77,39 +77,27 @@ class LayershareConfig(QuantizationConfigMixin):
         self.version = version
         self.layershare_version = layershare_version or installed("layershare")
         with reading("The quantization_config of config.json", AGAIN):
-            self.groups = tuple(group if isinstance(group, Group) else Group(**group) for group in groups)
-            self.deltas = tuple(each if isinstance(each, Anchored) else Anchored(**each) for each in deltas)
+            self.compositions = tuple(
+                each if isinstance(each, Composition) else Composition.from_json(each) for each in compositions
+            )
             self.dropped = tuple(each if isinstance(each, Dropped) else Dropped(**each) for each in dropped)
             self.slice = Sliced.from_json(slice) if isinstance(slice, dict) else slice
             self.compression = dict(compression or {})
-        counts = Counter(chain.from_iterable(each.members for each in (*self.groups, *self.dropped)))
-        counts.update(chain.from_iterable(each.users for each in self.deltas))
+        counts = Counter(chain.from_iterable(each.names for each in self.compositions))
+        counts.update(chain.from_iterable(each.members for each in self.dropped))
         if twice := {name for name, count in counts.items() if count > 1}:
-            raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one group only.")
+            raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one composition only.")
         self.__dict__.update(more)
 
     @property
     def guard(self) -> str | None:
-        """The dense weight, relative to the base model, that is stored as a tensor of size zero; `None` without edits.
-
-        It is the first one that is gone (of a group, an anchor, a dropped sub-layer, the norms of a sliced model). A
-        load without this package finds a weight of the wrong shape and fails, instead of finding none and initialising
-        the compressed layers at random.
-        """
-        members = [each.members[0] for each in self.groups]
-        members += [each.anchor for each in self.deltas]
-        members += [each.members[0] for each in self.dropped]
-        if self.slice is not None:
-            members.append(self.slice.stream.sublayers[0].norm)
-        return f"{members[0]}.weight" if members else None
+        """The dense weight, relative to the base model, that is stored as a tensor of size zero; see `first_gone`."""
+        return first_gone(self.compositions, self.dropped, self.slice)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it stands in `config.json`."""
         values = super().to_dict()
-        values["groups"] = [{**asdict(group), "members": list(group.members)} for group in self.groups]
-        del values["deltas"]
-        if self.deltas:
-            values["deltas"] = [{**asdict(each), "members": list(each.members)} for each in self.deltas]
+        values["compositions"] = [each.to_json() for each in self.compositions]
         del values["dropped"]
         if self.dropped:
             values["dropped"] = [{**asdict(each), "members": list(each.members)} for each in self.dropped]
@@ -128,11 +116,6 @@ class LayershareQuantizer(HfQuantizer):
     def edits(self) -> LayershareConfig:
         """What was done to the model."""
         return cast(LayershareConfig, self.quantization_config)
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups of the model."""
-        return self.edits.groups
 
     @property
     def is_trainable(self) -> Any:
@@ -157,7 +140,7 @@ class LayershareQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         drop_modules(model, self.edits.dropped)
-        swap_modules(model, self.groups, self.edits.deltas)
+        swap_modules(model, self.edits.compositions)
         if self.edits.slice is not None:
             slice_modules(model, self.edits.slice)
         _refuse_incomplete(model, checkpoint_files or ())
@@ -279,7 +262,8 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
     kinds = {name: type(module) for name, module in model.named_modules()}
     composed = tuple(f"{name}." for name, kind in kinds.items() if issubclass(kind, ComposedLinear))
     ours = ("",) if SlicedNorm in kinds.values() else composed
-    for name, tensor in model.named_parameters():
+    orders = {name: buffer for name, buffer in model.named_buffers() if name.startswith(composed)}
+    for name, tensor in chain(model.named_parameters(), orders.items()):
         if not name.startswith(ours):
             continue
         key = name.removeprefix(_base_prefix(model))

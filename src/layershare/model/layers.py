@@ -1,84 +1,145 @@
-"""Linear layers that share weights: products of a shared basis, and sums of another layer's weight and a delta.
+"""Linear layers that are composed: sums of products of factors, some of which several layers share.
 
-The first layer of those that share (the owner of a basis, the anchor of deltas) registers what is shared as a child;
-the others hold an unregistered reference to it and look the child up when they are called. So it is one parameter,
-stored once, and whatever wraps it (PEFT, accelerate, FSDP) is seen by every layer. All children are `nn.Linear`, which
-other libraries know.
+The first member of a composition registers what is shared as a child; the others hold an unregistered reference to
+it and look the child up when they are called. So it is one parameter, stored once, and whatever wraps it (PEFT,
+accelerate, FSDP) is seen by every layer. All children are `nn.Linear`, which other libraries know.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import reduce
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from layershare.errors import LayershareError, unknown
-
-Side = Literal["input", "output"]
-SIDES: tuple[Side, ...] = ("input", "output")
+from layershare.errors import LayershareError
+from layershare.model.composition import Composition, Factor
 
 
 class SharedLinear(nn.Linear):
-    """What several layers share. Its kinds are classes of their own so that FSDP wrap policies can name them."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-
-
-class SharedBasis(SharedLinear):
-    """The factor that the members of a group share."""
-
-
-class SharedDense(SharedLinear):
-    """The whole weight that an anchor and the layers with deltas to it share."""
+    """What several layers share: a class of its own, so that FSDP wrap policies can name it."""
 
 
 class ComposedLinear(nn.Module):
-    """A linear layer made of others, by some formula that its kinds give.
+    """The member of a composition with that name: y = Σ_terms f_m(… f_1(x)) + b.
 
-    `bias` `[d_out]` is the dense layer's own, under its own name. `conv1d` says that the dense layer is a transformers
-    `Conv1D`, whose weight is `[d_in, d_out]`. The tensors are left uninitialised.
+    `bias` `[d_out]` is the dense layer's own, under its own name. `home` is the composition's first member, for all
+    others. The tensors are left uninitialised.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, d_in: int, d_out: int, bias: bool, conv1d: bool, device: torch.device | str, dtype: torch.dtype | None
+        self,
+        composition: Composition,
+        name: str,
+        bias: bool,
+        *,
+        home: ComposedLinear | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.conv1d = d_in, d_out, conv1d
-        self.register_parameter("bias", nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None)
+        device = device or torch.get_default_device()
+        self.composition = composition
+        self.member = composition.members[composition.names.index(name)]
+        self.terms = composition.terms_of(name)
+        self.in_features, self.out_features = self.member.d_in, self.member.d_out
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        )
+        for factor in self.factors:
+            if factor.registered_by(self.member):
+                rows, columns = factor.shape(self.member)
+                kind = SharedLinear if factor.home else nn.Linear
+                # Built on meta and then allocated: nothing is drawn from the random number generator.
+                part = kind(columns, rows, bias=False, device="meta", dtype=dtype).to_empty(device=device)
+                self.add_module(factor.name, part)
+                if factor.pivots:
+                    order = torch.empty(rows + columns, dtype=torch.int32, device=device)
+                    self.register_buffer(factor.order, order)
+        # nn.Module registers a module that is an attribute, but not one inside a tuple.
+        self._home: tuple[ComposedLinear, ...] = () if home is None else (home,)
 
-    def parts(self) -> tuple[nn.Linear, ...]:
-        """The linears that it is made of, its own and those that it shares."""
-        raise NotImplementedError
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors that it multiplies with."""
+        return tuple(factor for term in self.terms for factor in term.factors)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The output without the bias, `[..., d_in]` to `[..., d_out]`."""
-        raise NotImplementedError
-
-    def matrix(self, *, wide: bool) -> torch.Tensor:
-        """The weight that the parts make, `[d_out, d_in]`, on its own part's device; `wide`: float32 or better."""
-        raise NotImplementedError
+    @property
+    def coefficients(self) -> tuple[Factor, ...]:
+        """Of each product the last factor that is this layer's own; the last of all if it is no product."""
+        products = (term.factors for term in self.terms if len(term.factors) > 1)
+        own = ([factor for factor in factors if factor.home is None] for factors in products)
+        return tuple(factors[-1] for factors in own) or self.factors[-1:]
 
     @property
     def own(self) -> nn.Linear:
         """One of the parts that it registers: where the layer is, and in what dtype."""
-        raise NotImplementedError
+        return self.part(self.coefficients[-1])
+
+    def part(self, factor: Factor) -> nn.Linear:
+        """The linear that a factor is."""
+        return getattr(self._registering(factor), factor.name)
+
+    def order(self, factor: Factor) -> torch.Tensor:
+        """The order of a pivoted factor, `[d]`."""
+        return getattr(self._registering(factor), factor.order)
+
+    def _registering(self, factor: Factor) -> ComposedLinear:
+        return self if factor.registered_by(self.member) else self._home[0]
+
+    def parts(self) -> tuple[nn.Linear, ...]:
+        """The linears that it is made of, its own and those that it shares, in the order of its factors."""
+        return tuple(map(self.part, self.factors))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., d_in]` to `[..., d_out]`."""
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias
+        total = None
+        for term in self.terms:
+            y = x
+            for factor in term.factors:
+                y = self._multiplied(factor, y)
+            y = y.to(x.device)  # a model split over devices may keep what is shared on another one than this layer
+            total = y if total is None else total + y
+        assert total is not None
+        return total if self.bias is None else total + self.bias
+
+    def _multiplied(self, factor: Factor, x: torch.Tensor) -> torch.Tensor:
+        """What a factor makes of x."""
+        part = self.part(factor)
+        if factor.pivots is None:
+            return part(x)
+        order = self.order(factor).to(x.device)
+        if factor.pivots == "input":
+            rank = factor.outward
+            x = x.index_select(-1, order)
+            return x[..., :rank] + part(x[..., rank:]).to(x.device)
+        return torch.cat((x, part(x).to(x.device)), -1).index_select(-1, order)
+
+    def product(self, factors: tuple[Factor, ...], *, wide: bool) -> torch.Tensor:
+        """The matrix of a product of factors, `[out, in]`, on `own`'s device; `wide`: float32 or better."""
+        place, dtype = self.own.weight.device, self.own.weight.dtype
+        dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
+        weights = []
+        for factor in factors:
+            weight = self.part(factor).weight.to(place, dtype)
+            if factor.pivots:
+                side = -1 if factor.pivots == "input" else 0  # where the identity stands beside T
+                order = self.order(factor).to(place)
+                identity = torch.eye(weight.shape[side + 1], dtype=dtype, device=place)
+                weight = torch.cat((identity, weight), side)
+                weight = weight.index_select(side, order if side == 0 else order.argsort())
+            weights.append(weight)
+        return reduce(lambda inner, outer: outer @ inner, weights)
+
+    def matrix(self, *, wide: bool) -> torch.Tensor:
+        """The weight that all factors make, `[d_out, d_in]`, as `product`."""
+        first, *others = (self.product(term.factors, wide=wide) for term in self.terms)
+        total = sum(others, start=first)
+        # A view, where it is a parameter: what is done to a weight that is read must not be done to that.
+        return total.view_as(total)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -87,14 +148,14 @@ class ComposedLinear(nn.Module):
         It is marked as initialised: GPT-2 re-initialises its output projections through this name after loading.
         """
         weight = self.matrix(wide=False)
-        weight = weight.T if self.conv1d else weight
+        weight = weight.T if self.member.conv1d else weight
         weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return weight
 
     def require_plain_parts(self) -> None:
         """Raise `LayershareError` where a part is wrapped (an adapter that is not merged) or offloaded."""
         for part in self.parts():
-            if type(part) not in (nn.Linear, SharedBasis, SharedDense):
+            if type(part) not in (nn.Linear, SharedLinear):
                 raise LayershareError("A factor carries an adapter: merge or unload the adapters first.")
             if part.weight.is_meta:
                 raise LayershareError("Weights are offloaded: load the model without a device map for this.")
@@ -108,150 +169,22 @@ class ComposedLinear(nn.Module):
         self.require_plain_parts()
         own, matrix = self.own.weight, self.matrix(wide=True)
         with torch.device("meta"):
-            if self.conv1d:
+            if self.member.conv1d:
                 dense = Conv1D(self.out_features, self.in_features)
             else:
                 dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        matrix = matrix.T.contiguous() if self.conv1d else matrix
+        matrix = matrix.T.contiguous() if self.member.conv1d else matrix
         dense.weight = nn.Parameter(matrix.to(own.dtype), requires_grad=own.requires_grad)
         if self.bias is not None:
             dense.bias = self.bias
         return dense.train(self.training)
 
-
-class FactorLinear(ComposedLinear):
-    """A linear layer as the product of a shared basis and its own coefficients.
-
-    side "input":  `y = coef(basis(x)) + bias`; basis `[rank, d_in]` shared, coef `[d_out, rank]` private.
-    side "output": `y = basis(coef(x)) + bias`; coef `[rank, d_in]` private, basis `[d_out, rank]` shared.
-
-    (Weight shapes as `nn.Linear` stores them.) With `owner` the layer is a later member of that owner's group, without
-    it the first. Raises `LayershareError` for an unknown side.
-    """
-
-    basis: nn.Linear
-    coef: nn.Linear
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        bias: bool,
-        side: Side,
-        conv1d: bool = False,
-        *,
-        owner: FactorLinear | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if side not in SIDES:
-            raise unknown("side", side, SIDES)
-        device = device or torch.get_default_device()
-        super().__init__(d_in, d_out, bias, conv1d, device, dtype)
-        self.rank, self.side = rank, side
-        inward, outward = (d_in, rank), (rank, d_out)
-        shared, private = (inward, outward) if side == "input" else (outward, inward)
-        # Built on meta and then allocated: nothing is drawn from the random number generator.
-        self.coef = nn.Linear(*private, bias=False, device="meta", dtype=dtype).to_empty(device=device)
-        if owner is None:
-            self.basis = SharedBasis(*shared, device="meta", dtype=dtype).to_empty(device=device)
-        # nn.Module registers a module that is an attribute, but not one inside a tuple.
-        self._owner = () if owner is None else (owner,)
-
-    def parts(self) -> tuple[nn.Linear, nn.Linear]:
-        """The two factors in the order in which the input meets them."""
-        basis = self._owner[0].basis if self._owner else self.basis
-        return (basis, self.coef) if self.side == "input" else (self.coef, basis)
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The second factor of the first of x."""
-        first, second = self.parts()
-        # A model split over devices may keep the basis on another one than this layer.
-        return second(first(x)).to(x.device)
-
-    def matrix(self, *, wide: bool) -> torch.Tensor:
-        """The product of the two factors."""
-        first, second = (_weight(part, self.own, wide) for part in self.parts())
-        return second @ first
-
-    @property
-    def own(self) -> nn.Linear:
-        """The coefficients."""
-        return self.coef
-
     def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
-        role = "member" if self._owner else "owner"
-        return f"{self.in_features} -> {self.out_features}, rank={self.rank}, side={self.side}, {role}"
-
-
-class DeltaLinear(ComposedLinear):
-    """A linear layer as a whole weight that several layers share plus a low-rank delta of its own.
-
-    `y = base(x) + up(down(x)) + bias`; base `[d_out, d_in]` shared, down `[rank, d_in]` and up `[d_out, rank]` private.
-
-    (Weight shapes as `nn.Linear` stores them.) Without `anchor` the layer is the anchor itself, which registers the
-    base. An anchor of rank 0 has no delta: the base is its weight.
-    """
-
-    base: nn.Linear
-    down: nn.Linear
-    up: nn.Linear
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        bias: bool,
-        conv1d: bool = False,
-        *,
-        anchor: DeltaLinear | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        device = device or torch.get_default_device()
-        super().__init__(d_in, d_out, bias, conv1d, device, dtype)
-        self.rank = rank
-        # Built on meta and then allocated, as factors are.
-        if anchor is None:
-            self.base = SharedDense(d_in, d_out, device="meta", dtype=dtype).to_empty(device=device)
-        if rank:
-            self.down = nn.Linear(d_in, rank, bias=False, device="meta", dtype=dtype).to_empty(device=device)
-            self.up = nn.Linear(rank, d_out, bias=False, device="meta", dtype=dtype).to_empty(device=device)
-        self._anchor = () if anchor is None else (anchor,)
-
-    def parts(self) -> tuple[nn.Linear, ...]:
-        """The base and, where there is a delta, its two factors in the order in which the input meets them."""
-        base = self._anchor[0].base if self._anchor else self.base
-        return (base, self.down, self.up) if self.rank else (base,)
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base makes of x, plus what the delta does."""
-        base, *delta = self.parts()
-        # A model split over devices may keep the base on another one than this layer.
-        y = base(x).to(x.device)
-        return y + self.up(self.down(x)) if delta else y
-
-    def matrix(self, *, wide: bool) -> torch.Tensor:
-        """The base plus the product of the delta's factors."""
-        base, *delta = (_weight(part, self.own, wide) for part in self.parts())
-        # A view, where there is no delta: what is done to a weight that is read must not be done to the parameter.
-        return torch.addmm(base, delta[1], delta[0]) if delta else base.view_as(base)
-
-    @property
-    def own(self) -> nn.Linear:
-        """The delta's last factor, or the base of an anchor without delta."""
-        return self.up if self.rank else self.base
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
-        role = "delta" if self._anchor else "anchor"
-        return f"{self.in_features} -> {self.out_features}, rank={self.rank}, {role}"
-
-
-def _weight(part: nn.Linear, own: nn.Linear, wide: bool) -> torch.Tensor:
-    """A part's weight on the device of the layer's `own` part, in float32 or better if `wide`."""
-    dtype = own.weight.dtype
-    return part.weight.to(own.weight.device, torch.promote_types(dtype, torch.float32) if wide else dtype)
+        """What `print(model)` shows of this layer: `32 -> 56, coef(layers.0.mlp.up_proj.basis(x))`."""
+        shown = []
+        for term in self.terms:
+            names = (
+                each.name if each.registered_by(self.member) else f"{each.home}.{each.name}" for each in term.factors
+            )
+            shown.append(reduce(lambda inner, name: f"{name}({inner})", names, "x"))
+        return f"{self.in_features} -> {self.out_features}, {' + '.join(shown)}"

@@ -16,12 +16,12 @@ from transformers.distributed.tensor_parallel import (
     TensorParallelLayer,
 )
 
-from layershare.model.layers import ComposedLinear, DeltaLinear, SharedLinear
+from layershare.model.layers import ComposedLinear, SharedLinear
 from layershare.model.sliced import SlicedNorm
 
 # The style of a dense layer -> the styles of the factor that meets the input and of the one that makes the output
-# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width. The shared weight of
-# layers with deltas is split as the dense one, and so its output is that of the delta's last factor.
+# (None: replicated). Row-wise, the all-reduce then runs over the rank instead of the full width. A factor that is a
+# whole matrix is split as the dense one, and so its output is that of the last factor of a product beside it.
 _FACTOR_STYLES: dict[str, tuple[str | None, str]] = {
     "colwise": (None, "colwise"),
     "colwise_gather_output": (None, "colwise_gather_output"),
@@ -44,23 +44,46 @@ class FactorStyle(TensorParallelLayer):
 
     def shard_param(self, module, param, mesh) -> None:
         """Shard one parameter of `module` itself; of a layer that shares that is the bias."""
-        if not isinstance(module, ComposedLinear) or self.name == "colwise":
+        if not isinstance(module, ComposedLinear) or (self.name == "colwise" and not self._whole(module)):
             self.dense.shard_param(module, param, mesh)
 
     def install_forward(self, module, mesh):
-        """Shard and hook the parts that `module` registers: what is shared once, by its owner or anchor."""
+        """Shard and hook the parts that `module` registers: what is shared once."""
         if not isinstance(module, ComposedLinear):
             return self.dense.install_forward(module, mesh)
-        styles = _FACTOR_STYLES[self.name]
-        if isinstance(module, DeltaLinear):
-            styles = (self.name, *styles)
-        registered = set(module.children())
-        for part, name in zip(module.parts(), styles, strict=False):  # an anchor without a delta has no factors
-            if name is not None and part in registered:
-                style = ALL_PARALLEL_STYLES[name]
-                style.shard_param(part, "weight", mesh)
-                style.install_forward(part, mesh)
+        for term in module.terms:
+            styles = (self.name,) if len(term.factors) == 1 else _FACTOR_STYLES[self.name]
+            if self._whole(module):
+                styles = tuple(None if style == self.name else style for style in styles)
+            for factor, name in zip(term.factors, styles, strict=True):
+                if name is not None and factor.registered_by(module.member):
+                    style, part = ALL_PARALLEL_STYLES[name], module.part(factor)
+                    style.shard_param(part, "weight", mesh)
+                    style.install_forward(part, mesh)
         return super().install_forward(module, mesh)
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh) -> Any:
+        """Gather the ranks' slices of the input where a pivoted factor picks from all of it."""
+        if self.name == "rowwise" and self._whole(module):
+            from torch.distributed.tensor import Replicate
+
+            x = self._from_local_last_dim_shard(args[0], mesh, module.in_features)
+            args = (x.redistribute(placements=[Replicate()]).to_local(), *args[1:])
+        return args, kwargs
+
+    def transform_output_post_forward(self, module, output, mesh) -> Any:
+        """Leave the rank's slice of the output that a pivoted factor makes whole."""
+        if self.name == "colwise" and self._whole(module):
+            from torch.distributed.tensor import DTensor, Replicate, Shard
+
+            output = DTensor.from_local(output, mesh, [Replicate()], run_check=False)
+            output = output.redistribute(placements=[Shard(-1)]).to_local()
+        return output
+
+    def _whole(self, module: nn.Module) -> bool:
+        """Whether a pivoted factor stands where the dense layer would be split, so that none of its end is."""
+        side = {"rowwise": "input", "colwise": "output"}.get(self.name, "")
+        return isinstance(module, ComposedLinear) and any(factor.pivots == side for factor in module.factors)
 
 
 # Empty where torch was built without its distributed package.

@@ -17,55 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError, unknown
 from layershare.model.arch import PARTS, Part, common_parent, find_blocks
+from layershare.model.composition import Composition, Member
 from layershare.model.dropped import DroppedAttention, DroppedLinear, drop_mlp, zeroed
-from layershare.model.layers import SIDES, ComposedLinear, DeltaLinear, FactorLinear, Side
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers that share one basis, the owner first.
-
-    Raises `LayershareError` for a side, rank or member list that cannot be.
-    """
-
-    role: str
-    side: Side
-    rank: int
-    members: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if self.side not in SIDES:
-            raise unknown("side", str(self.side), SIDES)
-        object.__setattr__(self, "members", tuple(self.members))
-        if not _are_names(self.members):
-            raise LayershareError(f"A group of role '{self.role}' lists no member layers: repair its 'members'.")
-        _check_rank(f"group of '{self.members[0]}'", self.rank)
-
-
-@dataclass(frozen=True)
-class Anchored:
-    """Layers (`members`) that use the weight of `anchor`, each with a delta of its own; the anchor may be one of them.
-
-    Raises `LayershareError` for a rank, anchor or member list that cannot be.
-    """
-
-    role: str
-    rank: int
-    anchor: str
-    members: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "members", tuple(self.members))
-        if not self.members or not _are_names(self.users):
-            raise LayershareError(
-                f"An entry of role '{self.role}' in 'deltas' lists no anchor or no members: repair them in config.json."
-            )
-        _check_rank(f"delta to '{self.anchor}'", self.rank)
-
-    @property
-    def users(self) -> tuple[str, ...]:
-        """All layers that use the shared weight, the anchor among them."""
-        return self.members if self.anchor in self.members else (self.anchor, *self.members)
+from layershare.model.layers import ComposedLinear
+from layershare.model.sliced import Sliced
 
 
 @dataclass(frozen=True)
@@ -86,47 +41,45 @@ class Dropped:
             raise LayershareError(f"A dropped {self.part} lists no linear layers: repair its 'members'.")
 
 
-def swap_modules(model: PreTrainedModel, groups: Sequence[Group], deltas: Sequence[Anchored] = ()) -> None:
-    """Put `FactorLinear`s and `DeltaLinear`s in the place of layers that share: on a meta skeleton or a real model.
+def first_gone(compositions: Sequence[Composition], dropped: Sequence[Dropped], slice: Sliced | None) -> str | None:
+    """The first dense weight that is gone, relative to the base model: a tensor of size zero is stored in its place.
 
-    Biases are kept; factors, bases and deltas are left uninitialised on the device and in the dtype of the dense
-    weight. Raises `LayershareError`, with the model unchanged, for unknown or unfit layers and impossible ranks.
+    A load without this package finds a weight of the wrong shape and fails, instead of finding none and initialising
+    the compressed layers at random. `None` if nothing is gone.
+    """
+    gone = [each.names[0] for each in compositions] + [each.members[0] for each in dropped]
+    if slice is not None:
+        gone.append(slice.stream.sublayers[0].norm)
+    return f"{gone[0]}.weight" if gone else None
+
+
+def member_of(name: str, dense: nn.Module) -> Member:
+    """A dense layer as a member of a composition."""
+    assert isinstance(dense, nn.Linear | Conv1D)
+    conv1d = isinstance(dense, Conv1D)
+    d_in, d_out = dense.weight.shape if conv1d else dense.weight.T.shape
+    return Member(name, d_in, d_out, conv1d)
+
+
+def swap_modules(model: PreTrainedModel, compositions: Sequence[Composition]) -> None:
+    """Put `ComposedLinear`s in the place of their members: on a meta skeleton or a real model.
+
+    Biases are kept; factors are left uninitialised on the device and in the dtype of the dense weight. Raises
+    `LayershareError`, with the model unchanged, for layers that are unknown, of another shape, or composed already.
     """
     base = model.base_model
     modules = dict(base.named_modules())
-    for group in groups:
-        _check_group(group, modules)
-    for anchored in deltas:
-        _check_anchored(anchored, modules)
-    for group in groups:
-        owner = None
-        for name in group.members:
-            dense = modules[name]
-            factored = FactorLinear(*_dims(dense), group.rank, side=group.side, owner=owner, **_like(dense))
-            _put(base, name, factored)
-            owner = owner or factored
-    for anchored in deltas:
-        dense = modules[anchored.anchor]
-        rank = anchored.rank if anchored.anchor in anchored.members else 0
-        anchor = DeltaLinear(*_dims(dense), rank, **_like(dense))
-        _put(base, anchored.anchor, anchor)
-        for name in anchored.members:
-            if name != anchored.anchor:
-                dense = modules[name]
-                _put(base, name, DeltaLinear(*_dims(dense), anchored.rank, anchor=anchor, **_like(dense)))
-
-
-def _like(dense: Any) -> dict[str, Any]:
-    """How a layer in the place of this one has to be made."""
-    place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    return {"bias": dense.bias is not None, "conv1d": isinstance(dense, Conv1D), **place}
-
-
-def _put(base: nn.Module, name: str, layer: ComposedLinear) -> None:
-    """Put a layer in the place of a dense one, whose bias it takes over."""
-    dense: Any = base.get_submodule(name)
-    layer.bias = dense.bias
-    base.set_submodule(name, layer.train(dense.training))
+    for member in chain.from_iterable(each.members for each in compositions):
+        _check_dense(member, modules)
+    for composition in compositions:
+        home = None
+        for name in composition.names:
+            dense: Any = modules[name]
+            place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+            layer = ComposedLinear(composition, name, False, home=home, **place)
+            layer.bias = dense.bias
+            base.set_submodule(name, layer.train(dense.training))
+            home = home or layer
 
 
 def drop_modules(model: PreTrainedModel, dropped: Sequence[Dropped]) -> None:
@@ -177,13 +130,6 @@ def _restore_dropped(model: Any) -> None:
             model.set_submodule(name, module.to_dense(device, model.dtype))
 
 
-def _dims(dense: nn.Module) -> tuple[int, int]:
-    """`(d_in, d_out)` of a dense layer."""
-    assert isinstance(dense, nn.Linear | Conv1D)
-    d_out, d_in = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
-    return d_in, d_out
-
-
 def _linears(modules: dict[str, nn.Module]) -> set[str]:
     return {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
 
@@ -193,43 +139,15 @@ def _are_names(names: Sequence[Any]) -> bool:
     return bool(names) and all(isinstance(name, str) for name in names)
 
 
-def _check_rank(what: str, rank: Any) -> None:
-    if type(rank) is not int or rank < 1:
-        raise LayershareError(f"The {what} has rank {rank!r}: give a whole number from 1 up.")
-
-
-def _check_dense(names: Sequence[str], modules: dict[str, nn.Module]) -> list[tuple[int, int]]:
-    """The `_dims` of layers that are to be replaced. Raises where they are not there, or not dense any more."""
-    linears = _linears(modules)
-    for name in names:
-        if isinstance(modules.get(name), ComposedLinear):
-            raise LayershareError(f"Layer '{name}' is compressed already: start from the original model.")
-        if name not in linears:
-            raise unknown("linear layer", name, linears)
-    return [_dims(modules[name]) for name in names]
-
-
-def _check_group(group: Group, modules: dict[str, nn.Module]) -> None:
-    """Raise where `group` does not fit the model's `modules`."""
-    dims = _check_dense(group.members, modules)
-    shared, private = (0, 1) if group.side == "input" else (1, 0)
-    if len({each[shared] for each in dims}) > 1:
+def _check_dense(member: Member, modules: dict[str, nn.Module]) -> None:
+    """Raise where a layer that is to be replaced is not there, not dense any more, or another one."""
+    dense, linears = modules.get(member.name), _linears(modules)
+    if isinstance(dense, ComposedLinear):
+        raise LayershareError(f"Layer '{member.name}' is compressed already: start from the original model.")
+    if dense is None or member.name not in linears:
+        raise unknown("linear layer", member.name, linears)
+    if (found := member_of(member.name, dense)) != member:
         raise LayershareError(
-            f"The members of the group of '{group.members[0]}' differ in their {group.side} width: they cannot share."
-        )
-    limit = min(dims[0][shared], sum(each[private] for each in dims))
-    if group.rank > limit:
-        raise LayershareError(
-            f"The group of '{group.members[0]}' has rank {group.rank}: its matrices allow {limit} at most."
-        )
-
-
-def _check_anchored(anchored: Anchored, modules: dict[str, nn.Module]) -> None:
-    """Raise where `anchored` does not fit the model's `modules`."""
-    dims = _check_dense(anchored.users, modules)
-    if len(set(dims)) > 1:
-        raise LayershareError(f"The layers with deltas to '{anchored.anchor}' differ in shape: they cannot share.")
-    if anchored.rank > min(dims[0]):
-        raise LayershareError(
-            f"The delta to '{anchored.anchor}' has rank {anchored.rank}: its matrices allow {min(dims[0])} at most."
+            f"'{member.name}' is {found.d_in} × {found.d_out} in this model, but {member.d_in} × {member.d_out} in its "
+            "composition: they are of different models."
         )

@@ -10,8 +10,8 @@ from typing import Literal
 from layershare.errors import LayershareError, short, unknown
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
-from layershare.plan.edits import Delta, Edit, Share, Side, dropped_parts, kept_layers, sharing, sliced_width, widths
-from layershare.plan.layout import checkpoint_tensors, origins
+from layershare.plan.edits import Edit, dropped_parts, kept_layers, sharing, sliced_width
+from layershare.plan.layout import checkpoint_tensors, composed_tensors, compositions, origins
 from layershare.plan.slices import target_names
 
 _DIAL = r"((?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][-+]?[0-9]{1,3})?)\s*([A-Za-z]*)"
@@ -78,23 +78,6 @@ def parse_keep(keep: float | str) -> Keep:
     return Keep(fraction=number)
 
 
-def share_parameters(spec: Spec, edit: Share) -> int:
-    """Parameters of one group: k(d_in + n·d_out) with a shared input side, k(n·d_in + d_out) with an output side."""
-    return edit.rank * unit_cost(spec, edit.role, edit.layers, edit.side)
-
-
-def delta_parameters(spec: Spec, edit: Delta) -> int:
-    """Parameters of the shared weight and of n deltas to it: d_in·d_out + n·r(d_in + d_out)."""
-    linear = spec.linear(edit.role, edit.anchor)
-    return linear.parameters + len(edit.layers) * edit.rank * (linear.d_in + linear.d_out)
-
-
-def unit_cost(spec: Spec, role: str, layers: Sequence[int], side: Side) -> int:
-    """Parameters of one unit of rank in a group."""
-    shared, private = widths(spec.linear(role, layers[0]), side)
-    return shared + len(layers) * private
-
-
 def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     """Exact sizes of the model after the edits (none: of the dense model)."""
     if sliced_width(edits):
@@ -107,17 +90,10 @@ def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     rest = sum(prod(spec.tensors[name][0]) for name in sources if name not in spec.buffers)
     rest -= sum(linear.parameters for linear in dense)
     parameters = multiplications = data = 0
-    for edit in dict.fromkeys(shared.values()):
-        linear = spec.linear(edit.role, edit.layers[0])
-        products = len(edit.layers) * edit.rank * (linear.d_in + linear.d_out)
-        if isinstance(edit, Share):
-            count = share_parameters(spec, edit)
-        else:
-            count = delta_parameters(spec, edit)
-            products += len(edit.users) * linear.parameters
-        parameters += count
-        data += count * spec.tensors[spec.weight_name(linear)][1].itemsize
-        multiplications += products
+    for each in compositions(spec, edits):
+        parameters += each.parameters
+        multiplications += each.multiplications
+        data += sum(prod(shape) * dtype.itemsize for shape, dtype in composed_tensors(spec, each).values())
     for linear in dense:
         parameters += linear.parameters
         multiplications += linear.parameters

@@ -1,16 +1,16 @@
 """What can be done to a model: the edits, and whether they fit it and each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
 
 from layershare.errors import LayershareError, unknown
-from layershare.model.arch import PARTS, Linear, Part, Spec
-from layershare.values import STRICT, Number, Whole, Word
+from layershare.model.arch import PARTS, Part, Spec
+from layershare.model.composition import Composition, Member, Side, deltas, shared
+from layershare.values import STRICT, Flag, Number, Whole, Word
 
-Side = Literal["input", "output"]
 Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=100_000)]
 
 
@@ -18,7 +18,8 @@ Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=100_000)]
 class Share:
     """Layers that share one basis of rank k for one role; a single layer is plain low rank.
 
-    `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared.
+    `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared. `pivot`:
+    B in pivoted form, which has k² numbers less.
     """
 
     __pydantic_config__ = STRICT
@@ -26,6 +27,7 @@ class Share:
     layers: Layers
     rank: Whole
     side: Side
+    pivot: Flag = False
     kind: Literal["share"] = "share"
 
     @property
@@ -128,9 +130,23 @@ def sharing(edits: Sequence[Edit]) -> dict[tuple[str, int], Share | Delta]:
     return found
 
 
-def widths(linear: Linear, side: Side) -> tuple[int, int]:
-    """The width of the shared side and that of the private one: d_in and d_out, or the other way round."""
-    return (linear.d_in, linear.d_out) if side == "input" else (linear.d_out, linear.d_in)
+def composition(spec: Spec, edit: Share | Delta) -> Composition:
+    """What stands in the place of the linears of an edit.
+
+    Raises `LayershareError` if the model lacks one of them, or if they cannot share.
+    """
+    there = {linear.layer: linear.member for linear in spec.by_role.get(edit.role, ())}
+    if missing := [layer for layer in edit.users if layer not in there]:
+        raise LayershareError(f"The plan names {edit.role} of layer {missing[0]}, which this model does not have.")
+    return composed(edit, there)
+
+
+def composed(edit: Share | Delta, members: Mapping[int, Member]) -> Composition:
+    """The same, of the members by their layers; see `composition`."""
+    if isinstance(edit, Share):
+        return shared([members[layer] for layer in edit.layers], edit.rank, edit.side, edit.pivot)
+    first, *others = sorted(edit.users, key=lambda layer: layer != edit.anchor)
+    return deltas([members[first], *(members[i] for i in others)], edit.rank, [members[i].name for i in edit.layers])
 
 
 def kept_layers(n_layers: int, edits: Sequence[Edit]) -> list[int]:
@@ -161,23 +177,24 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
         assert not isinstance(edit, Slice)
         if not edit.layers:
             raise LayershareError(f"The plan has a {edit.kind} of no layers; give it some or delete it.")
-        for layer in edit.users if isinstance(edit, Share | Delta) else edit.layers:
-            if not 0 <= layer < spec.n_layers:
-                what = f"{edit.role} of layer {layer}" if isinstance(edit, Share | Delta) else f"layer {layer}"
-                raise LayershareError(f"The plan names {what}, which this model does not have.")
-        if isinstance(edit, Share):
-            _check_share(spec, edit)
-        elif isinstance(edit, Delta):
-            _check_delta(spec, edit)
-        elif isinstance(edit, Drop):
-            if edit.part not in (*PARTS, "block"):
-                raise unknown("part", edit.part, (*PARTS, "block"))
-        else:
+        if not isinstance(edit, Share | Delta):
+            for layer in edit.layers:
+                if not 0 <= layer < spec.n_layers:
+                    raise LayershareError(f"The plan names layer {layer}, which this model does not have.")
+        if isinstance(edit, Drop) and edit.part not in (*PARTS, "block"):
+            raise unknown("part", edit.part, (*PARTS, "block"))
+        if isinstance(edit, Merge):
             _check_merge(edit)
         for claim in _claims(spec, edit):
             if claim in seen:
                 raise LayershareError(f"The plan names {claim[0]} of layer {claim[1]} twice; one edit can have it.")
             seen.add(claim)
+        if isinstance(edit, Delta) and edit.layers == (edit.anchor,):
+            raise LayershareError(
+                f"The plan gives {edit.role} of layer {edit.anchor} a delta to its own weight alone; name other layers."
+            )
+        if isinstance(edit, Share | Delta):
+            composition(spec, edit)
     kept = kept_layers(spec.n_layers, edits)
     if not kept:
         raise LayershareError("The plan leaves no layer of the model; keep at least one.")
@@ -206,40 +223,4 @@ def _check_merge(edit: Merge) -> None:
     if edit.into not in edit.layers or len(edit.coefficients) != len(edit.layers):
         raise LayershareError(
             f"The merge into layer {edit.into} must list that layer and one coefficient for each of its layers."
-        )
-
-
-def _check_share(spec: Spec, edit: Share) -> None:
-    linear = _check_alike(spec, edit.role, edit.layers)
-    shared, private = widths(linear, edit.side)
-    _check_rank(edit, edit.layers[0], min(shared, private * len(edit.layers)))
-
-
-def _check_delta(spec: Spec, edit: Delta) -> None:
-    if edit.layers == (edit.anchor,):
-        raise LayershareError(
-            f"The plan gives {edit.role} of layer {edit.anchor} a delta to its own weight alone; name other layers."
-        )
-    linear = _check_alike(spec, edit.role, edit.users)
-    _check_rank(edit, edit.layers[0], min(linear.d_in, linear.d_out))
-
-
-def _check_alike(spec: Spec, role: str, layers: Sequence[int]) -> Linear:
-    """The first of the linears that share. Raises if the model lacks one, or if they differ in shape."""
-    linears: list[Linear] = []
-    for layer in layers:
-        where = f"{role} of layer {layer}"
-        try:
-            linears.append(spec.linear(role, layer))
-        except KeyError as error:
-            raise LayershareError(f"The plan names {where}, which this model does not have.") from error
-        if (linears[-1].d_in, linears[-1].d_out) != (linears[0].d_in, linears[0].d_out):
-            raise LayershareError(f"The plan shares {where} with a layer of another shape.")
-    return linears[0]
-
-
-def _check_rank(edit: Share | Delta, layer: int, limit: int) -> None:
-    if not 1 <= edit.rank <= limit:
-        raise LayershareError(
-            f"The plan gives {edit.role} of layer {layer} rank {edit.rank}, which its shape does not allow."
         )

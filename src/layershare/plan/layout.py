@@ -1,13 +1,27 @@
 """The tensors of the compressed checkpoint: their names and shapes, and the dense tensors that they come from."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from layershare.model.arch import Linear, Spec
+from layershare.model.arch import Spec
 from layershare.model.checkpoint import Tensors
-from layershare.plan.edits import Delta, Edit, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
-from layershare.plan.slices import guard_of_slices, sliced_tensors, treated
+from layershare.model.composition import Composition
+from layershare.model.sliced import Sliced
+from layershare.model.swap import Dropped, first_gone
+from layershare.plan.edits import (
+    Delta,
+    Edit,
+    Merge,
+    Share,
+    composition,
+    dropped_parts,
+    kept_layers,
+    sharing,
+    sliced_width,
+)
+from layershare.plan.slices import sliced_tensors, treated
 
 Sources = tuple[tuple[float, str], ...]
 """A tensor as Σ cⱼ Tⱼ of dense ones, by their names."""
@@ -43,60 +57,37 @@ def checkpoint_tensors(spec: Spec, edits: Sequence[Edit]) -> Tensors:
     tensors = {name: spec.tensors[sources[0][1]] for name, sources in origins(spec, edits).items()}
     if width := sliced_width(edits):
         tensors |= sliced_tensors(spec, width)
-    for edit in edits:
-        if isinstance(edit, Share):
-            tensors |= share_tensors(spec, edit)
-        elif isinstance(edit, Delta):
-            tensors |= delta_tensors(spec, edit)
-    if guard := guard_of(spec, edits):
-        tensors[guard] = ((0,), torch.uint8)
+    for each in compositions(spec, edits):
+        tensors |= composed_tensors(spec, each)
+    if gone := first_gone(**listed(spec, edits)):
+        tensors[f"{spec.base_prefix}{gone}"] = ((0,), torch.uint8)
     return tensors
 
 
-def share_tensors(spec: Spec, edit: Share) -> Tensors:
-    """The tensors of a group: the basis, at its first layer, then each layer's coefficients."""
+def compositions(spec: Spec, edits: Sequence[Edit]) -> list[Composition]:
+    """What stands in the place of the linears that edits factor or share, edit after edit."""
+    return [composition(spec, edit) for edit in edits if isinstance(edit, Share | Delta)]
+
+
+def composed_tensors(spec: Spec, each: Composition) -> Tensors:
+    """The tensors of a composition, by full names, in the dtypes of the dense weights that they stand for."""
     tensors: Tensors = {}
-    for position, layer in enumerate(edit.layers):
-        linear = spec.linear(edit.role, layer)
-        name, dtype = _place(spec, linear)
-        basis, coef = (edit.rank, linear.d_in), (linear.d_out, edit.rank)
-        if edit.side == "output":
-            basis, coef = coef, basis
-        if position == 0:
-            tensors[f"{name}.basis.weight"] = (basis, dtype)
-        tensors[f"{name}.coef.weight"] = (coef, dtype)
+    for member, factor in each.stored():
+        name, shape = f"{spec.base_prefix}{member.name}", factor.shape(member)
+        weight, *order = (f"{name}.{key}" for key in factor.keys)
+        tensors[weight] = (shape, spec.tensors[f"{name}.weight"][1])
+        tensors |= dict.fromkeys(order, ((sum(shape),), torch.int32))
     return tensors
 
 
-def delta_tensors(spec: Spec, edit: Delta) -> Tensors:
-    """The tensors of a `Delta`: the shared weight Wᵀ, at the anchor, then Aₜᵀ (down) and Bₜᵀ (up) of each layer t."""
-    anchor = spec.linear(edit.role, edit.anchor)
-    name, dtype = _place(spec, anchor)
-    tensors: Tensors = {f"{name}.base.weight": ((anchor.d_out, anchor.d_in), dtype)}
-    for layer in edit.layers:
-        linear = spec.linear(edit.role, layer)
-        name, dtype = _place(spec, linear)
-        tensors[f"{name}.down.weight"] = ((edit.rank, linear.d_in), dtype)
-        tensors[f"{name}.up.weight"] = ((linear.d_out, edit.rank), dtype)
-    return tensors
-
-
-def _place(spec: Spec, linear: Linear) -> tuple[str, torch.dtype]:
-    """The full name of a linear, and the dtype of its weight."""
-    dense = spec.weight_name(linear)
-    return dense.removesuffix(".weight"), spec.tensors[dense][1]
-
-
-def guard_of(spec: Spec, edits: Sequence[Edit]) -> str | None:
-    """The name of the guard tensor: the first dense weight that only our loader knows to be gone, if there is one."""
-    for edit in edits:
-        if isinstance(edit, Share):
-            return spec.weight_name(spec.linear(edit.role, edit.layers[0]))
-    for edit in edits:
-        if isinstance(edit, Delta):
-            return spec.weight_name(spec.linear(edit.role, edit.anchor))
-    for layer, part in dropped_parts(edits):
-        return spec.weight_name(spec.part(layer, part)[0])
-    if sliced_width(edits):
-        return guard_of_slices(spec)
-    return None
+def listed(spec: Spec, edits: Sequence[Edit]) -> dict[str, Any]:
+    """What `config.json` lists of a plan: its compositions, what is dropped, how the model is sliced."""
+    width = sliced_width(edits)
+    return {
+        "compositions": compositions(spec, edits),
+        "dropped": [
+            Dropped(part, tuple(linear.name for linear in spec.part(layer, part)))
+            for layer, part in dropped_parts(edits)
+        ],
+        "slice": None if width is None else Sliced(width, spec.sliceable()),
+    }

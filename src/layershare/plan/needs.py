@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from math import prod
 
 from layershare.calibrate.stats import Kind
-from layershare.model.arch import Linear, Spec
+from layershare.model.arch import Spec
+from layershare.model.composition import Composition
 from layershare.plan.budget import measure
-from layershare.plan.edits import Delta, Share, sharing, sliced_width, widths
+from layershare.plan.edits import Share, sliced_width
+from layershare.plan.layout import compositions
 from layershare.plan.plan import Plan
 from layershare.plan.work import Work, count_work
 
@@ -77,11 +79,11 @@ def estimate_needs(
             work=work,
         )
     if plan is None:
-        full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
-        edits, after = list(full), measure(spec, ())
+        full = [Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears]
+        composed, after = compositions(spec, full), measure(spec, ())
     else:
-        edits, after = list(dict.fromkeys(sharing(plan.edits).values())), plan.after
-    steps = [_solving(spec.linear(edit.role, edit.layers[0]), edit) for edit in edits]
+        composed, after = compositions(spec, plan.edits), plan.after
+    steps = [_solving(each) for each in composed]
     streams = refits or "inputs" in kinds or "blocks" in kinds
     if streams:
         steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
@@ -106,18 +108,20 @@ def estimate_needs(
     )
 
 
-def _solving(linear: Linear, edit: Share | Delta) -> int:
-    """Float64 matrices while a group or a delta is solved: the eigenproblem and its work space, weights, the factors.
+def _solving(composition: Composition) -> int:
+    """Float64 matrices while a composition is solved: the eigenproblem and its work space, weights, the factors.
 
-    A delta needs three weights, the anchor's, its target's and their difference.
+    Beside a whole weight, which is among the factors, these are its target's weight and the difference of the two.
     """
-    n = len(edit.layers)
-    if isinstance(edit, Delta):
-        factors = n * edit.rank * (linear.d_in + linear.d_out)
-        return _eigenproblem(linear.d_in) + 8 * (3 * linear.parameters + factors)
-    shared, private = widths(linear, edit.side)
-    width = shared if n > 1 else min(shared, private)
-    return _eigenproblem(width) + 8 * (linear.parameters + edit.rank * (shared + n * private))
+    first, (product, *_) = composition.members[0], [t for t in composition.terms if len(t.factors) > 1]
+    ends = [(product.factors[0], first.d_in), (product.factors[-1], first.d_out)]
+    if composition.whole:
+        width, weights = first.d_in, 2
+    else:
+        shared = [width for factor, width in ends if factor.home]
+        width, weights = shared[0] if len(composition.members) > 1 else min(first.d_in, first.d_out), 1
+    dense = sum((factor.outward or factor.inward or 0) ** 2 for factor in composition.factors if factor.pivots)
+    return _eigenproblem(width) + 8 * (weights * first.d_in * first.d_out + composition.parameters + dense)
 
 
 def _eigenproblem(width: int) -> int:

@@ -1,14 +1,17 @@
 """Groups of layers and their ranks: the same ratio everywhere, as most papers have it, and the spending of a budget."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
+from typing import Any
 
 from layershare.errors import LayershareError
 from layershare.model.arch import WRITERS, Linear, Spec
-from layershare.plan.budget import Budget, unit_cost
-from layershare.plan.edits import Share, Side
+from layershare.model.composition import Composition, Side, shared
+from layershare.plan.budget import Budget
+from layershare.plan.edits import Share, composition
 
 TOLERANCE = Fraction(1, 200)
 """A plan lands within this fraction under its budget."""
@@ -21,6 +24,33 @@ class LayerGroup:
     role: str
     layers: tuple[int, ...]
     side: Side
+    pivot: bool = False
+
+    def share(self, rank: int) -> Share:
+        """The edit of this rank."""
+        return Share(self.role, self.layers, rank, self.side, self.pivot)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of rank k: ωk (`linear`), less k² if the basis is pivoted; never more than the `whole` matrices."""
+
+    linear: int
+    whole: int
+    pivot: bool = False
+
+    def size(self, rank: int | Fraction | float) -> Any:
+        """Parameters of a rank. Where factors are not smaller than the matrices, these are left as they are."""
+        if not self.pivot:
+            return min(rank * self.linear, self.whole)
+        return min(rank * self.linear - rank**2, self.whole) if 2 * rank < self.linear else self.whole
+
+    def rank(self, parameters: Fraction | float) -> Any:
+        """The exact rank, no whole number, that takes so many parameters, which are no more than the `whole`."""
+        if not self.pivot:
+            return parameters / self.linear
+        root = math.sqrt(max(self.linear**2 - 4 * parameters, 0))
+        return round((self.linear - root) / 2, 9)  # to whole ranks where they are meant
 
 
 def uniform_rank(d_shared: int, d_private: int, n: int, keep: Fraction | float) -> int:
@@ -48,19 +78,24 @@ def natural_side(role: str) -> Side:
     return "output" if role in WRITERS else "input"
 
 
-def private_groups(linears: Iterable[Linear]) -> list[LayerGroup]:
+def private_groups(linears: Iterable[Linear], pivot: bool = False) -> list[LayerGroup]:
     """Every linear in a group of its own."""
-    return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role)) for linear in linears]
+    return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role), pivot) for linear in linears]
 
 
-def group_cost(spec: Spec, group: LayerGroup) -> int:
-    """Parameters of one unit of rank, ω."""
-    return unit_cost(spec, group.role, group.layers, group.side)
+def group_cost(spec: Spec, group: LayerGroup) -> Cost:
+    """Parameters of a group by rank."""
+    return _cost(composition(spec, group.share(1)), group.pivot)
 
 
-def dense_parameters(spec: Spec, group: LayerGroup) -> int:
-    """Parameters of the group's matrices as they are."""
-    return len(group.layers) * spec.linear(group.role, group.layers[0]).parameters
+def matrix_cost(linear: Linear, pivot: bool = False) -> Cost:
+    """The same of a matrix for itself."""
+    return _cost(shared([linear.member], 1, natural_side(linear.role), pivot), pivot)
+
+
+def _cost(one: Composition, pivot: bool) -> Cost:
+    """The cost by rank of what is `one` of rank 1."""
+    return Cost(one.parameters + pivot, sum(member.d_in * member.d_out for member in one.members), pivot)
 
 
 def in_order(spec: Spec, shares: Iterable[Share]) -> tuple[Share, ...]:
@@ -74,8 +109,8 @@ def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[S
 
     Raises `LayershareError` if a group would get no rank at all.
     """
-    exact = [budget.fraction * dense_parameters(spec, group) / group_cost(spec, group) for group in groups]
-    return allocate(spec, groups, exact, budget.parameters)
+    costs = [group_cost(spec, group) for group in groups]
+    return allocate(spec, groups, [cost.rank(budget.fraction * cost.whole) for cost in costs], budget.parameters)
 
 
 def allocate(
@@ -93,44 +128,33 @@ def allocate(
     `gains` or by default by what rounding took. Raises `LayershareError` if a group would get no rank at all.
     """
     costs = [group_cost(spec, group) for group in groups]
-    dense = [dense_parameters(spec, group) for group in groups]
     ranks = [int(rank) for rank in exact]
     sizes = [
-        whole if rank * cost >= whole else int(rank) * cost
-        for rank, cost, whole in zip(exact, costs, dense, strict=True)
+        cost.whole if cost.size(rank) >= cost.whole else cost.size(int(rank))
+        for rank, cost in zip(exact, costs, strict=True)
     ]
     left = parameters - sum(sizes)
     if left > TOLERANCE * parameters:
         lost = [rank - whole for rank, whole in zip(exact, ranks, strict=True)] if gains is None else gains
-        spend(ranks, sizes, costs, dense, left, sorted(range(len(groups)), key=lambda i: (-lost[i], i)))
+        spend(ranks, sizes, costs, left, sorted(range(len(groups)), key=lambda i: (-lost[i], i)))
     shares = []
-    for group, rank, size, whole in zip(groups, ranks, sizes, dense, strict=True):
+    for group, rank, size, cost in zip(groups, ranks, sizes, costs, strict=True):
         if rank < 1:
             raise LayershareError(
                 f"keep leaves no rank for {group.role} of layers {group.layers[0]}–{group.layers[-1]}; keep more."
             )
-        if size < whole:
-            shares.append(Share(group.role, group.layers, rank, group.side))
+        if size < cost.whole:
+            shares.append(group.share(rank))
     return in_order(spec, shares)
 
 
-def spend(
-    ranks: list[int],
-    sizes: list[int],
-    costs: Sequence[int],
-    largest: Sequence[int],
-    left: int,
-    turns: Sequence[int],
-) -> None:
-    """Raise ranks in place by one each, in `turns`, round after round, as long as any fits into `left` parameters.
-
-    A rank costs its `costs`, and no size grows beyond its `largest`.
-    """
+def spend(ranks: list[int], sizes: list[int], costs: Sequence[Cost], left: int, turns: Sequence[int]) -> None:
+    """Raise ranks in place by one each, in `turns`, round after round, as long as any fits into `left` parameters."""
     fits = True
     while fits:
         fits = False
         for i in turns:
-            step = min(costs[i], largest[i] - sizes[i])
+            step = costs[i].size(ranks[i] + 1) - sizes[i]
             if 0 < step <= left:
                 ranks[i] += 1
                 sizes[i] += step

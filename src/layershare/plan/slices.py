@@ -45,11 +45,6 @@ def shortcut_name(spec: Spec, writer: str) -> str:
     return f"{spec.base_prefix}{writer}.shortcut.weight"
 
 
-def guard_of_slices(spec: Spec) -> str:
-    """The weight of the first norm: sliced models have none, so a load without this package meets the wrong shape."""
-    return f"{spec.base_prefix}{spec.sliceable().sublayers[0].norm}.weight"
-
-
 def _linear(spec: Spec, linear: Linear, d_in: int, d_out: int, bias: bool) -> Tensors:
     name = spec.weight_name(linear)
     dtype = spec.tensors[name][1]

@@ -9,8 +9,7 @@ from rich.table import Table
 
 from layershare.disk import size
 from layershare.model.arch import WRITERS, Linear, Spec
-from layershare.plan.budget import delta_parameters, share_parameters
-from layershare.plan.edits import Delta, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
+from layershare.plan.edits import Delta, Merge, Share, composition, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed
@@ -89,7 +88,7 @@ def _table(title: str | None = None) -> Table:
 def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
     linear = spec.linear(edits[0].role, edits[0].layers[0])
     before = sum(spec.linear(edit.role, layer).parameters for edit in edits for layer in edit.users)
-    after = sum(_parameters(spec, edit) for edit in edits)
+    after = sum(composition(spec, edit).parameters for edit in edits)
     n = len(edits[0].users)
     table.add_row(
         edits[0].role,
@@ -104,12 +103,8 @@ def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
 def _how(edit: Share | Delta) -> str:
     """The side that a group shares, or that its layers have deltas: all of them, or all but the anchor."""
     if isinstance(edit, Share):
-        return edit.side
+        return f"{edit.side}, pivoted" if edit.pivot else edit.side
     return "delta" if len(edit.layers) < len(edit.users) else "mean, delta"
-
-
-def _parameters(spec: Spec, edit: Share | Delta) -> int:
-    return share_parameters(spec, edit) if isinstance(edit, Share) else delta_parameters(spec, edit)
 
 
 def _add_sliced(table: Table, linears: Sequence[Linear], width: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layershare.calibrate.stats import Kind
 from layershare.model.arch import Spec
-from layershare.plan.edits import Delta, Share, sharing, sliced_width, widths
+from layershare.plan.edits import Delta, Share, sharing, sliced_width
 from layershare.plan.plan import Plan
 
 HANDLING = 1.4
@@ -100,7 +100,7 @@ def count_work(
         if isinstance(edit, Delta):
             side, rounds = min(d_in, d_out), n
         else:
-            side, rounds = widths(linear, edit.side)[0] if n > 1 else min(d_in, d_out), 1
+            side, rounds = (d_in if edit.side == "input" else d_out) if n > 1 else min(d_in, d_out), 1
         eigen += rounds * side**3
         double += n * (max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)) + rounds * side**3
         if refits:

@@ -9,7 +9,8 @@ from layershare.errors import LayershareError
 from layershare.folders import RECIPE
 from layershare.foreign import read_text, reading
 from layershare.model.arch import part_of
-from layershare.plan.edits import Delta
+from layershare.model.composition import Member
+from layershare.plan.edits import Delta, Share, composed
 from layershare.report.results import RESULTS, Planned, Results, Speed, read_as
 
 PLAN = "plan.json"
@@ -155,18 +156,9 @@ class Run:
     def _edited(self, edit: dict[str, Any], cells: dict[tuple[str, int], Cell], counts: dict[str, int]) -> list[Cell]:
         """The cells that one edit of the plan changes."""
         kind, layers = edit.get("kind", "share"), tuple(edit.get("layers", ()))
-        if kind == "share":
-            role, rank = edit["role"], edit["rank"]
-            facts = self.results["groups"].get(f"{role}.{'-'.join(f'{layer:02d}' for layer in layers)}", {})
-            dense = sum(d_in * d_out for d_in, d_out in (self.results["shapes"][role][layer] for layer in layers))
-            kept = facts.get("parameters", dense) / dense
-            number = counts[role]
-            counts[role] += 1
-            what = "share" if len(layers) > 1 else "own"
-            rest = (what, layers, number, edit["side"], rank, kept, facts.get("error"), facts.get("spectrum"))
-            return [Cell(role, layer, *rest) for layer in layers]
-        if kind == "delta":
-            return self._with_deltas(Delta(**{**edit, "layers": layers}), counts)
+        if kind in ("share", "delta"):
+            made = (Share if kind == "share" else Delta)(**{**edit, "layers": layers})
+            return self._composed(made, counts)
         if kind == "drop":
             gone = [(r, layer) for r, layer in cells if layer in layers and edit["part"] in ("block", part_of(r))]
             return [Cell(r, layer, kind, layers, kept=0.0) for r, layer in gone]
@@ -176,18 +168,23 @@ class Run:
         touched = [key for key in cells if edit.get("role", key[0]) == key[0] and (not layers or key[1] in layers)]
         return [Cell(*key, kind, layers, rank=edit.get("rank"), kept=None) for key in touched]
 
-    def _with_deltas(self, edit: Delta, counts: dict[str, int]) -> list[Cell]:
-        """The cells of an anchor and of the layers with deltas to it."""
+    def _composed(self, edit: Share | Delta, counts: dict[str, int]) -> list[Cell]:
+        """The cells of layers that an edit factors or lets share."""
         role, users, number = edit.role, edit.users, counts[edit.role]
         counts[role] += 1
-        d_in, d_out = self.results["shapes"][role][edit.anchor]
-        base = 1 / len(users)
-        kept = base + edit.rank * (d_in + d_out) / (d_in * d_out)
-        error = self.results["groups"].get(edit.id, {}).get("error")
-        anchor = [Cell(role, edit.anchor, "anchor", users, number, kept=base)] if edit.anchor not in edit.layers else []
-        return anchor + [
-            Cell(role, layer, edit.kind, users, number, rank=edit.rank, kept=kept, error=error) for layer in edit.layers
-        ]
+        members = {layer: Member(f"{layer}", *self.results["shapes"][role][layer]) for layer in users}
+        composition, facts = composed(edit, members), self.results["groups"].get(edit.id, {})
+        side = edit.side if isinstance(edit, Share) else None
+        cells = []
+        for layer, member in members.items():
+            products = any(len(term.factors) > 1 for term in composition.terms_of(member.name))
+            what = (
+                {"rank": edit.rank, "error": facts.get("error"), "spectrum": facts.get("spectrum")} if products else {}
+            )
+            kind = edit.kind if products and len(users) > 1 else "anchor" if len(users) > 1 else "own"
+            kept = composition.parameters_of(member) / (member.d_in * member.d_out)
+            cells.append(Cell(role, layer, kind, users, number, side=side, kept=kept, **what))
+        return cells
 
 
 def printable(name: str) -> str:

@@ -1,8 +1,9 @@
 """Carry out a plan: solve group by group, and fit coefficients again where the method asks for it."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,27 @@ from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence, row_convention
 from layershare.methods.method import Method
 from layershare.model.arch import Linear, Spec, common_parent
+from layershare.model.composition import Composition
 from layershare.model.dropped import DroppedAttention, drop_mlp
-from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear
+from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
-from layershare.plan.budget import delta_parameters, share_parameters
-from layershare.plan.edits import Delta, Share, dropped_parts, sharing, sliced_width
-from layershare.plan.layout import delta_tensors, origins, share_tensors
+from layershare.plan.edits import Delta, Share, composition, dropped_parts, sliced_width
+from layershare.plan.layout import composed_tensors, compositions, origins
 from layershare.plan.plan import Plan
-from layershare.solve.linalg import refit
+from layershare.solve.linalg import pivot_factors, pivoted, refit
 from layershare.store import Store
 
 SPECTRUM_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A linear, its dense weight where the model keeps it, what stands in its place, and the composition of that."""
+
+    linear: Linear
+    weight: Tensor
+    module: ComposedLinear
+    composition: Composition
 
 
 class Factored:
@@ -46,7 +57,7 @@ class Factored:
         self._origins = origins(spec, plan.edits)
         self._places: dict[str, tuple[Store, str]] = {}
         for edit in self.shares:
-            self._places.update(dict.fromkeys(factor_names(spec, edit), (self.groups, unit_name(edit))))
+            self._places.update(dict.fromkeys(names(spec, edit), (self.groups, unit_name(edit))))
 
     def refitted(self, layer: int) -> bool:
         """Whether a layer's refit is there; if so, its tensors come from it from now on."""
@@ -109,23 +120,13 @@ class Factored:
         Of a slice the error is Σ‖X − XQQᵀ‖² / Σ‖X‖², X as the model that is sliced up to there makes it.
         """
         places = {place: {"error": error} for place, error in self._lost.items()}
-        deltas = {
-            edit.id: {
-                "rank": edit.rank,
-                "parameters": delta_parameters(self.spec, edit),
-                **self._found.get(edit.id, {}),
-            }
-            for edit in self.anchored
-        }
-        shares = {
-            edit.id: {
-                "rank": edit.rank,
-                "parameters": share_parameters(self.spec, edit),
-                **self.groups.facts(unit_name(edit)),
-            }
-            for edit in self.shares
-        }
-        return places | shares | deltas
+        known = {edit.id: self.groups.facts(unit_name(edit)) for edit in self.shares}
+        known |= {edit.id: self._found.get(edit.id, {}) for edit in self.anchored}
+        edits = (
+            (edit, {"rank": edit.rank, "parameters": composition(self.spec, edit).parameters})
+            for edit in (*self.shares, *self.anchored)
+        )
+        return places | {edit.id: facts | known[edit.id] for edit, facts in edits}
 
 
 def solve(
@@ -144,13 +145,14 @@ def solve(
         if unit_name(edit) not in factored.groups:
             dense = [evidence.weight(linear) for linear in linears]
             factors = method.solve(edit, dense, [evidence.inputs(linear) for linear in linears])
-            dtype = dense[0].dtype
-            tensors = [tensor.T.to(dtype) for tensor in (factors.basis, *factors.coefs)]
-            if not all(tensor.isfinite().all() for tensor in tensors):
-                raise LayershareError(f"The factors of group '{edit.id}' do not fit {dtype}; use a wider dtype.")
-            named = dict(zip(factor_names(spec, edit), tensors, strict=True))
-            spectrum = None if factors.spectrum is None else sampled(factors.spectrum, edit.rank)
-            factored.groups.write(unit_name(edit), named, {"error": factors.error, "spectrum": spectrum})
+            facts: dict[str, Any] = {"error": factors.error}
+            facts["spectrum"] = None if factors.spectrum is None else sampled(factors.spectrum, edit.rank)
+            if edit.pivot:
+                factors = pivot_factors(factors, edit.side)
+                facts["largest"] = float(factors.basis.abs().max())
+            own = {linear.name: [coef] for linear, coef in zip(linears, factors.coefs, strict=True)}
+            named = named_tensors(spec, edit, factors.basis, own, dense[0].dtype, factors.order)
+            factored.groups.write(unit_name(edit), named, facts)
         done += sum(linear.parameters for linear in linears)
     progress(total, total)
 
@@ -173,43 +175,41 @@ def refit_coefficients(
     refitted matrices before them give.
     """
     spec = factored.spec
-    by_layer: dict[int, list[tuple[Linear, Share]]] = {layer: [] for layer in range(spec.n_layers)}
-    for edit in factored.shares:
-        for linear in members(spec, edit):
-            by_layer[linear.layer].append((linear, edit))
     stream = Stream(factored.weights, text.tokens, batch_size, scratch)
     for layer, block in stream:
         progress(layer, spec.n_layers)
         done = factored.refitted(layer)
         with compressed(block, layer, factored) as modules:
             if not done:
-                fitted = [pair for pair in by_layer[layer] if pair[1].side == "input" or len(pair[1].layers) == 1]
-                factored.write_refit(layer, _refit_layer(layer, block, modules, fitted, factored, stream))
+                factored.write_refit(layer, _refit_layer(layer, block, modules, factored, stream))
             stream.run()
         del modules  # or they would stay until the next layer's are there
     progress(spec.n_layers, spec.n_layers)
 
 
 def _refit_layer(
-    layer: int,
-    block: nn.Module,
-    modules: dict[str, tuple[Tensor, ComposedLinear]],
-    fitted: list[tuple[Linear, Share]],
-    factored: Factored,
-    stream: Stream,
+    layer: int, block: nn.Module, modules: dict[str, Replaced], factored: Factored, stream: Stream
 ) -> dict[str, Tensor]:
-    """Run the compressed block, set the second factors of the `fitted` linears and return them by name."""
+    """Run the compressed block, set the second factors that are its own and return them by name."""
     spec = factored.spec
-    needed = {linear.site for linear, _ in fitted}
+    fitted = [x for x in modules.values() if not x.composition.joins(x.module.factors[-1])]
+    needed = {x.linear.site for x in fitted}
     with measuring(block, {site: name for site, name in site_modules(spec, layer).items() if site in needed}) as grams:
         stream.run()
     new = {}
-    for linear, edit in fitted:
-        weight, module = modules[linear.name]
-        first, second = module.parts()
-        dense = row_convention(weight.to(second.weight.device), linear)
-        second.weight.copy_(refit(first.weight.T, grams[linear.site], dense).T)
-        new[_second_factor(spec, linear, edit)] = second.weight
+    for x in fitted:
+        (first, second), module = x.module.factors, x.module
+        dense = row_convention(x.weight.to(module.own.weight.device), x.linear)
+        fit = refit(module.product((first,), wide=False).T, grams[x.linear.site], dense)
+        changed = [second]
+        if second.pivots:
+            rest, order, mixing = pivoted(fit.T)
+            module.part(first).weight.copy_(mixing @ module.part(first).weight.double())
+            module.order(second).copy_(order.argsort())
+            fit, changed = rest.T, [first, second]
+        module.part(second).weight.copy_(fit.T)
+        for key in (key for factor in changed for key in factor.keys):
+            new[f"{spec.base_prefix}{x.linear.name}.{key}"] = module.state_dict()[key]
     return new
 
 
@@ -232,32 +232,55 @@ def members(spec: Spec, edit: Share) -> list[Linear]:
     return [spec.linear(edit.role, layer) for layer in edit.layers]
 
 
-def factor_names(spec: Spec, edit: Share) -> list[str]:
-    """Names of a group's tensors in the checkpoint: the basis, then each layer's coefficients."""
-    return list(share_tensors(spec, edit))
+def names(spec: Spec, edit: Share | Delta) -> list[str]:
+    """Full names of an edit's tensors in the checkpoint, those of its first layer first."""
+    return list(composed_tensors(spec, composition(spec, edit)))
 
 
-def delta_names(spec: Spec, edit: Delta) -> list[str]:
-    """Names of a `Delta`'s tensors in the checkpoint: the base, then down and up of each of its layers."""
-    return list(delta_tensors(spec, edit))
+def named_tensors(
+    spec: Spec,
+    edit: Share | Delta,
+    shared: Tensor,
+    own: Mapping[str, Iterable[Tensor]],
+    dtype: torch.dtype,
+    order: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of an edit as layers hold them, by full name, from its matrices in row convention.
+
+    `own`: linear's name -> the factors that are its own, the one that meets the input first. `order`: of the shared
+    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype.
+    """
+    composed = composition(spec, edit)
+    rest = {name: iter(matrices) for name, matrices in own.items()}
+    matrices: list[Tensor] = []
+    for member, factor in composed.stored():
+        matrices.append(shared if factor.home else next(rest[member.name]))
+        matrices += [order] if factor.pivots and order is not None else []
+    found = zip(composed_tensors(spec, composed), matrices, strict=True)
+    tensors = {name: each.T.to(dtype) if each.is_floating_point() else each.int() for name, each in found}
+    require_fitting(tensors)
+    return tensors
+
+
+def require_fitting(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `LayershareError` for a made tensor that its dtype cannot hold."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise LayershareError(f"'{name}' does not fit {tensor.dtype} when it is made; use a wider dtype.")
 
 
 def unit_name(edit: Share) -> str:
     """The name of a solved group's file."""
-    return f"{edit.id}.{edit.side}.{edit.rank}"
-
-
-def _second_factor(spec: Spec, linear: Linear, edit: Share) -> str:
-    return f"{spec.base_prefix}{linear.name}.{'coef' if edit.side == 'input' else 'basis'}.weight"
+    return f"{edit.id}.{edit.side}.{edit.rank}{'.pivoted' if edit.pivot else ''}"
 
 
 @contextmanager
 def compressed(
     block: nn.Module, layer: int, factored: Factored, own: Collection[str] = ()
-) -> Iterator[dict[str, tuple[Tensor, ComposedLinear]]]:
+) -> Iterator[dict[str, Replaced]]:
     """A block as it is in the compressed model, for the duration; what it shares with others is a copy of its own.
 
-    Yields linear's name -> (dense weight where the model keeps it, what stands in its place). Parameters of the names
+    Yields linear's name -> what was replaced by what. Parameters of the names
     `own` (relative to the block) are copies that may be changed, as is everything that is replaced. A block read from
     disk lets go of its own copies of the dense weights.
     """
@@ -269,14 +292,16 @@ def compressed(
             tensor = factored.tensor(f"{place}.{name}").to(parameter.device, parameter.dtype, copy=True)
             parameters[name] = parameter
             _set(block, name, nn.Parameter(tensor, requires_grad=False))
-    for (role, user), edit in sharing(factored.plan.edits).items():
-        if user == layer:
-            linear = spec.linear(role, layer)
-            name = linear.name.removeprefix(start)
-            module = _composed(factored, linear, edit, block.get_submodule(name))
-            replaced[linear.name] = (weights.tensor(spec.weight_name(linear)), module)
-            modules[name] = weights.model.get_submodule(f"{place}.{name}")
-            block.set_submodule(name, module)
+    linears = {linear.name: linear for linear in spec.linears if linear.layer == layer}
+    for composed in compositions(spec, factored.plan.edits):
+        if here := [name for name in composed.names if name in linears]:
+            made = _composed(factored, composed, {name: block.get_submodule(name.removeprefix(start)) for name in here})
+            for name, module in made.items():
+                weight = weights.tensor(spec.weight_name(linears[name]))
+                replaced[name] = Replaced(linears[name], weight, module, composed)
+                inside = name.removeprefix(start)
+                modules[inside] = weights.model.get_submodule(f"{place}.{inside}")
+                block.set_submodule(inside, module)
     for dropped, part in dropped_parts(factored.plan.edits):
         names = [linear.name.removeprefix(start) for linear in spec.part(layer, part)]
         if dropped == layer and part == "attention":
@@ -294,24 +319,20 @@ def compressed(
             _set(block, name, parameter)
 
 
-def _composed(factored: Factored, linear: Linear, edit: Share | Delta, dense: Any) -> ComposedLinear:
-    """What stands in the place of a dense layer, with its tensors."""
-    spec = factored.spec
-    full = f"{spec.base_prefix}{linear.name}"
-    place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    if isinstance(edit, Share):
-        owner = f"{spec.base_prefix}{spec.linear(edit.role, edit.layers[0]).name}"
-        module = FactorLinear(linear.d_in, linear.d_out, edit.rank, False, edit.side, linear.conv1d, **place)
-        sources = {"basis.weight": owner, "coef.weight": full}
-    else:
-        anchor = f"{spec.base_prefix}{spec.linear(edit.role, edit.anchor).name}"
-        rank = edit.rank if linear.layer in edit.layers else 0
-        module = DeltaLinear(linear.d_in, linear.d_out, rank, False, linear.conv1d, **place)
-        sources = {"base.weight": anchor} | ({"down.weight": full, "up.weight": full} if rank else {})
-    module.load_state_dict({part: factored.tensor(f"{source}.{part}") for part, source in sources.items()})
-    module.requires_grad_(False)
-    module.bias = dense.bias  # the model's own, which stays as it is
-    return module
+def _composed(factored: Factored, composition: Composition, dense: Mapping[str, Any]) -> dict[str, ComposedLinear]:
+    """Name -> what stands in the place of some members of a composition, the `dense` layers, with its tensors."""
+    prefix, here = factored.spec.base_prefix, composition.within(dense)
+    made: dict[str, ComposedLinear] = {}
+    for name in here.names:
+        place = {"device": dense[name].weight.device, "dtype": dense[name].weight.dtype}
+        module = ComposedLinear(here, name, False, home=made.get(here.names[0]), **place)
+        keys = [(factor.home or name, key) for factor in composition.factors for key in factor.keys]
+        there = module.state_dict().keys()
+        module.load_state_dict({key: factored.tensor(f"{prefix}{home}.{key}") for home, key in keys if key in there})
+        module.requires_grad_(False)
+        module.bias = dense[name].bias  # the model's own, which stays as it is
+        made[name] = module
+    return made
 
 
 def _set(block: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -13,8 +13,7 @@ from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Part, part_of
 from layershare.plan.edits import Delta
-from layershare.plan.layout import delta_tensors
-from layershare.solve.apply import Factored
+from layershare.solve.apply import Factored, named_tensors, require_fitting
 from layershare.solve.linalg import energy, low_rank, weighted_mean
 
 Place = tuple[Part, int, tuple[int, ...]]
@@ -59,18 +58,18 @@ def _solved(
         tensors |= view.others()
     facts = {}
     for edit in edits:
-        made, error = _deltas(edit, dict(zip(users, views, strict=True)), method.init)
-        layout = delta_tensors(evidence.spec, edit)
-        tensors |= {name: tensor.to(dtype) for (name, (_, dtype)), tensor in zip(layout.items(), made, strict=True)}
+        base, made, error = _deltas(edit, dict(zip(users, views, strict=True)), method.init)
+        own = {evidence.spec.linear(edit.role, layer).name: pair for layer, pair in made.items()}
+        tensors |= named_tensors(evidence.spec, edit, base, own, base.dtype)
         facts[edit.id] = {"error": error}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise LayershareError(f"'{name}' does not fit {tensor.dtype} when it is made; use a wider dtype.")
+    require_fitting(tensors)
     return tensors, facts
 
 
-def _deltas(edit: Delta, views: dict[int, SubLayer], init: str) -> tuple[list[Tensor], float]:
-    """The shared weight Wᵀ, then Aₜᵀ and Bₜᵀ of every layer of the edit, with the error.
+def _deltas(
+    edit: Delta, views: dict[int, SubLayer], init: str
+) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], float]:
+    """The shared weight W, of every layer of the edit Aₜ and Bₜ, and the error.
 
     W is the anchor's own, or (ΣGᵢ)⁻¹ΣGᵢWᵢ of all users if the anchor has a delta, too. It is rounded to the dtype that
     it is stored in before it is subtracted.
@@ -82,7 +81,7 @@ def _deltas(edit: Delta, views: dict[int, SubLayer], init: str) -> tuple[list[Te
     else:
         base = views[edit.anchor].weight(role)
     base = base.to(dtype)
-    tensors, lost, whole = [base.T], 0.0, 0.0
+    made, lost, whole = {}, 0.0, 0.0
     for layer in edit.layers:
         weight, gram = views[layer].weight(role), views[layer].gram(role)
         delta = weight.double() - base.double()
@@ -92,8 +91,8 @@ def _deltas(edit: Delta, views: dict[int, SubLayer], init: str) -> tuple[list[Te
             left, right, error, _ = low_rank(delta, gram, edit.rank)
         lost += error * energy(delta, gram)
         whole += energy(weight, gram)
-        tensors += [left.T, right.T]
-    return tensors, lost / whole if whole else 0.0
+        made[layer] = left, right
+    return base, made, lost / whole if whole else 0.0
 
 
 def _untrained(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ products only the lower triangle is computed, which is all that Cholesky and `ei
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from scipy.linalg import qr
 from torch import Tensor
 
 RIDGE = 1e-12
@@ -31,13 +32,15 @@ class Factors:
 
     Input side: `basis` d_in × k, `coefs` k × d_out, Ŵᵢ = B Cᵢ. Output side: `basis` k × d_out, `coefs` d_in × k,
     Ŵᵢ = Aᵢ B. `error` is Σᵢ‖Xᵢ(Wᵢ − Ŵᵢ)‖² / Σᵢ‖XᵢWᵢ‖², `spectrum` all eigenvalues in falling order: what each further
-    rank takes off the error, where the method has such a list.
+    rank takes off the error, where the method has such a list. With `order` the basis is in pivoted form: see
+    `pivot_factors`.
     """
 
     basis: Tensor
     coefs: tuple[Tensor, ...]
     error: float
     spectrum: Tensor | None = None
+    order: Tensor | None = None
 
 
 def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank: int) -> Factors:
@@ -112,6 +115,34 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
         target.addmm_(weighted.T, dense)
     normal.diagonal().add_(_ridge(normal, REFIT_RIDGE))
     return torch.linalg.solve(normal, target)
+
+
+def pivoted(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B = P[1; T]B_p with k of its rows as the identity's: T ((d−k) × k), the order of B's rows (d), B_p (k × k).
+
+    The k rows of B_p come first in `order`, by size; then those of T. They are pivots of a QR decomposition of Qᵀ with
+    B = QR, so that T = Q_oQ_p⁻¹ is the same for BM with any invertible M, however its columns are scaled, and exists
+    for a B of lower rank, too. `basis`: d × k, k < d.
+    """
+    wide, rank = basis.double().cpu(), basis.shape[1]
+    upper, order = qr(torch.linalg.qr(wide).Q.T.numpy(), mode="r", pivoting=True)
+    upper, order = torch.from_numpy(upper), torch.from_numpy(order).long()
+    rest = torch.linalg.solve_triangular(upper[:, :rank], upper[:, rank:], upper=True).T
+    return rest.to(basis.device), order.to(basis.device), wide[order[:rank]].to(basis.device)
+
+
+def pivot_factors(factors: Factors, side: Literal["input", "output"]) -> Factors:
+    """The same product with its basis in pivoted form: T in place of B on the input side, Tᵀ on the output side.
+
+    `order` says which entry of x comes first, second, … on the input side; on the output side, which entry of (z, zTᵀ)
+    is the first, second, … of y.
+    """
+    if side == "input":
+        rest, order, mixing = pivoted(factors.basis)
+        return replace(factors, basis=rest, coefs=tuple(mixing @ coef.double() for coef in factors.coefs), order=order)
+    rest, order, mixing = pivoted(factors.basis.T)
+    coefs = tuple(coef.double() @ mixing.T for coef in factors.coefs)
+    return replace(factors, basis=rest.T, coefs=coefs, order=order.argsort())
 
 
 def weighted_mean(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:

@@ -18,7 +18,8 @@ from layershare.calibrate.stats import Progress
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
-from layershare.plan.edits import Edit, Share, sharing
+from layershare.plan.edits import Edit, sharing
+from layershare.plan.layout import compositions
 from layershare.recipe import Refine
 from layershare.solve.apply import Factored, compressed
 from layershare.store import Store
@@ -80,16 +81,13 @@ def refine_blocks(
 
 def own_factors(spec: Spec, edits: tuple[Edit, ...], layer: int) -> list[str]:
     """Names, relative to a block, of the factors that no other block uses."""
-    names = []
-    for (role, user), edit in sharing(edits).items():
-        if user == layer:
-            linear = spec.linear(role, layer).name.removeprefix(f"{spec.blocks}.{layer}.")
-            if isinstance(edit, Share):
-                parts = ("coef", "basis") if len(edit.layers) == 1 else ("coef",)
-            else:
-                parts = ("down", "up") if layer in edit.layers else ()
-            names += [f"{linear}.{part}.weight" for part in parts]
-    return names
+    start, found = f"{spec.blocks}.{layer}.", []
+    for composition in compositions(spec, edits):
+        for member, factor in composition.stored():
+            users = composition.users(factor) if factor.home else (member,)
+            if all(user.name.startswith(start) for user in users):
+                found.append(f"{member.name.removeprefix(start)}.{factor.name}.weight")
+    return found
 
 
 def norms(block: nn.Module) -> list[str]:

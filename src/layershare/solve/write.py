@@ -15,13 +15,11 @@ from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, write_shim
 from layershare.model.original import copy_side_files, located
-from layershare.model.sliced import Sliced
-from layershare.model.swap import Anchored, Dropped, Group
 from layershare.model.weights import require_finite
-from layershare.plan.edits import dropped_parts, kept_layers
-from layershare.plan.layout import checkpoint_tensors, guard_of
+from layershare.plan.edits import kept_layers
+from layershare.plan.layout import checkpoint_tensors, listed
 from layershare.recipe import Recipe
-from layershare.solve.apply import Factored, members
+from layershare.solve.apply import Factored
 from layershare.store import write_atomically, write_json
 
 
@@ -48,11 +46,10 @@ def write_model(
     kept = kept_layers(factored.spec.n_layers, plan.edits)
     if len(kept) < factored.spec.n_layers:
         cut_layers(config, kept)
-    groups, deltas = groups_of(factored), deltas_of(factored)
-    dropped, sliced = dropped_of(factored), slice_of(factored)
-    if sliced is not None:
+    changes = listed(factored.spec, plan.edits)
+    if changes["slice"] is not None:
         config.tie_word_embeddings = False
-    ours = bool(groups or deltas or dropped) or sliced is not None
+    ours = any(changes.values())
     if ours:
         notes = {
             "method": plan.method,
@@ -61,7 +58,7 @@ def write_model(
             "of": plan.of,
             "model": recipe.model,
         }
-        config.quantization_config = LayershareConfig(groups, notes, deltas=deltas, dropped=dropped, slice=sliced)
+        config.quantization_config = LayershareConfig(compression=notes, **changes)
     config.save_pretrained(folder)
     if ours and not model.is_remote_code():
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -90,10 +87,9 @@ def _stored_dtype(factored: Factored, recipe: Recipe) -> torch.dtype:
 def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:
     """Write the compressed model's safetensors into `folder`. Raises `LayershareError` if a tensor is not finite."""
     tensors = checkpoint_tensors(factored.spec, factored.plan.edits)
-    guard = guard_of(factored.spec, factored.plan.edits)
 
     def read(name: str) -> Tensor:
-        if name == guard:
+        if tensors[name][0] == (0,):  # stands where only this package knows that a weight is gone
             return torch.zeros(0, dtype=torch.uint8)
         tensor = factored.tensor(name)
         require_finite([(name, tensor)])
@@ -103,33 +99,3 @@ def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = 
         return stored
 
     write_checkpoint(folder, tensors, read, max_shard_size)
-
-
-def groups_of(factored: Factored) -> list[Group]:
-    """The shares of a plan as the groups that the checkpoint's config lists."""
-    return [
-        Group(edit.role, edit.side, edit.rank, tuple(linear.name for linear in members(factored.spec, edit)))
-        for edit in factored.shares
-    ]
-
-
-def deltas_of(factored: Factored) -> list[Anchored]:
-    """The `Delta`s of a plan, as the checkpoint's config lists them."""
-    spec, found = factored.spec, []
-    for edit in factored.anchored:
-        members = tuple(spec.linear(edit.role, layer).name for layer in edit.layers)
-        found.append(Anchored(edit.role, edit.rank, spec.linear(edit.role, edit.anchor).name, members))
-    return found
-
-
-def dropped_of(factored: Factored) -> list[Dropped]:
-    """The sub-layers that a plan leaves out, as the checkpoint's config lists them."""
-    found = []
-    for layer, part in dropped_parts(factored.plan.edits):
-        found.append(Dropped(part, tuple(linear.name for linear in factored.spec.part(layer, part))))
-    return found
-
-
-def slice_of(factored: Factored) -> Sliced | None:
-    """How a plan slices the model, as the checkpoint's config says it."""
-    return None if factored.width is None else Sliced(factored.width, factored.spec.sliceable())
