@@ -15,6 +15,7 @@ The first member registers what is shared (*) for all, under its own name: one t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain, pairwise
@@ -215,7 +216,7 @@ def _check(composition: Composition) -> None:
     names, terms = composition.names, composition.terms
     if not names or not all(isinstance(name, str) for name in names):
         raise LayershareError("A composition lists no member layers: repair its 'members' in config.json.")
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one composition only.")
     what = f"composition of '{names[0]}'"
     factors = [factor.name for factor in composition.factors]
