@@ -39,6 +39,7 @@ from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
 from layershare.model.source import read_model
 from layershare.model.swap import Dropped, drop_modules, first_gone, make_dense, swap_modules
+from layershare.model.weights import require_finite
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "layershare"
@@ -196,9 +197,10 @@ def load(
     """Load a causal LM, compressed or not, from a folder or hub id; `dense=True` multiplies the factors out.
 
     `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model, or only a part of one,
-    or more in its files than the model has, and where `verify` does.
+    or more in its files than the model has, for NaN and infinity in its weights, and where `verify` does.
     """
     model, _ = read_model(folder, trust_remote_code=trust_remote_code, **options)
+    require_finite((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
     kinds = ComposedLinear | DroppedAttention | DroppedLinear | SlicedNorm
     ours = any(isinstance(module, kinds) for module in model.modules())
     return model.dequantize() if dense and ours else model

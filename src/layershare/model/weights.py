@@ -216,7 +216,12 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     for name, tensor in tensors:
         # The extremes carry NaN and infinity through without a mask of the tensor's size.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if (
+            tensor.is_floating_point()
+            and tensor.itemsize > 1
+            and tensor.numel()
+            and not torch.stack(tensor.aminmax()).isfinite().all()
+        ):
             raise LayershareError(f"The weights of '{name}' contain NaN or infinity; use an intact checkpoint.")
 
 
