@@ -728,8 +728,7 @@ def _require_parent(file: Path | None) -> None:
     if file is None:
         return
     with reading(f"The file '{file}'", "name another one"):
-        if file.exists() and not file.is_file():
-            raise OSError("it is no ordinary file")
+        file.exists()  # or no file can be called so
     if not file.absolute().parent.is_dir():
         raise LayershareError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
 

@@ -46,14 +46,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """JSON as our files have it."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    """JSON as our files have it; names of files that are no UTF-8 become escapes, which are read as the same names."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    # Names of files that are no UTF-8 become escapes, which are read as the same names.
-    write_atomically(path, to_json(value).encode(errors="backslashreplace"))
+    write_atomically(path, to_json(value).encode())
 
 
 def make_folder(folder: Path) -> None:

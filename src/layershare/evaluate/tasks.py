@@ -202,7 +202,9 @@ def _include_with_rows(stock: "TaskManager", name: str, data: Path, folder: Path
     entry, rows = stock.task_index.get(name), data / f"{name}.jsonl"
     if entry is None or entry.kind.name != "TASK" or entry.yaml_path is None:
         raise LayershareError(f"'{name}' stands for several tasks; name those that '{data}' has rows for.")
-    if not rows.is_file():
+    with reading(f"The folder '{data}'", "name another one"):
+        there = rows.is_file()
+    if not there:
         raise LayershareError(f"There is no file '{rows}' with the rows of the task '{name}'.")
     copy_of = folder / f"{name}.jsonl"
     copy_of.write_text("".join(f"{json.dumps(row)}\n" for row in _rows(rows)), encoding="utf-8")
