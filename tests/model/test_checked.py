@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import layershare
 from layershare.api import evaluate_folder, export_dense
@@ -23,6 +23,7 @@ from layershare.model.source import read_config, read_tokenizer
 from layershare.model.weights import Weights
 from layershare.recipe import make_recipe
 from layershare.run import prepare, run
+from layershare.store import write_json
 from tests.families import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
@@ -502,6 +503,8 @@ def with_code(model_type: str) -> Spoil:
 @pytest.mark.parametrize("method", ["basis-sharing", "shortgpt", "slicegpt"])
 def test_results_do_not_name_code_that_did_not_come_along(spoilt, originals, monkeypatch, method):
     folder = spoilt(with_code("llama"))
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", values | {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}})
     monkeypatch.chdir(folder.parent)
     results = [compressed(folder, originals, method=method)]
     if method != "slicegpt":
@@ -511,6 +514,7 @@ def test_results_do_not_name_code_that_did_not_come_along(spoilt, originals, mon
         for trusted in (True, False):
             loaded: Any = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=trusted)
             assert type(loaded).__name__ == "LlamaForCausalLM"
+            AutoTokenizer.from_pretrained(result, trust_remote_code=trusted)
     export_dense(str(folder), folder.parent / "copy")
     assert "auto_map" not in json.loads((folder.parent / "copy" / "config.json").read_text())
     assert not Path("ran").exists()

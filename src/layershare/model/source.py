@@ -101,6 +101,8 @@ def read_model(
     source = resolve(name)
     values = values_of(source)
     stored = stored_tensors(source, values)
+    if not stored:
+        raise LayershareError(f"'{name}' has no weights (model.safetensors or pytorch_model.bin); {AGAIN}.")
     require_generation_config(source)
     method = quantized_by(source, values)
     foreign = method if method != METHOD else None
