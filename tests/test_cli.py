@@ -326,11 +326,7 @@ MISTAKES = {
     "keep too small": (("--keep", "0.1"), None, "smaller than what cannot be compressed"),
     "nan": ((), spoil_weights, "The weights of 'model.layers.1.mlp.gate_proj.weight' contain NaN or infinity"),
     "config": ((), lambda here: (here / "dense" / "config.json").unlink(), "is not a model: it has no config.json"),
-    "weights": (
-        (),
-        lambda here: (here / "dense" / "model.safetensors").unlink(),
-        "has no weights (model.saf",
-    ),
+    "weights": ((), lambda here: (here / "dense" / "model.safetensors").unlink(), "dense' has no weights"),
     "output": (
         (),
         lambda here: write_json(here / "small.json", {}) or (here / "small").mkdir() or (here / "small" / "x").touch(),
