@@ -8,12 +8,12 @@ test: check
 	$(BIN)/python -m pytest -n 2
 
 demo: .venv/installed
-	$(BIN)/python benchmarks/demo/run.py
+	$(BIN)/python -m benchmarks.demo.run
 
 # Run every method at every size where a result is missing. C4 comes from the hub unless BENCH says where it is:
 # make bench BENCH="--path c4=FILE.jsonl --path stories260K=FOLDER --path tinystories-train=FILE.txt …"
 bench: .venv/installed
-	$(BIN)/python benchmarks/methods/run.py $(BENCH)
+	$(BIN)/python -m benchmarks.methods.run $(BENCH)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -22,7 +22,7 @@ check: .venv/installed
 
 # Write the tables of README.md and docs/ anew from the results in benchmarks/.
 tables: .venv/installed
-	$(BIN)/python scripts/tables.py
+	$(BIN)/python -m scripts.tables
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,18 +1,11 @@
 """The table of methods × families: what works, and why the rest is refused. `tests/test_matrix.py` runs every cell."""
 
-import sys
-from pathlib import Path
-
-from method_tables import markdown
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks.methods.tables import markdown
 from layershare import Spec, describe
 from layershare.errors import UnsupportedModelError
 from layershare.methods import METHODS, make_method
 from layershare.plan.budget import allowed, parse_keep
-from tests.families import CONFIGS
-from tests.test_matrix import OPTIONS
+from tests.families import CONFIGS, OPTIONS
 
 WORKS = "works"
 

@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
-A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `heal MODEL`, `speed` or
-`measured METHOD`.
+A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `heal MODEL`, `speed`,
+`measured METHOD`, or, from the code, `recipe KIND` or `options`.
 """
 
 import json
@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from heal_tables import heal_page, speed_page
-from method_matrix import matrix
-from method_tables import machine, markdown, measured_method, model_page
+from benchmarks.heal.tables import heal_page, speed_page
+from benchmarks.methods.tables import machine, markdown, measured_method, model_page
+from benchmarks.results import Results
+from scripts.method_matrix import matrix
+from scripts.recipe_tables import options_page, recipe_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/papers.md")
+PAGES = ("README.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
 BENCHMARKS = ROOT / "benchmarks"
+METHODS, HEAL = (Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "heal"))
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
@@ -59,13 +62,17 @@ def table(name: str) -> str:
     if kind == "matrix":
         return matrix()
     if kind == "results":
-        return model_page(BENCHMARKS / "methods", which)
+        return model_page(METHODS, which)
     if kind == "heal":
-        return heal_page(BENCHMARKS / "heal", which)
+        return heal_page(HEAL, which)
     if kind == "speed":
         return speed_page(BENCHMARKS / "heal" / "speed.json")
     if kind == "measured":
-        return measured_method(BENCHMARKS / "methods", which)
+        return measured_method(METHODS, which)
+    if kind == "recipe":
+        return recipe_page(which)
+    if kind == "options":
+        return options_page()
     raise ValueError(f"There is no table '{name}'.")
 
 
@@ -79,9 +86,10 @@ def main() -> None:
     for page in PAGES:
         old = (ROOT / page).read_text(encoding="utf-8")
         new = written(old)
-        if "--check" in sys.argv and new != old:
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(new, encoding="utf-8")
+        elif new != old:
             sys.exit(f"{page} is not what `make tables` writes.")
-        (ROOT / page).write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,16 @@ NOT_SLICED = {
 """The families that SliceGPT does not fit, and why."""
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "basis-sharing": {"refit": True},
+    "asvd": {"ratios": 1, "samples": 1},
+    "bolaco": {"trials": 3, "samples": 1},
+    "delta": {"protect": 0},
+    "laco": {"merged": 2, "interval": 1, "samples": 1},
+}
+"""What a method is given here that is not its default: what a tiny model has room for, in little time."""
+
+
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random causal LM of the family in evaluation mode; biases and norms are not trivially 0 or 1."""
     torch.manual_seed(seed)

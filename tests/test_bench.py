@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.method_tables import measured_method, model_page
+from benchmarks.methods.tables import measured_method, model_page
+from benchmarks.results import CURVE, Results, thinned
 from tests.families import tiny_model
 
-RUN = Path(__file__).parents[1] / "benchmarks" / "methods" / "run.py"
+ROOT = Path(__file__).parents[1]
 MATRIX = {
     "keeps": [0.8],
     "models": {
@@ -34,9 +35,10 @@ def bench(tmp_path_factory, tokenizer, words) -> tuple[Path, str]:
     tokenizer.save_pretrained(folder / "model")
     (folder / "letters.txt").write_text("\n".join(words))
     (folder / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
-    command = [sys.executable, RUN, "--matrix", "matrix.yaml", "--results", "results", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.methods.run", "--matrix", "matrix.yaml"]
+    command += ["--results", "results.jsonl", "--jobs", "1"]
     command += ["--method", "svd", "--method", "svd-llm", "--path", "tiny=model", "--path", "letters=letters.txt"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with subprocess.Popen(
         command, cwd=folder, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
@@ -50,8 +52,8 @@ def bench(tmp_path_factory, tokenizer, words) -> tuple[Path, str]:
 
 
 def results_of(folder: Path) -> dict[str, dict]:
-    files = sorted((folder / "results" / "tiny").glob("*-*/result.json"))
-    return {file.parent.name: json.loads(file.read_text()) for file in files}
+    every = Results(folder / "results.jsonl").read()
+    return {name.partition("/")[2]: result for name, result in every.items() if not name.endswith("/calibration")}
 
 
 def test_a_killed_bench_continues(bench):
@@ -78,35 +80,57 @@ def test_results_are_comparable_and_complete(bench):
         assert result["versions"]["torch"]
         assert str(folder) not in json.dumps(result)
     assert results["svd-0.8"]["after"] == results["svd-llm-0.8"]["after"]
-    written = yaml.safe_load((folder / "results" / "tiny" / "svd-llm-0.8" / "recipe.yaml").read_text())
-    assert written == results["svd-llm-0.8"]["experiment"]["recipe"]
+    written = results["svd-llm-0.8"]["experiment"]["recipe"]
     assert (written["model"], written["calibration"]["text"]) == ("tiny", "letters")
 
 
 def test_tables_show_results_and_mark_what_is_off_size(bench, tmp_path):
     results = results_of(bench[0])
-    page = model_page(bench[0] / "results", "tiny")
+    every = Results(bench[0] / "results.jsonl")
+    page = model_page(every, "tiny")
     for name, result in results.items():
         method = name.rpartition("-")[0]
         perplexity = f"{result['evaluations'][0]['perplexity']['value']:.4g}"
         assert any(line.startswith(f"| {method} |") and perplexity in line for line in page.splitlines())
     assert "†" not in page
-    assert "| tiny, stdlib |" in measured_method(bench[0] / "results", "svd")
-    assert measured_method(bench[0] / "results", "basis-sharing").startswith("Not measured yet")
+    assert "| tiny, stdlib |" in measured_method(every, "svd")
+    assert measured_method(every, "basis-sharing").startswith("Not measured yet")
 
     facts = {key: results["svd-llm-0.8"][key] for key in ("experiment", "date", "machine", "versions")}
     results["svd-0.8"]["after"]["all"]["parameters"] *= 0.99
     changed = {"svd-0.8": results["svd-0.8"], "svd-llm-0.8": {**facts, "refused": "No."}}
-    for name, result in {**changed, "calibration": {"seconds": 1}}.items():
-        (tmp_path / "tiny" / name).mkdir(parents=True)
-        (tmp_path / "tiny" / name / "result.json").write_text(json.dumps(result))
-    page = model_page(tmp_path, "tiny")
+    calibration = {"experiment": {}, "seconds": 1, **{key: facts[key] for key in ("versions", "machine")}}
+    every = Results(tmp_path / "results.jsonl")
+    every.write({f"tiny/{name}": result for name, result in {**changed, "calibration": calibration}.items()})
+    page = model_page(every, "tiny")
     assert [line for line in page.splitlines() if line.startswith("| svd |") and line.endswith(" † |")]
     assert [line for line in page.splitlines() if line.startswith("| svd-llm |") and line.endswith("| refused |")]
     assert "- svd-llm: No." in page
 
-    (tmp_path / "tiny" / "svd-llm-0.8" / "result.json").write_text(json.dumps(results["svd-llm-0.8"]))
+    every.put("tiny/svd-llm-0.8", results["svd-llm-0.8"])
     results["svd-0.8"]["evaluations"][1]["text"]["tokens_sha256"] = "another"
-    (tmp_path / "tiny" / "svd-0.8" / "result.json").write_text(json.dumps(results["svd-0.8"]))
+    every.put("tiny/svd-0.8", results["svd-0.8"])
     with pytest.raises(ValueError, match="different test texts"):
-        model_page(tmp_path, "tiny")
+        model_page(every, "tiny")
+
+
+def test_environments_stand_once_and_come_back(tmp_path):
+    first, second = ({"versions": {"torch": version}, "machine": {"cores": 2}} for version in ("2", "3"))
+    every = Results(tmp_path / "results.jsonl")
+    for name, environment in (("m/b", first), ("m/a", second), ("m/c", first)):
+        every.put(name, {"value": name, **environment})
+    assert every.read() == {
+        "m/a": {"value": "m/a", **second},
+        "m/b": {"value": "m/b", **first},
+        "m/c": {"value": "m/c", **first},
+    }
+    assert (tmp_path / "results.jsonl").read_text().count('"cores"') == 2
+
+
+def test_a_thinned_log_keeps_its_ends():
+    log = [{"step": step, "loss": 1 / (1 + step)} for step in range(100)]
+    held_out = [{"step": step, "held_out_loss": 1.0} for step in (0, 50, 99)]
+    kept = thinned([*log, *held_out])
+    assert kept[-3:] == held_out
+    assert len(kept) == CURVE + 3
+    assert (kept[0], kept[CURVE - 1]) == (log[0], log[-1])

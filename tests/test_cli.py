@@ -1,19 +1,26 @@
 """The command line as a person meets it: what it prints, how it ends, what it leaves behind."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layershare.cli import main
+import layershare as package
+from layershare.cli import METHOD_NAMES, main
 from layershare.methods import METHODS
+from layershare.methods.catalogue import paper_of
+from layershare.report.listing import listing
 from layershare.store import write_json
 from tests.families import tiny_model, tokens
+from tests.report.made_up import make_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
@@ -55,7 +62,20 @@ def test_help_does_not_import_torch():
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    for verb in ("run", "plan", "calibrate", "compress", "heal", "eval", "bench", "report", "export", "ls", "generate"):
+    for verb in [
+        "run",
+        "compress",
+        "plan",
+        "methods",
+        "calibrate",
+        "heal",
+        "eval",
+        "bench",
+        "report",
+        "export",
+        "ls",
+        "generate",
+    ]:
         assert f"  {verb} " in shown
 
 
@@ -63,6 +83,83 @@ def test_help_names_every_method(layershare):
     _, out, _ = layershare("compress", "--help")
     unwrapped = re.sub(r"-\s+", "-", out)
     assert set(METHODS) <= set(re.findall(r"[a-z]+(?:-[a-z]+)*", unwrapped))
+    assert set(METHODS) == set(METHOD_NAMES)
+
+
+def test_no_help_is_cut_or_shows_a_type_of_python(layershare, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = layershare("--help")
+    verbs = dict(re.findall(r"^  (\w+)  +(.*)$", out.partition("Commands:")[2], re.MULTILINE))
+    assert all(line.endswith(".") and not line.endswith("...") for line in verbs.values()), verbs
+    for verb in verbs:
+        assert "list[" not in layershare(verb, "--help")[1]
+
+
+def test_methods(layershare, monkeypatch):
+    code, out, _ = layershare("methods")
+    assert code == 0
+    for name in METHODS:
+        assert f"{name} " in out
+        assert name == "svd" or paper_of(name)
+    assert "Needs a text and gradients and the whole model in memory." in out
+    entries = {entry["name"]: entry for entry in json.loads(layershare("methods", "--json")[1])}
+    needs = {
+        name: [entry[key] for key in ("text", "gradients", "whole_model", "training")]
+        for name, entry in entries.items()
+    }
+    assert needs["svd"] == needs["welore"] == [False, False, False, False]
+    assert needs["fwsvd"] == [True, True, True, False]
+    assert needs["asvd"] == needs["laco"] == [True, False, True, False]
+    assert needs["delta"] == [True, False, False, True]
+    assert needs["slicegpt"] == [True, False, False, False]
+    assert entries["shortgpt"]["sizes"] == "steps of a block"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_consoles_that_lack_letters(encoding, here, monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding, write_through=True))
+    measured = ("--eval", "text.txt", "--length", "64", "--set", "evaluation.blocks=2")
+    for arguments in (
+        ("compress", "dense", "-o", "δ", "--method", "svd", *measured),
+        ("ls", "."),
+        ("bench", "δ", "--batch", "2", "--prompt", "8", "--new", "3", "--rounds", "1"),
+        ("methods",),
+        ("generate", "δ", "naïve – 你好 δ", "--tokens", "2"),
+        ("eval", "where–ever"),
+        ("compress", "--help"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert (end.value.code or 0) == (2 if "where–ever" in arguments else 0), arguments
+    text = written.getvalue().decode(encoding)
+    dash, times = ("-", "x") if encoding == "ascii" else ("–", "×")
+    assert f"0{dash}3" in text
+    assert f"32 {times} 32" in text
+    assert "The compressed model is in ?." in text
+    assert f"Unknown model 'where{dash}ever'" in text
+
+
+def test_json_is_all_that_is_on_standard_output(layershare, here):
+    for arguments in (("plan", "dense", "--json"), ("eval", "dense", "--text", "text.txt", "--blocks", "2", "--json")):
+        code, out, err = layershare(*arguments)
+        assert code == 0, err
+        json.loads(out)
+
+
+def test_a_plan_says_how_long_the_run_takes(layershare, here):
+    code, out, _ = layershare("plan", "dense", "--text", "stdlib", "--blocks", "2", "--length", "64", "--refine")
+    assert code == 0
+    assert re.search(r"about \d+(\.\d)? s on this machine \(cpu, 1 thread\)", " ".join(out.split()))
+    code, long, _ = layershare("plan", "dense", "--blocks", "1000000", "--length", "64", "--set", "calibration.seed=1")
+    assert re.search(r"about [\d.]+ (min|h|days) on this machine", " ".join(long.split()))
+
+
+def test_version(layershare):
+    assert layershare("--version")[1] == f"layershare {version('layershare')}\n"
+    assert package.__version__ == version("layershare")
 
 
 def test_plan_from_a_config_alone(layershare, here):
@@ -83,7 +180,13 @@ def test_compress_list_evaluate_generate_export(layershare, here):
     assert "top-1 agreement" in out
     small = AutoModelForCausalLM.from_pretrained(here / "small")
 
+    measured = json.loads((here / "small" / "results.json").read_text())["evaluation"]
+    code, out, _ = layershare("eval", "small", "--text", "stdlib", "--blocks", "2", "--json")
+    assert json.loads(out)["perplexity"] == measured["perplexity"]
+    assert json.loads(out)["text"]["length"] == 128  # the model's context, though calibration took less
+
     code, out, _ = layershare("ls", ".")
+    assert f"{measured['perplexity']['value']:.4g} (128)" in out
     assert code == 0
     assert "basis-sharing" in out
     assert out.count("small") == 1
@@ -205,6 +308,14 @@ MISTAKES = {
     "shards": (("--set", "max_shard_size=many"), None, "'max_shard_size' in the recipe"),
     "stats": (("--stats", "text.txt"), None, "'text.txt' is a file; name a folder"),
     "text": (("--text", "wikitxt"), None, "Unknown text 'wikitxt'. Did you mean 'wikitext2'?"),
+    "text without a name": (("--text", ""), None, "The text has no name"),
+    "evaluation text without a name": (("--eval", ""), None, "The text has no name"),
+    "text file": (("--text", "texts/a.txt"), None, "There is no text file or folder 'texts/a.txt'"),
+    "encoding": (
+        (),
+        lambda here: (here / "text.txt").write_bytes("Häuser".encode("cp1252")),
+        "'text.txt' is not UTF-8 (byte 1); if it comes from Windows, convert it with iconv -f WINDOWS-1252 -t UTF-8.",
+    ),
     "short text": (
         ("--set", "calibration.text=short.txt"),
         lambda here: (here / "short.txt").write_text("x"),
@@ -245,9 +356,22 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_nothing_written(mistake, laye
 
 
 def test_mistakes_with_models(layershare, here):
+    other = tiny_model("llama")
+    other.resize_token_embeddings(170, mean_resizing=False)
+    other.save_pretrained(here / "other")
     for arguments, message in {
         ("plan", "sampel"): "Did you mean 'sample'?",
         ("plan", "./nowhere"): "There is no model folder './nowhere'",
+        ("export", "nowhere", "-o", "out", "--dense"): "Unknown model 'nowhere'. It is no folder here",
+        ("generate", "nowhere", "x"): "Unknown model 'nowhere'. It is no folder here",
+        ("generate", "hello, world", "dense"): "name the model first, then the prompt",
+        ("bench", "nowhere"): "Unknown model 'nowhere'. It is no folder here",
+        ("eval", "nowhere"): "Unknown model 'nowhere'. It is no folder here",
+        ("heal", "nowhere", "-o", "out"): "There is no folder 'nowhere'",
+        ("calibrate", "nowhere", "-o", "out"): "Unknown model 'nowhere'. It is no folder here",
+        ("report", "nowhere"): "There is no folder 'nowhere'",
+        ("plan", "dense", "--length", "500"): "Blocks of 500 tokens do not fit",
+        ("generate", "dense", "x", "--device", "gpu9"): "There is no device 'gpu9'",
         ("eval", "nowhere/at/all"): "There is no model folder",
         ("generate", "text.txt", "x"): "'text.txt' is a file",
         ("generate", "dense", "x", "--dtype", "f16"): "Unknown dtype 'f16'. Did you mean 'float16'?",
@@ -258,6 +382,15 @@ def test_mistakes_with_models(layershare, here):
         ("export", "dense", "-o", "text.txt/wide", "--dense"): "'text.txt' is a file; name a folder",
         ("eval", "dense", "-o", "dense"): "'dense' is a directory",
         ("bench", "dense", "-o", "dense"): "'dense' is a directory",
+        ("eval", "dense", "--text", ""): "The text has no name",
+        ("eval", "dense", "--tasks", ""): "Unknown task ''",
+        ("eval", "dense", "--text", "stdlib", "--length", "129"): "Blocks of 129 tokens do not fit",
+        ("eval", "dense", "--text", "stdlib", "--length", "1"): "'evaluation.length' in the recipe",
+        ("eval", "dense", "--text", "stdlib", "--blocks", "0"): "'evaluation.blocks' in the recipe",
+        ("eval", "dense", "--text", "stdlib", "--batch-size", "0"): "'evaluation.batch_size' in the recipe",
+        ("eval", "dense", "--tasks", "piqa", "--limit", "0"): "'evaluation.limit' in the recipe",
+        ("eval", "dense", "--original", "other"): "The original has another vocabulary (170 tokens, this model 160)",
+        ("bench", "dense", "--original", "other"): "The original has another vocabulary (170 tokens, this model 160)",
         ("export", "dense", "-o", "out"): "add --dense",
         ("export", "dense", "-o", ".", "--dense"): "is not empty",
         ("ls", "nowhere"): "There is no folder 'nowhere'",
@@ -265,7 +398,7 @@ def test_mistakes_with_models(layershare, here):
         ("bench", "dense", "--prompt", "500"): "500 + 32 tokens do not fit: this model takes 128",
         ("report", "dense"): "'dense' is no finished run, it has no results.json",
         ("report", "dense", "-o", "no/report.html"): "There is no folder 'no'",
-        ("run", "nowhere.yaml", "-o", "out"): "cannot be read",
+        ("run", "nowhere.yaml", "-o", "out"): "there is no 'nowhere.yaml'",
     }.items():
         code, _, err = layershare(*arguments)
         assert code == 2
@@ -274,16 +407,102 @@ def test_mistakes_with_models(layershare, here):
 
 
 def test_the_list_passes_over_results_of_others(layershare, here):
-    for name, content in {"broken": "nope", "other": '{"method": "mine"}', "list": "[1]"}.items():
+    for name, content in {"broken": "nope", "other": '{"method": "mine"}', "list": "[1]", "deep": "[" * 10**5}.items():
         (here / name).mkdir()
         (here / name / "results.json").write_text(content)
+    (here / "pipe").mkdir()
+    os.mkfifo(here / "pipe" / "results.json")
+    (here / "around").symlink_to(here)
     code, out, err = layershare("ls", ".")
     assert code == 0, err
-    assert "mine" not in out
+    assert not any(name in out for name in ("mine", "broken", "list", "deep", "pipe", "around"))
+
+
+def test_the_list_names_what_it_cannot_read_and_goes_on(layershare, here):
+    make_run(here / "whole")
+    keys = {"model": None, "method": 3, "keep": 1, "of": "all", "before": None, "after": {}}
+    spoiled = {"[red]null": "null", "empty": "", "deep": "[" * 10**5, "keys": json.dumps(keys), "latin": "{\xff"}
+    for name, content in spoiled.items():
+        make_run(here / name)
+        (here / name / "results.json").write_text(content, encoding="latin-1")
+    make_run(here / "pipe")
+    (here / "pipe" / "results.json").unlink()
+    os.mkfifo(here / "pipe" / "results.json")
+    code, out, err = layershare("ls", ".")
+    assert code == 0, err
+    assert re.search(r"whole +someone/some-model +basis-sharing +800k", out)
+    for name in (*spoiled, "pipe"):
+        (line,) = [line for line in out.splitlines() if line.startswith(name)]
+        assert re.fullmatch(r".*: its results\.json cannot be used \(.+\): delete it, or make the model again\.", line)
+
+
+def test_the_list_fits_80_columns(here):
+    make_run(here / "runs" / "a-long-name-of-a-folder" / "basis-sharing-70", model="meta-llama/Llama-3.1-8B-Instruct")
+    table, _ = listing(here)
+    lines = "".join(each.text for each in Console(width=80).render(table)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert lines[1].split()[-5:] == ["size", "kept", "on", "disk", "perplexity"]
+
+
+README = "---\nlicense: other\nlicense_name: its-own\nlicense_link: LICENSE\n---\n"
+
+
+@pytest.mark.filterwarnings("default:.*nothing was done")
+def test_a_result_has_what_belongs_to_its_original_wherever_it_is_used(layershare, here, monkeypatch):
+    templates = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained("dense")
+    carried = {"LICENSE": "Mine.", "tokenizer.model": "pieces", "NOTICE.txt": "Note."}
+    for name, content in (carried | {"README.md": README, "code.py": "import this"}).items():
+        (here / "dense" / name).write_text(content)
+    monkeypatch.chdir(here / "dense")
+    assert layershare("compress", ".", "-o", "../small", "-m", "svd", "--keep", "0.8")[0] == 0
+    code, _, err = layershare("compress", "../dense", "-o", "../small", "-m", "svd", "--keep", "0.8")
+    assert (code, "nothing was done" in err) == (0, True)
+
+    (here / "elsewhere" / "dense").mkdir(parents=True)
+    monkeypatch.chdir(here / "elsewhere")
+    text = ("--text", "../text.txt", "--length", "16", "--tokens", "64", "--batch-size", "2", "--train", "norms")
+    code, _, err = layershare("heal", "../small", "-o", "../healed", "--loss", "both", *text)
+    assert code == 0, err
+    assert layershare("export", "../healed", "-o", "../wide", "--dense")[0] == 0
+    for folder in ("small", "healed", "wide"):
+        assert {name: (here / folder / name).read_text() for name in carried} == carried
+        assert not (here / folder / "code.py").exists()
+        assert AutoTokenizer.from_pretrained(here / folder).chat_template == templates
+    for folder in ("small", "healed"):
+        card = (here / folder / "README.md").read_text()
+        assert "# dense, compressed to 80" in card
+        assert str(here) not in card
+        assert card.count("license: other\nlicense_name: its-own\nlicense_link: LICENSE\n") == 1
+        assert "base_model:" not in card
+        assert json.loads((here / folder / "results.json").read_text())["model"] == str(here / "dense")
+
+
+@pytest.mark.filterwarnings("default:The README.md of")
+def test_an_original_s_broken_card_costs_no_finished_work(layershare, here):
+    (here / "dense" / "README.md").write_text("---\nlicense: [\n---\n")
+    code, _, err = layershare("compress", "dense", "-o", "small", "-m", "svd")
+    assert code == 0
+    assert "Warning: The README.md of" in err
+    assert "library_name: transformers" in (here / "small" / "README.md").read_text()
+    assert (here / "small" / "report.html").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", "[" * 10**5], ids=lambda content: content[:5])
+def test_healing_refuses_damaged_results_before_it_trains(content, layershare, here):
+    (here / "dense" / "results.json").write_text(content)
+    code, _, err = layershare("heal", "dense", "-o", "healed", "--text", "text.txt", "--length", "16")
+    assert code == 2
+    assert "Traceback" not in err
+    assert re.search(r"Error: The results.json of '.*' cannot be used \(.*\): delete it, or compress", err)
+    assert not (here / "healed").exists()
 
 
 def test_a_checkpoint_from_a_newer_version_says_so(layershare, here):
     newer_format(here)
     code, _, err = layershare("generate", "dense", "x")
     assert code == 2
-    assert "pip install --upgrade layershare" in err
+    assert "update it (`pip install .` in a checkout of layershare)" in err

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.results import Results
 from layershare.healing.settings import Healing
 from layershare.methods import make_method
 from layershare.recipe import make_as, make_recipe
 from tests.families import tiny_model
 
-RUN = Path(__file__).parents[1] / "benchmarks" / "heal" / "run.py"
+ROOT = Path(__file__).parents[1]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 SMALL = {"text": "letters", "blocks": 4, "length": 32}
 MATRIX = {
     "models": {
@@ -32,7 +34,7 @@ MATRIX = {
 
 
 def test_every_experiment_of_the_matrix_is_valid():
-    matrix = yaml.safe_load(RUN.with_name("matrix.yaml").read_text())
+    matrix = yaml.safe_load((ROOT / "benchmarks" / "heal" / "matrix.yaml").read_text())
     for values in matrix["compressions"].values():
         recipe = make_recipe({"model": "sample", **values})
         make_method(recipe.method, recipe.options)
@@ -46,17 +48,17 @@ def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "letters.txt").write_text("\n".join(words))
     (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
-    command = [sys.executable, RUN, "--matrix", "matrix.yaml", "--results", "results", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.heal.run", "--matrix", "matrix.yaml"]
+    command += ["--results", "results.jsonl", "--jobs", "1"]
     command += ["--path", "tiny=model", "--path", "letters=letters.txt"]
 
     def printed() -> str:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "tiny: 3 of 3 experiments to run" in printed()
-    files = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "results").rglob("*.json")}
+    files = {name.rpartition("/")[2]: result for name, result in Results(tmp_path / "results.jsonl").read().items()}
     assert set(files) == {"original", "compressed", "norms-0", "norms-1"}
     bare, first, second = files["compressed"], files["norms-0"], files["norms-1"]
     assert first["tokens"] == 256
@@ -71,7 +73,8 @@ def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
 def test_speed_is_measured_once(tmp_path):
     command = [
         sys.executable,
-        RUN.with_name("speed.py"),
+        "-m",
+        "benchmarks.heal.speed",
         "--shape",
         "tiny",
         "--length",
@@ -82,9 +85,8 @@ def test_speed_is_measured_once(tmp_path):
         "2",
     ]
     command += ["--only", "deltas", "--results", "speed.json", "--work", "work"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for printed in (True, False):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert ("delta, deltas: " in done.stdout) == printed
     assert (tmp_path / "work" / "tiny" / "delta").is_dir()  # another shape has models of its own

@@ -15,16 +15,8 @@ from layershare.methods import METHODS
 from layershare.methods.laco import LaCo
 from layershare.methods.mka import Mka
 from layershare.methods.shortgpt import DropParts
-from tests.families import CONFIGS, NOT_SLICED, tiny_model, tokens
+from tests.families import CONFIGS, NOT_SLICED, OPTIONS, tiny_model, tokens
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "basis-sharing": {"refit": True},
-    "asvd": {"ratios": 1, "samples": 1},
-    "bolaco": {"trials": 3, "samples": 1},
-    "delta": {"protect": 0},
-    "laco": {"merged": 2, "interval": 1, "samples": 1},
-}
-"""What a method is given here that is not its default: what a tiny model has room for, in little time."""
 WHOLE_LAYERS = (DropParts, LaCo, Mka)
 """Methods that land at the nearest size below the budget."""
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -90,7 +82,7 @@ def test_full_rank_and_keep_1_reproduce_the_model(family, tmp_path, tokenizer, w
     model = tiny_model(family)
     with torch.no_grad():
         expected = model(tokens()).logits
-    same = layershare.compress(model, tokenizer, keep=1, text=words)
+    same = layershare.compress(model, tokenizer, keep=1, text=words, blocks=24, length=32)
     with torch.no_grad():
         assert torch.equal(same(tokens()).logits, expected)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
 from layershare.methods.trial import Trial
 from layershare.recipe import Recipe, make_recipe
-from layershare.run import run
+from layershare.run import device_of, run
 from layershare.store import MANIFEST, Store
 from tests.families import tiny_model, tokens
 
@@ -335,9 +336,25 @@ def test_a_checkpoint_that_contradicts_its_config_on_tied_weights_is_refused(tmp
 def test_blocks_longer_than_the_context_and_unknown_devices_are_refused(folder, tmp_path):
     with pytest.raises(LayershareError, match="Blocks of 4096 tokens do not fit: this model takes 2 to 128"):
         run(recipe_for(folder, calibration={"length": 4096}), tmp_path / "out")
-    with pytest.raises(LayershareError, match="There is no device 'gpu9'"):
-        run(recipe_for(folder, device="gpu9"), tmp_path / "out")
+    for device in ("gpu9", "cpu:99", "cpu:-1", "meta", "mkldnn", ""):
+        with pytest.raises(LayershareError, match=f"There is no device '{device}'"):
+            run(recipe_for(folder, device=device), tmp_path / "out")
+    assert device_of("cpu:0") == "cpu"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_without_edits_is_refused(folder, tmp_path):
+    plan = layershare.make_plan(tiny_model("llama"), method="svd", keep=0.7)
+    (tmp_path / "plan.json").write_text(replace(plan, edits=()).to_json())
+    with pytest.raises(LayershareError, match="has no edits"):
+        run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+
+
+def test_values_of_other_kinds_in_python(tokenizer, words):
+    wrongs: list[dict[str, Any]] = [{"keep": True}, {"blocks": "x"}, {"seed": True}, {"refine": {"lr": 1e38}}]
+    for wrong in [*wrongs, dict[str, Any](group_size=True)]:
+        with pytest.raises(LayershareError, match="Input should be"):
+            layershare.compress(tiny_model("llama"), tokenizer, text=words, **wrong)
 
 
 def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):

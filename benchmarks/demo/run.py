@@ -1,6 +1,6 @@
 """The demo: compress the sample model with three methods at two sizes, compare, and let the last one write Python.
 
-    python benchmarks/demo/run.py [--save benchmarks/demo/results.json]
+    python -m benchmarks.demo.run [--save benchmarks/demo/results.json]
 
 Calibrated on the Python standard library's source on this machine, measured on modules that neither the calibration nor
 the sample model's training has seen. Everything stays in `out/demo`.

@@ -1,10 +1,10 @@
 """Compressed models before and after training: runs what has no result yet. Interrupted, the same command continues.
 
-    python benchmarks/heal/run.py [--path books-llama-11m=FOLDER --path novels=FILE …]
+    python -m benchmarks.heal.run [--path books-llama-11m=FOLDER --path novels=FILE …]
 
-`matrix.yaml` says what to run. A result is a file here: MODEL/COMPRESSION/compressed.json, and HEALING-SEED.json beside
-it for each training of that model; each is made in a fresh process. MODEL/original.json tells how well the original
-predicts the blocks that its trainings hold out. `make tables` puts all into docs/results.md.
+`matrix.yaml` says what to run. `results.jsonl` has a line for each result: MODEL/COMPRESSION/compressed, and
+MODEL/COMPRESSION/HEALING-SEED for each training of that model; each is made in a fresh process. MODEL/original tells
+how well the original predicts the blocks that its trainings hold out. `make tables` puts all into docs/results.md.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 import yaml
 from transformers.utils import logging
 
+from benchmarks.results import Results, thinned
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import Healing
@@ -36,7 +37,6 @@ from layershare.model.weights import Weights
 from layershare.recipe import make_as, make_recipe
 from layershare.report.results import environment
 from layershare.run import run
-from layershare.store import write_json
 
 HERE = Path(__file__).parent
 Values = dict[str, Any]
@@ -55,7 +55,7 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The result's path without its ending."""
+        """The name of the result."""
         last = "compressed" if self.healing is None else f"{self.healing}-{self.seed}"
         return f"{self.model}/{self.compression}/{last}"
 
@@ -101,7 +101,7 @@ def fingerprint(model: str, paths: dict[str, str]) -> str:
         return Weights.open(resolve(paths.get(model, model)), Path(scratch), dtype="auto", device="cpu").fingerprint
 
 
-def carry_out(experiment: Experiment, paths: dict[str, str], results: Path, work: Path, weights: str) -> None:
+def carry_out(experiment: Experiment, paths: dict[str, str], results: Results, work: Path, weights: str) -> None:
     """In the fresh process: do it, and write its result."""
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".* holds this very", UserWarning)
@@ -118,6 +118,7 @@ def carry_out(experiment: Experiment, paths: dict[str, str], results: Path, work
         made = heal_folder(job, out)
         wanted = ("needs", "text", "tokens_per_second", "log", "evaluation", "seconds")
         found = {"before": made["before"], "after": made["after"], **{key: made["healing"][key] for key in wanted}}
+        found["log"] = thinned(found["log"])
         found["tokens"] = job.steps * job.healing.batch_size * job.text.tokens.shape[1]
         found["text"]["source"] = experiment.settings["text"]["text"]
     for each in (found["evaluation"], *(found["evaluation"].get(when, {}) for when in ("before", "after"))):
@@ -126,9 +127,7 @@ def carry_out(experiment: Experiment, paths: dict[str, str], results: Path, work
             each["text"]["source"] = experiment.recipe["evaluation"]["text"]  # the name, not that of a file here
     found |= {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     found |= {"wall_seconds": round(time.perf_counter() - start, 1), **environment("peft")}
-    file = results / f"{experiment.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"experiment": asdict(experiment), "model_fingerprint": weights, **found})
+    results.put(experiment.name, {"experiment": asdict(experiment), "model_fingerprint": weights, **found})
 
 
 def measure_original(row: Values, common: Values, model: str, paths: dict[str, str]) -> Values:
@@ -142,14 +141,11 @@ def measure_original(row: Values, common: Values, model: str, paths: dict[str, s
     return {"held_out_perplexity": math.exp(loss), "text": text, **environment()}
 
 
-def finished(experiment: Experiment, results: Path, weights: str) -> bool:
+def finished(experiment: Experiment, results: Results, weights: str) -> bool:
     """Whether there is a result that was made from the same."""
-    file = results / f"{experiment.name}.json"
-    if not file.is_file():
-        return False
-    made = json.loads(file.read_text(encoding="utf-8"))
+    made = results.read().get(experiment.name, {})
     same = json.loads(json.dumps(asdict(experiment)))
-    return made["experiment"] == same and made["model_fingerprint"] == weights
+    return made.get("experiment") == same and made["model_fingerprint"] == weights
 
 
 def main() -> None:
@@ -157,23 +153,26 @@ def main() -> None:
     parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
     parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
     parser.add_argument("--only", default="", help="run experiments with this in their names")
-    parser.add_argument("--results", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="file of the results")
     parser.add_argument("--work", type=Path, default=Path("build/heal"), help="folder of models and unfinished work")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # in the fresh process
     options = parser.parse_args()
     paths = dict(each.split("=", 1) for each in options.path)
+    results = Results(options.results)
     matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
     if options.one:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // options.jobs)))
         model = options.one.split("/")[0]
         one = next(each for each in experiments(matrix, model) if each.name == options.one)
-        carry_out(one, paths, options.results, options.work, fingerprint(model, paths))
+        carry_out(one, paths, results, options.work, fingerprint(model, paths))
         return
 
     def fresh(experiment: Experiment) -> bool:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, *sys.argv, "--one", experiment.name], check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.heal.run", *sys.argv[1:], "--one", experiment.name], check=False
+        )
         how = "done" if done.returncode == 0 else f"failed with exit code {done.returncode}"
         print(f"{experiment.name}: {how} in {time.perf_counter() - start:.1f} s", flush=True)
         return done.returncode == 0
@@ -184,12 +183,10 @@ def main() -> None:
             print(f"{model}: left out; say where it is with --path {model}=FOLDER")
             continue
         weights = fingerprint(model, paths)
-        original = options.results / model / "original.json"
-        if not original.is_file():
-            original.parent.mkdir(parents=True, exist_ok=True)
-            write_json(original, measure_original(matrix["models"][model], matrix["training"], model, paths))
+        if (original := f"{model}/original") not in results.read():
+            results.put(original, measure_original(matrix["models"][model], matrix["training"], model, paths))
         every = [each for each in experiments(matrix, model) if options.only in each.name]
-        todo = [each for each in every if not finished(each, options.results, weights)]
+        todo = [each for each in every if not finished(each, results, weights)]
         trained = {each.compression for each in todo if each.settings is not None}
         gone = {name for name in trained if not (options.work / model / name).is_dir()}
         first = [each for each in every if each.settings is None and (each in todo or each.compression in gone)]

@@ -1,6 +1,6 @@
 """Speed and memory of training a dense model and compressed ones of the same shape, all with random weights.
 
-    python benchmarks/heal/speed.py [--shape llama-1b] [--only NAME] [--results speed.json]
+    python -m benchmarks.heal.speed [--shape llama-1b] [--only NAME] [--results speed.json]
 
 Writes speed.json beside this file. The same Trainer trains each model on the same blocks, one after the other in one
 process. Trainings that have a result there are not run again.

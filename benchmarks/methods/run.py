@@ -1,9 +1,9 @@
 """Every method at every size on small models: runs what has no result yet. Interrupted, the same command continues.
 
-    python benchmarks/methods/run.py [--path c4=FILE] [--path books-llama-11m=FOLDER …]
+    python -m benchmarks.methods.run [--path c4=FILE] [--path books-llama-11m=FOLDER …]
 
-`matrix.yaml` says what to run. Each experiment has a folder here, MODEL/METHOD-KEEP, with the recipe and its result.
-It runs in a fresh process; the statistics are measured once per model. `make tables` puts the results into docs/.
+`matrix.yaml` says what to run. `results.jsonl` has a line for each experiment, MODEL/METHOD-KEEP. It runs in a fresh
+process; the statistics are measured once per model. `make tables` puts the results into docs/.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 import yaml
 from transformers.utils import logging
 
+from benchmarks.results import Results
 from layershare.api import evaluate_folder
 from layershare.errors import LayershareError, unknown
 from layershare.methods import METHODS
@@ -40,9 +41,9 @@ from layershare.plan.budget import target_parameters
 from layershare.recipe import make_recipe
 from layershare.report.results import environment
 from layershare.run import calibrate_to, run
-from layershare.store import write_json
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results.jsonl"
 Values = dict[str, Any]
 
 
@@ -58,7 +59,7 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """The folder of the results."""
+        """The name of the result."""
         return f"{self.recipe['model']}/{self.method}-{self.keep}"
 
     @property
@@ -72,7 +73,7 @@ class Place:
     """Where names lead to, where results and unfinished work are, and the threads of each process."""
 
     paths: dict[str, str]
-    results: Path
+    results: Results
     work: Path
     threads: int
 
@@ -90,14 +91,9 @@ class Place:
         """The statistics of a model, shared by all its experiments."""
         return self.work / model / "stats"
 
-    def result(self, name: str) -> Path:
-        """The file with the result of an experiment."""
-        return self.results / name / "result.json"
-
     def finished(self, name: str, identity: Values) -> bool:
         """Whether an experiment has a result that was made from the same."""
-        file = self.result(name)
-        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["experiment"] == identity
+        return self.results.read().get(name, {}).get("experiment") == identity
 
 
 def experiments(matrix: Values, model: str, methods: list[str], place: Place) -> list[Experiment]:
@@ -156,8 +152,6 @@ def carry_out(experiment: Experiment, place: Place) -> None:
         return {**{key: results[key] for key in wanted}, "peak_memory": peak, "evaluations": measured}
 
     _write_result(name, experiment.identity, place, work)
-    recipe_file = place.result(name).with_name("recipe.yaml")
-    recipe_file.write_text(yaml.safe_dump(experiment.recipe, sort_keys=False), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -193,8 +187,7 @@ def _write_result(name: str, identity: Values, place: Place, work: Callable[[], 
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = {"memory_at_start": start, **work()}
         found["cpu_seconds"] = round(time.process_time(), 1)  # of everything, measuring included
-        place.result(name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(place.result(name), {"experiment": identity, **found, **environment()})
+        place.results.put(name, {"experiment": identity, **found, **environment()})
 
 
 def in_fresh_process(
@@ -228,7 +221,7 @@ def main() -> None:
     parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
     parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
     parser.add_argument("--method", action="append", default=[], help="run this method only; repeatable")
-    parser.add_argument("--results", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of unfinished work")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time")
     options = parser.parse_args()
@@ -240,7 +233,7 @@ def main() -> None:
         if method not in METHODS:
             sys.exit(str(unknown("method", method, METHODS)))
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // options.jobs))
-    place = Place(paths, options.results, options.work, threads)
+    place = Place(paths, Results(options.results), options.work, threads)
     matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__"])

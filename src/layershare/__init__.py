@@ -5,6 +5,7 @@ package, as the command line's `--help` does, does not import torch.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("layershare")
     if name in _HOME:
         return getattr(import_module(f"layershare.{_HOME[name]}"), name)
     raise AttributeError(f"module 'layershare' has no attribute '{name}'")

@@ -1,9 +1,7 @@
 """The Python interface: what the command line does, on models in memory."""
 
 import copy
-import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.text import Source, load_text
+from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
@@ -26,12 +24,15 @@ from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
-from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
+from layershare.model.original import copy_side_files, files_of, source_of
+from layershare.model.source import read_config, read_tokenizer, tokenizer_of
+from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.plan import Plan
-from layershare.recipe import Recipe, make_recipe
+from layershare.progress import shown
+from layershare.recipe import Recipe, Test, make_as, make_recipe
 from layershare.report.results import environment
-from layershare.run import Report, block_length, device_of, run, silent
+from layershare.run import Report, device_of, run, silent
 
 
 def compress(
@@ -50,6 +51,7 @@ def compress(
     plan: str | Path | None = None,
     refine: bool | dict[str, Any] = False,
     folder: str | Path | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """A smaller model; the given one is not changed.
@@ -59,22 +61,23 @@ def compress(
     (`None`: the model's context, at most 2048). `stats`: a folder in which the measured statistics are kept for further
     calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `refine`: train
     each block towards the original's afterwards; a dict sets `epochs`, `lr`, `batch_size`, `norms`. `folder`: where to
-    leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `options` are the
-    method's own, such as `group_size=4`. The result is what `from_pretrained` gives for the folder: it saves with
-    `save_pretrained` and trains like any model.
+    leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `progress`: show it
+    (`None`: in a terminal). `options` are the method's own, such as `group_size=4`. The result is what
+    `from_pretrained` gives for the folder: it saves with `save_pretrained` and trains like any model.
 
     Raises `LayershareError` for what cannot be done, before anything is computed.
     """
+    text = as_source(text)
     recipe = make_recipe(
         {
-            "model": model.name_or_path or model.config.model_type,
+            "model": source_of(model) or model.name_or_path or model.config.model_type,
             "method": method,
             "options": options,
             "keep": keep,
             "of": of,
             "plan": None if plan is None else str(plan),
             "calibration": {
-                "text": str(text) if isinstance(text, str | Path) else f"strings {_digest(text)}",
+                "text": name_of(text),
                 "blocks": blocks,
                 "length": length,
                 "seed": seed,
@@ -84,9 +87,9 @@ def compress(
             "refine": {} if refine is True else refine or None,
         }
     )
-    with TemporaryDirectory(prefix="layershare-") as temporary:
+    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (report, _):
         out = Path(temporary) / "model" if folder is None else Path(folder)
-        run(recipe, out, model=model, tokenizer=tokenizer, text=text, pages=folder is not None)
+        run(recipe, out, model=model, tokenizer=tokenizer, text=text, report=report, pages=folder is not None)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
@@ -104,6 +107,7 @@ def heal(
     lr: float = 1e-4,
     batch_size: int = 8,
     folder: str | Path | None = None,
+    progress: bool | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """A compressed model, trained so that it wins back what it lost; the given ones are not changed.
@@ -112,21 +116,22 @@ def heal(
     `factors`, `norms`, `full` or `deltas`; `loss`: `ce`, `distill` or `both`. `text`: what to train on, as `load_text`
     takes it, in blocks of `length` tokens, `batch_size` of them per step, for so many `tokens` or `epochs` (one).
     `folder`: where to leave the finished checkpoint (and continue an interrupted healing), by default a temporary one.
-    `settings`: whatever else `Healing` has, such as `replace={}`, `compile=True` or `lora={"rank": 16}`, also by its
-    full key: `**{"loss.temperature": 2.0}`.
+    `progress`: show it, with loss and perplexity (`None`: in a terminal). `settings`: whatever else `Healing` has, such
+    as `replace={}`, `compile=True` or `lora={"rank": 16}`, also by its full key: `**{"loss.temperature": 2.0}`.
 
     Raises `LayershareError` for what cannot be done, before anything is computed, when the loss is no number, and in
     several processes, which the command line has.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
+    text = as_source(text)
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
-        "model": model.name_or_path or model.config.model_type,
+        "model": source_of(model) or model.name_or_path or model.config.model_type,
         "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
         "train": train,
         "loss.kind": loss,
-        "text.text": str(text) if isinstance(text, str | Path) else f"strings {_digest(text)}",
+        "text.text": name_of(text),
         "text.length": length,
         "text.tokens": tokens,
         "text.epochs": epochs,
@@ -134,15 +139,18 @@ def heal(
         "batch_size": batch_size,
     }
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
-    with TemporaryDirectory(prefix="layershare-") as temporary:
+    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (report, say):
         for module in model.modules():
             if isinstance(module, ComposedLinear):
                 module.require_plain_parts()
         source, out = Path(temporary) / "compressed", Path(temporary) / "model" if folder is None else Path(folder)
         model.save_pretrained(source)
         (tokenizer or tokenizer_of(model)).save_pretrained(source)
+        name = source_of(model)
+        if name is not None and (files := files_of(name)) is not None:
+            copy_side_files(files, source, vocabulary=tokenizer is None)
         master = teacher if isinstance(teacher, PreTrainedModel) else None
-        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out)
+        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out, report=report, say=say)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
@@ -174,13 +182,28 @@ def measure(
     blocks: int | None = None,
     length: int | None = None,
     batch_size: int = 1,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Perplexity on the text's held-out part and, given the original, its perplexity, KL divergence, top-1 agreement.
 
-    Raises `LayershareError` for texts that cannot be read, and for models of different vocabularies.
+    `blocks` of the text (`None`: all), of `length` tokens (`None`: the model's context, at most 2048). `progress`: show
+    it (`None`: in a terminal). Raises `LayershareError` for texts that cannot be read or used with the model, and for
+    models of different vocabularies.
     """
-    tokens = load_text(text, tokenizer, split="test", blocks=blocks, length=block_length(model, length))
-    return evaluate(model, tokens, original, batch_size=batch_size)
+    text = as_source(text)
+    options = make_as(Test, {"text": name_of(text), "blocks": blocks, "length": length, "batch_size": batch_size})
+    if original is not None:
+        require_same_vocabulary("original", original, model.config)
+    tokens = load_text(
+        text,
+        tokenizer,
+        split="test",
+        blocks=options.blocks,
+        length=block_length(model.config, options.length),
+        vocabulary=model.config.get_text_config().vocab_size,
+    )
+    with shown(progress) as (report, _):
+        return evaluate(model, tokens, original, batch_size=options.batch_size, progress=report("evaluate"))
 
 
 def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: Report = silent) -> dict[str, Any]:
@@ -190,10 +213,13 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     """
     assert recipe.evaluation is not None
     options, device = recipe.evaluation, device_of(recipe.device)
-    length = block_length(read_config(folder), options.length)
-    trial = load_trial(options, read_tokenizer(folder), length)
-    model = load(resolve(folder), dtype=options.dtype, device_map=device)
-    reference = None if original is None else load(resolve(original), dtype=options.dtype, device_map=device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
+    if original is not None:
+        require_same_vocabulary("original", original, config, tokenizer, **trust)
+    trial = load_trial(options, tokenizer, config)
+    model = load(folder, dtype=options.dtype, device_map=device, **trust)
+    reference = None if original is None else load(original, dtype=options.dtype, device_map=device, **trust)
     evaluation = trial.measure(model, reference, report("evaluate"))
     return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
 
@@ -206,8 +232,11 @@ def bench_folder(
     `options` are those of `measure_speed`. Raises `LayershareError` as that does, and if there is no model.
     """
     device = device_of(recipe.device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    if original is not None:
+        require_same_vocabulary("original", original, read_config(folder, **trust), **trust)
     names = [folder] if original is None else [folder, original]
-    models = [load(resolve(name), dtype=recipe.dtype, device_map=device) for name in names]
+    models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
     rates = measure_speed(*models, **options, progress=report("bench"))
     return {
         "model": folder,
@@ -220,21 +249,20 @@ def bench_folder(
     }
 
 
-def export_dense(folder: str, out: Path) -> None:
+def export_dense(folder: str, out: Path, *, trust_remote_code: bool = False) -> None:
     """Write the model in `folder` as an ordinary dense checkpoint to `out`, which appears whole or not at all.
 
     Raises `LayershareError` if there is no model in `folder`, one with NaN or infinity, or something in `out`.
     """
     require_new(out)
-    tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dense=True)
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = read_tokenizer(folder, **trust)
+    model, files = load(folder, dense=True, **trust), files_of(folder)
     require_finite(model.named_parameters())
     needed = sum(parameter.nbytes for parameter in model.parameters())
     require_disk({out: needed})
     with staged(out, needed) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
+        if files is not None:
+            copy_side_files(files, staging)

@@ -7,7 +7,7 @@ to import its table of quantization methods, and lets that table import our load
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -34,31 +34,40 @@ def _open_tables() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Opens the tables when the awaited module has been executed, and then steps aside."""
+    """Acts when the awaited module has been executed, and then steps aside."""
 
-    def __init__(self, awaited: str) -> None:
-        self.awaited = awaited
+    def __init__(self, awaited: str, act: Callable[[], None]) -> None:
+        self.awaited, self.act = awaited, act
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != self.awaited:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_open(module: ModuleType) -> None:
+            def execute_and_act(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 execute(module)
-                _open_tables()
+                self.act()
 
-            spec.loader.exec_module = execute_and_open
+            spec.loader.exec_module = execute_and_act
         return spec
+
+
+def when_imported(name: str, act: Callable[[], None]) -> None:
+    """Call `act` once the module of this name is imported, which is now if it is already."""
+    if name in sys.modules:
+        act()
+    else:
+        sys.meta_path.insert(0, _Finder(name, act))
 
 
 def install() -> None:
     """Wait for transformers; calling it again, or too late, does nothing."""
-    if READER not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    waiting = any(isinstance(finder, _Finder) and finder.act is _open_tables for finder in sys.meta_path)
+    if READER not in sys.modules and not waiting:
         # In a program that imports the tables before torch, they are half executed at this point.
-        sys.meta_path.insert(0, _Finder(READER if TABLES in sys.modules else TABLES))
+        sys.meta_path.insert(0, _Finder(READER if TABLES in sys.modules else TABLES, _open_tables))

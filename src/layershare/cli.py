@@ -1,79 +1,190 @@
 """The command line: a verb is a function. Nothing heavy is imported before a verb runs."""
 
+import json as json_format
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from layershare.console import say, speak_any_encoding
 from layershare.errors import LayershareError
+from layershare.foreign import reading
 
 if TYPE_CHECKING:
-    from layershare.healing.training import Say
+    from layershare.progress import Steps
     from layershare.recipe import Recipe
-    from layershare.run import Report
+    from layershare.run import Job
 
 app = typer.Typer(
     help="Make Hugging Face causal language models smaller by letting their layers share weights.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 console = Console()
 complaints = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder, or `sample`, the small model that comes with layershare.")]
-Folder = Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")]
-Out = Annotated[Path, typer.Option("-o", "--output", help="New or empty folder for the result.")]
+METHOD_NAMES = (
+    "basis-sharing",
+    "d-rank",
+    "svd-llm",
+    "lord",
+    "fwsvd",
+    "welore",
+    "svd",
+    "asvd",
+    "bolaco",
+    "delta",
+    "slicegpt",
+    "shortgpt",
+    "joint-drop",
+    "attention-drop",
+    "mlp-drop",
+    "block-drop",
+    "laco",
+    "mka",
+)
+"""Those of `layershare.methods`, which imports torch."""
+
+
+def _one_of(*words: str) -> Callable[[str], list[str]]:
+    """What completes an option in the shell."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hub id, folder, or `sample`, the small model that comes with layershare."),
+]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a compressed (or any other) model.")]
+Out = Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="New or empty folder for the result.")]
 MethodName = Annotated[
     str,
     typer.Option(
         "--method",
         "-m",
-        help="basis-sharing, delta, d-rank, svd-llm, lord, fwsvd, welore, svd, asvd, bolaco, slicegpt, shortgpt, "
-        "joint-drop, attention-drop, mlp-drop, block-drop, laco or mka.",
+        metavar="NAME",
+        autocompletion=_one_of(*METHOD_NAMES),
+        help=f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}; `layershare methods` tells what they do.",
     ),
 ]
-KeepSize = Annotated[str, typer.Option("--keep", "-k", help="What remains: 0.8, 5.4B (parameters) or 11GB.")]
-Of = Annotated[str, typer.Option("--of", help="Count `all` parameters, or the compressed `targets` alone.")]
+KeepSize = Annotated[
+    str, typer.Option("--keep", "-k", metavar="SIZE", help="What remains: 0.8, 5.4B (parameters) or 11GB.")
+]
+Of = Annotated[
+    str,
+    typer.Option(
+        "--of",
+        metavar="WHAT",
+        autocompletion=_one_of("all", "targets"),
+        help="Count `all` parameters, or the compressed `targets` alone.",
+    ),
+]
 Options = Annotated[
-    list[str] | None, typer.Option("--option", "-O", help="An option of the method, such as group_size=4. Repeatable.")
+    list[str] | None,
+    typer.Option("--option", "-O", metavar="KEY=VALUE", help="An option of the method: group_size=4. Repeatable."),
 ]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", help="Set a recipe's value: calibration.blocks=64. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe's value: calibration.blocks=64. Repeatable."),
 ]
+TEXTS = _one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
 TextName = Annotated[
-    str, typer.Option("--text", "-t", help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.")
+    str,
+    typer.Option(
+        "--text",
+        "-t",
+        metavar="TEXT",
+        autocompletion=TEXTS,
+        help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.",
+    ),
 ]
-Blocks = Annotated[int | None, typer.Option("--blocks", help="Number of text blocks.")]
-Length = Annotated[int | None, typer.Option("--length", help="Tokens per block (default: the context, up to 2048).")]
+Blocks = Annotated[int | None, typer.Option("--blocks", metavar="N", help="Number of text blocks.")]
+Length = Annotated[
+    int | None, typer.Option("--length", metavar="N", help="Tokens per block (default: the context, up to 2048).")
+]
 StatsFolder = Annotated[
-    Path | None, typer.Option("--stats", help="Folder that keeps measured statistics for further runs.")
+    Path | None,
+    typer.Option("--stats", metavar="FOLDER", help="Folder that keeps measured statistics for further runs."),
+]
+Refines = Annotated[
+    bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=10).")
+]
+Original = Annotated[str | None, typer.Option("--original", metavar="MODEL", help="Compare with this model.")]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help="Write the results (JSON) to this file."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto (an accelerator if there is one), cpu, cuda, …")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
+        help="auto (the checkpoint's), float32, bfloat16 or float16.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        autocompletion=_one_of("auto", "cpu", "cuda"),
+        help="auto (an accelerator if there is one), cpu, cuda or another.",
+    ),
+]
+
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model that transformers lacks.")
+]
 
 
 def main() -> None:
     """Entry point: mistakes of the user end in one sentence and exit code 2."""
+    speak_any_encoding()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             app()
         except LayershareError as error:
-            complaints.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            say(complaints, f"Error: {error}", "red")
             sys.exit(2)
 
 
+def _version(show: bool) -> None:
+    if show:
+        from layershare import __version__
+
+        print(f"layershare {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options before the verb."""
+
+
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], output: Out, changes: Changes = None) -> None:
-    """Carry out a recipe; run again to continue an interrupted run."""
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")],
+    output: Out,
+    changes: Changes = None,
+) -> None:
+    """Carry out a recipe. The same command continues an interrupted run."""
     from layershare.recipe import read_recipe
 
     _run(read_recipe(recipe, tuple(changes or ())), output)
@@ -91,18 +202,25 @@ def compress(
     blocks: Blocks = None,
     length: Length = None,
     stats: StatsFolder = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan (edited by hand, say).")] = None,
-    refine: Annotated[
-        bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=10).")
-    ] = False,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan (edited by hand, say).")
+    ] = None,
+    refine: Refines = False,
     test: Annotated[
-        str | None, typer.Option("--eval", help="Measure the result on the held-out part of a text.")
+        str | None,
+        typer.Option(
+            "--eval", metavar="TEXT", autocompletion=TEXTS, help="Measure the result on the held-out part of a text."
+        ),
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     changes: Changes = None,
 ) -> None:
-    """Compress a model into a Hugging Face folder; run again to continue an interrupted run."""
+    """Compress a model.
+
+    The result is a Hugging Face folder. The same command continues an interrupted run.
+    """
     values = {
         "model": model,
         "method": method,
@@ -111,9 +229,10 @@ def compress(
         "plan": None if plan_file is None else str(plan_file),
         "dtype": dtype,
         "device": device,
+        "trust_remote_code": trust,
         "calibration": _given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
         "refine": {} if refine else None,
-        "evaluation": None if test is None else _given(text=test, length=length),
+        "evaluation": None if test is None else {"text": test},
     }
     _run(_recipe(values, option, changes), output)
 
@@ -126,35 +245,70 @@ def plan(
     of: Of = "all",
     option: Options = None,
     stats: Annotated[
-        Path | None, typer.Option("--stats", help="Statistics from `calibrate`, for methods that plan by them.")
+        Path | None,
+        typer.Option("--stats", metavar="FOLDER", help="Statistics from `calibrate`, for methods that plan by them."),
     ] = None,
+    text: TextName = "wikitext2",
+    blocks: Blocks = None,
+    length: Length = None,
+    refine: Refines = False,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    changes: Changes = None,
+    trust: Trust = False,
     json: Json = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the plan (JSON) to this file.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help="Write the plan (JSON) to this file."),
     ] = None,
 ) -> None:
-    """Show what compression would do: groups, ranks, exact sizes, needs; from the model's config alone if it can."""
+    """Show what compress would do and need.
+
+    Groups, ranks, exact sizes, time, memory and disk; from the model's config alone if the method can.
+    """
     from layershare.plan.table import plan_table
-    from layershare.run import plan_only
+    from layershare.run import plan_only, speed_for
 
     _require_parent(output)
-    recipe = _recipe({"model": model, "method": method, "keep": keep, "of": of, "dtype": dtype}, option)
+    values = {
+        "model": model,
+        "method": method,
+        "keep": keep,
+        "of": of,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust,
+        "calibration": _given(text=text, blocks=blocks, length=length),
+        "refine": {} if refine else None,
+    }
+    recipe = _recipe(values, option, changes)
     with _progress() as (report, _):
         job = plan_only(recipe, stats, report)
     assert job.plan is not None
     if json:
-        print(job.plan.to_json(), end="")
+        _print_json(asdict(job.plan))
     else:
-        console.print(plan_table(job.spec, job.plan, job.needs))
+        console.print(plan_table(job.spec, job.plan, job.needs, speed_for(job)))
     if output is not None:
         _write(output, job.plan.to_json())
 
 
 @app.command()
+def methods(json: Json = False) -> None:
+    """Show the methods, and what each needs."""
+    from layershare.methods.catalogue import catalogue, methods_table
+
+    entries = catalogue()
+    if json:
+        _print_json([asdict(entry) for entry in entries])
+    else:
+        console.print(methods_table(entries))
+
+
+@app.command()
 def calibrate(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder that keeps the statistics.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder that keeps the statistics.")],
     text: TextName = "wikitext2",
     blocks: Blocks = None,
     length: Length = None,
@@ -163,58 +317,101 @@ def calibrate(
     ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
-    """Measure a model's statistics on a text, once for many methods and every keep (`compress --stats`)."""
+    """Measure a model on a text, for many runs.
+
+    All methods and every keep share the statistics (`compress --stats`).
+    """
     from layershare.calibrate.stats import STREAMED
     from layershare.run import calibrate_to
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
+    where = {"dtype": dtype, "device": device, "trust_remote_code": trust}
     with _progress() as (report, _):
         folder = calibrate_to(
-            _recipe({"model": model, "dtype": dtype, "device": device, "calibration": calibration}),
+            _recipe({"model": model, "calibration": calibration, **where}),
             (*STREAMED, "fisher") if fisher else STREAMED,
             report,
         )
-    console.print(f"Statistics are in {folder}.", highlight=False, soft_wrap=True)
+    say(console, f"Statistics are in {folder}.")
 
 
 @app.command()
 def heal(
-    folder: Annotated[str, typer.Argument(help="Folder of a compressed (or any other) model.")],
+    folder: Folder,
     output: Out,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Settings (YAML); options here come before it.")
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Settings (YAML); options here come before it.")
     ] = None,
     train: Annotated[
-        str | None, typer.Option("--train", help="lora (default), factors, norms, full or deltas.")
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="WHAT",
+            autocompletion=_one_of("lora", "factors", "norms", "full", "deltas"),
+            help="lora (default), factors, norms, full or deltas.",
+        ),
     ] = None,
     loss: Annotated[
-        str | None, typer.Option("--loss", help="ce (default), distill from the original, or both.")
+        str | None,
+        typer.Option(
+            "--loss",
+            metavar="NAME",
+            autocompletion=_one_of("ce", "distill", "both"),
+            help="ce (default), distill from the original, or both.",
+        ),
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace the original's blocks by this model's step by step.")
     ] = False,
     teacher: Annotated[
-        str | None, typer.Option("--teacher", help="The original, if the folder does not name it.")
+        str | None, typer.Option("--teacher", metavar="MODEL", help="The original, if the folder does not name it.")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", "-t", help="As for compress; the part to train on.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", "-t", metavar="TEXT", autocompletion=TEXTS, help="As for compress; the part to train on."
+        ),
+    ] = None,
     length: Length = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Train on so many tokens.")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Train for so many epochs (default: 1).")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Blocks per step.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Train on so many tokens.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", metavar="N", help="Train for so many epochs (default: 1).")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Blocks per step.")] = None,
     search: Annotated[
-        int | None, typer.Option("--search", min=1, help="Try so many settings in short trainings first.")
+        int | None, typer.Option("--search", metavar="N", min=1, help="Try so many settings in short trainings first.")
     ] = None,
     test: Annotated[
-        str | None, typer.Option("--eval", help="Measure before and after on the held-out part of a text.")
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="TEXT",
+            autocompletion=TEXTS,
+            help="Measure before and after on the held-out part of a text.",
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, …")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            autocompletion=_one_of("auto", "cpu", "cuda"),
+            help="auto, cpu, cuda or another.",
+        ),
+    ] = None,
+    trust: Trust = False,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a setting: lora.rank=16, compile=true. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a setting: lora.rank=16, compile=true. Repeatable."),
     ] = None,
 ) -> None:
-    """Train a compressed model so that it wins back what it lost; run again to continue an interrupted healing."""
+    """Win back by training what compression lost.
+
+    Leaves another Hugging Face folder; the same command continues an interrupted healing.
+    """
     from accelerate import PartialState
 
     from layershare.healing.heal import heal_folder
@@ -236,44 +433,61 @@ def heal(
         "search.trials": search,
         "evaluation.text": test,
         "device": device,
+        "trust_remote_code": trust or None,
     }
     job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
-    with _progress() as (report, say):
-        results = heal_folder(job, output, report=report, say=say)
+    with _progress() as (report, tell):
+        results = heal_folder(job, output, report=report, say=tell)
     if not PartialState().is_main_process:
         return
     for when, evaluation in results["healing"].get("evaluation", {}).items():
         console.print(f"{when.capitalize()} healing:")
         _print_evaluation(evaluation, False)
-    console.print(f"The healed model is in {output}.", highlight=False, soft_wrap=True)
+    say(console, f"The healed model is in {output}.")
 
 
 @app.command("eval")
 def evaluate(
     folder: Folder,
     text: Annotated[
-        str | None, typer.Option("--text", "-t", help="As for compress; by default wikitext2, or no text with --tasks.")
+        str | None,
+        typer.Option(
+            "--text",
+            "-t",
+            metavar="TEXT",
+            autocompletion=TEXTS,
+            help="As for compress; by default wikitext2, or no text with --tasks.",
+        ),
     ] = None,
-    original: Annotated[str | None, typer.Option("--original", help="Compare with this model.")] = None,
+    original: Original = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="Zero-shot tasks of lm-eval: arc_easy,piqa; `papers` for the papers' seven."),
+        typer.Option(
+            "--tasks",
+            metavar="NAMES",
+            help="Zero-shot tasks of lm-eval: arc_easy,piqa; `papers` for the papers' seven.",
+        ),
     ] = None,
     tasks_data: Annotated[
-        Path | None, typer.Option("--tasks-data", help="Folder with TASK.jsonl files (default: from the hub).")
+        Path | None,
+        typer.Option("--tasks-data", metavar="FOLDER", help="Folder with TASK.jsonl files (default: from the hub)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Rows per task.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Blocks, or rows of a task, at once.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Rows per task.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", help="Blocks, or rows of a task, at once.")
+    ] = None,
     blocks: Blocks = None,
     length: Length = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     json: Json = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", dir_okay=False, help="Write the results (JSON) to this file.")
-    ] = None,
+    output: ResultFile = None,
 ) -> None:
-    """Measure perplexity, zero-shot tasks and, against an original, KL divergence and top-1 agreement."""
+    """Measure the quality of a model.
+
+    Perplexity, zero-shot tasks and, against an original, KL divergence and top-1 agreement.
+    """
     from layershare.api import evaluate_folder
     from layershare.store import to_json
 
@@ -281,17 +495,16 @@ def evaluate(
     test = _given(
         blocks=blocks,
         length=length,
-        tasks=tasks.split(",") if tasks else None,
+        tasks=None if tasks is None else tasks.split(","),
         tasks_data=tasks_data and str(tasks_data),
         limit=limit,
         batch_size=batch_size,
         dtype=dtype,
     )
-    test["text"] = text or (None if tasks else "wikitext2")
+    test["text"] = "wikitext2" if text is None and tasks is None else text
     with _progress() as (report, _):
-        results = evaluate_folder(
-            folder, original, _recipe({"model": folder, "device": device, "evaluation": test}), report
-        )
+        values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
+        results = evaluate_folder(folder, original, _recipe(values), report)
     _print_evaluation(results["evaluation"], json)
     if output is not None:
         _write(output, to_json(results))
@@ -300,26 +513,36 @@ def evaluate(
 @app.command()
 def bench(
     folder: Folder,
-    original: Annotated[str | None, typer.Option("--original", help="Compare with this model.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=2, help="The batch size beside 1.")] = 8,
-    prompt: Annotated[int, typer.Option("--prompt", help="Tokens to read (prefill).")] = 128,
-    new: Annotated[int, typer.Option("--new", help="Tokens to write (decode).")] = 32,
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds, of which the medians are taken.")] = 5,
+    original: Original = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="The batch size beside 1.")] = 8,
+    prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Tokens to read (prefill).")] = 128,
+    new: Annotated[int, typer.Option("--new", metavar="N", help="Tokens to write (decode).")] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds, of which the medians are taken.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust: Trust = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", dir_okay=False, help="Write the results (JSON) to this file, not into the folder."
+            "-o",
+            "--output",
+            metavar="FILE",
+            dir_okay=False,
+            help="Write the results (JSON) to this file, not into the folder.",
         ),
     ] = None,
 ) -> None:
-    """Measure speed: prefill and decode, at batch 1 and a larger one, taking turns with an original."""
+    """Measure the speed of a model.
+
+    Prefill and decode, at batch 1 and a larger one, taking turns with an original.
+    """
     from layershare.api import bench_folder
+    from layershare.model.source import read_config
     from layershare.report.listing import speed_table
     from layershare.report.runs import SPEED
     from layershare.store import to_json
 
+    read_config(folder)
     if output is None and not Path(folder).is_dir():
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output
@@ -328,7 +551,7 @@ def bench(
         speed = bench_folder(
             folder,
             original,
-            _recipe({"model": folder, "dtype": dtype, "device": device}),
+            _recipe({"model": folder, "dtype": dtype, "device": device, "trust_remote_code": trust}),
             batches=(1, batch),
             prompt=prompt,
             new=new,
@@ -337,20 +560,25 @@ def bench(
         )
     console.print(speed_table(speed))
     _write(file, to_json(speed))
-    console.print(f"Written to {file}.", highlight=False, soft_wrap=True)
+    say(console, f"Written to {file}.")
 
 
 @app.command("report")
 def write_report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("report.html"),
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", hidden=True)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")] = Path(
+        "report.html"
+    ),
 ) -> None:
-    """Write a page about finished runs: what was done, sizes, quality, speed, and the best of each size."""
+    """Write a page about finished runs.
+
+    What was done in each FOLDER, sizes, quality, speed, and the best of each size.
+    """
     from layershare.report.page import report
 
     _require_parent(output)
     report(folders, output)
-    console.print(f"The report is in {output}.", highlight=False, soft_wrap=True)
+    say(console, f"The report is in {output}.")
 
 
 @app.command()
@@ -360,15 +588,19 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="Multiply the factors out: a checkpoint for everything.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
-    """Write an ordinary dense checkpoint of a compressed model, for programs that cannot load ours."""
+    """Make a compressed model a dense one.
+
+    That is an ordinary checkpoint, for programs that cannot load ours.
+    """
     from layershare.api import export_dense
 
     _quiet()
     if not dense:
         raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
-    export_dense(folder, output)
-    console.print(f"The dense model is in {output}.", highlight=False, soft_wrap=True)
+    export_dense(folder, output, trust_remote_code=trust)
+    say(console, f"The dense model is in {output}.")
 
 
 @app.command()
@@ -376,61 +608,79 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare w
     """Check that a finished folder is as layershare wrote it, every tensor of it."""
     from layershare.manifest import verify
 
-    console.print(str(verify(folder)), markup=False, highlight=False, soft_wrap=True)
+    say(console, str(verify(folder)))
 
 
 @app.command("ls")
-def list_models(folder: Annotated[Path, typer.Argument(help="A folder of compressed models.")] = Path()) -> None:
-    """List the compressed models below a folder with their sizes and results."""
+def list_models(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of compressed models.")] = Path(),
+) -> None:
+    """List the models below a folder.
+
+    All that were compressed, with sizes and results.
+    """
     from layershare.report.listing import listing
 
-    console.print(listing(folder))
+    table, unreadable = listing(folder)
+    console.print(table)
+    for sentence in unreadable:
+        say(console, sentence)
 
 
 @app.command()
 def generate(
     folder: Folder,
-    prompt: Annotated[str, typer.Argument(help="The beginning of the text.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to add.")] = 64,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The beginning of the text.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", metavar="N", min=1, help="Tokens to add.")] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token each time.")
+        float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Let a model continue a prompt."""
     from layershare.evaluate.generate import continue_text
+    from layershare.run import device_of
 
+    if Path(prompt).is_dir() and not Path(folder).is_dir():
+        raise LayershareError(f"'{prompt}' is a folder, '{folder}' is none: name the model first, then the prompt.")
     _quiet()
-    print(continue_text(folder, prompt, tokens=tokens, temperature=temperature, seed=seed, dtype=dtype))
+    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "dtype": dtype}
+    place = device_of(device)
+    print(continue_text(folder, prompt, tokens=tokens, device=place, trust_remote_code=trust, **options))
 
 
 def _run(recipe: "Recipe", output: Path) -> None:
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
-    from layershare.run import prepare, run
+    from layershare.run import run, speed_for
 
-    job = prepare(recipe)
-    if job.plan is None:
-        console.print(needs_sentence(job.needs), highlight=False, soft_wrap=True)
-    else:
-        console.print(plan_table(job.spec, job.plan, job.needs))
+    planned: list[Job] = []
+
+    def announce(job: "Job") -> None:
+        planned.append(job)
+        speed = speed_for(job)
+        if job.plan is None:
+            say(console, needs_sentence(job.needs, speed))
+        else:
+            console.print(plan_table(job.spec, job.plan, job.needs, speed))
+
     with _progress() as (report, _):
-        results = run(recipe, output, report=report)
-    if job.plan is None:
-        console.print(plan_table(job.spec, Plan.read(output / "plan.json", job.spec)))
+        results = run(recipe, output, report=report, announce=announce)
+    if planned and planned[0].plan is None:
+        console.print(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
     if "evaluation" in results:
         _print_evaluation(results["evaluation"], False)
-    console.print(f"The compressed model is in {output}.", highlight=False, soft_wrap=True)
+    say(console, f"The compressed model is in {output}.")
 
 
 def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> "Recipe":
-    import yaml
-
-    from layershare.recipe import parse_recipe
+    from layershare.recipe import changed, make_recipe
 
     prefixed = [f"options.{option}" for option in options or ()]
-    return parse_recipe(yaml.safe_dump(values), (*prefixed, *(changes or ())))
+    return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -442,35 +692,12 @@ def _print_evaluation(evaluation: dict[str, Any], json: bool) -> None:
     from layershare.report.listing import evaluation_table, tasks_table
 
     if json:
-        console.print_json(data=evaluation)
+        _print_json(evaluation)
         return
     if "text" in evaluation:
         console.print(evaluation_table(evaluation))
     if "tasks" in evaluation:
         console.print(tasks_table(evaluation))
-
-
-@contextmanager
-def _progress() -> "Iterator[tuple[Report, Say]]":
-    """A bar per step, with the time left, and what prints a line above the bars."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    _quiet()
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=complaints) as bars:
-
-        def report(step: str):
-            task = bars.add_task(step, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield report, lambda line: bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(file: Path, text: str) -> None:
@@ -481,8 +708,26 @@ def _write(file: Path, text: str) -> None:
         write_atomically(file, text.encode())
 
 
+def _progress() -> "Steps":
+    """How far the steps are, on standard error; other libraries' bars are silenced."""
+    from layershare.progress import steps
+
+    _quiet()
+    return steps(complaints)
+
+
+def _print_json(value: Any) -> None:
+    """Print JSON, in ASCII."""
+    print(json_format.dumps(value, indent=1))
+
+
 def _require_parent(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
+    if file is None:
+        return
+    with reading(f"The file '{file}'", "name another one"):
+        if file.exists() and not file.is_file():
+            raise OSError("it is no ordinary file")
+    if not file.absolute().parent.is_dir():
         raise LayershareError(f"There is no folder '{file.parent}' for '{file.name}'; make it first.")
 
 
@@ -495,4 +740,4 @@ def _quiet() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     if issubclass(category, UserWarning):
-        complaints.print(f"Warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(complaints, f"Warning: {message}", "yellow")

@@ -13,6 +13,21 @@ class UnsupportedModelError(LayershareError):
     """The model is of a kind that cannot be compressed; the message names the reason."""
 
 
+def how_to_install(extra: str = "") -> str:
+    """What to do to get layershare, or one of its extras: nobody has published it yet."""
+    what = f"'.[{extra}]'" if extra else "."
+    return f"`pip install {what}` in a checkout of layershare"
+
+
+LONGEST = 200
+"""Characters of a name that are shown."""
+
+
+def short(words: str) -> str:
+    """The words, cut off where no one reads on."""
+    return words if len(words) <= LONGEST else f"{words[: LONGEST - 1]}…"
+
+
 def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     """The error for a name that does not exist, with the nearest known name or all of them.
 
@@ -20,9 +35,9 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     "Unknown method 'basis_share'. Did you mean 'basis-sharing'?".
     """
     names = sorted(known)
-    near = get_close_matches(word, names, n=1, cutoff=0.5)
+    near = get_close_matches(short(word), names, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
-    return LayershareError(f"Unknown {kind} '{word}'. {hint}")
+    return LayershareError(f"Unknown {kind} '{short(word)}'. {hint}")
 
 
 def incomplete(source: str | Path, missing: Collection[str]) -> LayershareError:
@@ -30,4 +45,20 @@ def incomplete(source: str | Path, missing: Collection[str]) -> LayershareError:
     return LayershareError(
         f"The checkpoint '{source}' lacks {len(missing)} of its model's weights, among them '{min(missing)}'; "
         "use a complete checkpoint."
+    )
+
+
+def mismatched(name: str, there: Iterable[int], here: Iterable[int]) -> LayershareError:
+    """The error for a tensor that has another shape in the checkpoint (`there`) than in the model of its config."""
+    return LayershareError(
+        f"'{name}' is {list(there)} in the checkpoint, but config.json makes it {list(here)}: "
+        "config.json and weights are of different models."
+    )
+
+
+def quantized_with(method: str, cause: BaseException | None = None) -> UnsupportedModelError:
+    """The error for a model that another tool quantized; `cause` is why it could not be loaded as it is."""
+    words = "" if cause is None else f" and cannot be loaded here ({' '.join(str(cause).split())[:200]})"
+    return UnsupportedModelError(
+        f"This model is quantized with '{method}'{words}; start from the unquantized weights and quantize afterwards."
     )

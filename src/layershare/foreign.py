@@ -1,7 +1,8 @@
 """Files that others made: whatever reading one raises becomes one sentence, here and nowhere else."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from layershare.errors import LayershareError
+from layershare.disk import FULL, trouble
+from layershare.errors import LayershareError, short
 
 DEPTH = 64
 """How deeply a file's lists and mappings may be nested; no config, recipe or result comes near it."""
 LARGEST = 256 << 20
 """Bytes of the largest JSON or YAML file that is read, against what would fill the memory."""
+LARGEST_YAML = 1 << 20
+"""Characters of the longest YAML that is read: it takes minutes where JSON takes seconds."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -31,7 +35,12 @@ def reading(what: str, advice: str) -> Iterator[None]:
     except LayershareError:
         raise
     except Exception as error:  # whatever a parser, a library or a model's own code raises
-        raise LayershareError(f"{what} cannot be used ({reason(error)}): {advice}.") from error
+        if (found := trouble(error)) is not None and found[0] in FULL:  # what is fetched or converted is also written
+            raise LayershareError(
+                f"{short(what)} cannot be read without room on the disk ({found[1]}); make some, and run the command "
+                "again."
+            ) from error
+        raise LayershareError(f"{short(what)} cannot be used ({reason(error)}): {advice}.") from error
 
 
 def reason(error: BaseException) -> str:
@@ -50,9 +59,9 @@ def reason(error: BaseException) -> str:
         return error.strerror.lower()
     if isinstance(error, KeyError):
         return f"it lacks {error}"
-    words = " ".join(str(error).split()).rstrip(".")
-    words = words if len(words) <= 200 else f"{words[:199]}…"
-    return words if isinstance(error, ValueError | OSError) and words else f"{type(error).__name__}: {words}"
+    words = short(" ".join(str(error).split()).rstrip("."))
+    speaks = isinstance(error, ValueError | OSError | LayershareError) and words
+    return words if speaks else f"{type(error).__name__}: {words}"
 
 
 def require_file(path: Path) -> Path:
@@ -95,18 +104,55 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text in which a key stands once. Raises `ValueError`, also if it is nested too deeply."""
+    return _shallow(json.loads(text, object_pairs_hook=_once))
+
+
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, in which a key stands once and nothing refers to something else.
 
-    Raises `ValueError` or `yaml.YAMLError`.
+    Words are read as YAML 1.2 does: `1e-4` is a number, while `on`, `1:30`, `010` and dates are words. Raises
+    `ValueError` or `yaml.YAMLError`.
     """
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"it has {len(text):,} characters, which no file of its kind has")
     return yaml.load(text, _StrictLoader)
+
+
+def write_yaml(value: Any) -> str:
+    """A value as YAML that both `parse_yaml` and readers of YAML 1.1 read as it is."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+_WORDS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(0|[1-9](_?[0-9])*)|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?([0-9](_?[0-9])*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+"""What a plain word of YAML is by its form, and the characters that it may begin with."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what is no string to YAML 1.1 or 1.2."""
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML, without what YAML resolves silently: a key that is given twice, and references to other parts."""
 
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # not those of YAML 1.1
     depth = 0
+
+    def construct_yaml_int(self, node: Any) -> int:
+        return int(self.construct_scalar(node), 0)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        word = self.construct_scalar(node).replace("_", "").lower()
+        return float(word.replace(".inf", "inf").replace(".nan", "nan"))
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -119,12 +165,30 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                problem = f"the key '{key}' is given twice"
-                raise ConstructorError(None, None, problem, node.value[place][0].start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ConstructorError(None, None, "found unhashable key", key_node.start_mark)
+            if key in seen:
+                raise ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+for _tag, (_form, _first) in _WORDS.items():
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), _first)
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), _first)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in found if names.count(name) > 1)}' is given twice")
+    return found
 
 
 def _shallow(value: Any) -> Any:

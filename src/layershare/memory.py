@@ -8,11 +8,11 @@ _LARGE = 128 << 10
 
 
 def give_back_freed_memory() -> None:
-    """Return freed memory to the system: what lies in holes now, from now on every 128 KiB or more when it is freed.
+    """Trim the heap now, and let glibc unmap any block of 128 KiB or more as soon as it is freed.
 
-    From that size on glibc makes an allocation a mapping of its own, but it raises the limit to the size of what is
-    freed, up to 32 MiB, and keeps the holes that the rest leaves: the tensors of a block that is done would stay beside
-    the next one's. Holds for the whole process. Does nothing where the C library is not glibc.
+    By default glibc raises that threshold to the size of the largest block freed so far, up to 32 MiB, and keeps the
+    holes that smaller blocks leave, so one block's tensors would stay resident beside the next one's. Applies to the
+    whole process; does nothing where the C library is not glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)

@@ -2,14 +2,28 @@
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from layershare.errors import LayershareError, unknown
+from layershare.foreign import parse_yaml, read_text, reading, write_yaml
+from layershare.values import (
+    STRICT,
+    Count,
+    Dial,
+    Epochs,
+    Flag,
+    Length,
+    Names,
+    Rate,
+    Seed,
+    ShardSize,
+    Word,
+    checked,
+    first_fault,
+)
 
-STRICT = ConfigDict(extra="forbid")
 _T = TypeVar("_T")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -18,38 +32,45 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that a model is compressed for: name or path, number and length of blocks (`None`: what fits, ≤ 2048).
-
-    `stats`: a folder to keep the measured statistics in; runs with the same model and text share it.
-    """
+    """The text that a model is compressed for."""
 
     __pydantic_config__ = STRICT
-    text: str = "wikitext2"
-    blocks: Annotated[int, Field(ge=1)] = 256
-    length: Annotated[int, Field(ge=2)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2023
-    batch_size: Annotated[int, Field(ge=1)] = 4
-    stats: str | None = None
+    text: Word = "wikitext2"
+    """`wikitext2`, `c4`, `ptb`, `alpaca`, `stdlib`, or the path of a file or folder."""
+    blocks: Count = 256
+    """How many blocks of the text are used."""
+    length: Length | None = None
+    """Tokens per block; without, the model's context, up to 2048."""
+    seed: Seed = 2023
+    """Chooses the blocks."""
+    batch_size: Count = 4
+    """Blocks that run through the model at once."""
+    stats: Word | None = None
+    """A folder that keeps the measured statistics, so that runs with the same model and text share them."""
 
 
 @dataclass(frozen=True)
 class Test:
-    """What original and compressed model are measured on: a text (`None`: none) and zero-shot tasks.
-
-    `blocks` of the text, `None` for all of it. `tasks`: names of lm-eval's, or `papers` for the seven of the papers;
-    their rows come from the hub, or from `tasks_data`, a folder with a `TASK.jsonl` for each. `limit`: rows per task.
-    """
+    """What the original and the smaller model are measured on: a text, zero-shot tasks or both."""
 
     __test__ = False
     __pydantic_config__ = STRICT
-    text: str | None = "wikitext2"
-    blocks: Annotated[int, Field(ge=1)] | None = None
-    length: Annotated[int, Field(ge=2)] | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_data: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 4
+    text: Word | None = "wikitext2"
+    """As for calibration, of which the held-out part is taken; null for none."""
+    blocks: Count | None = None
+    """How many blocks of the text are used; without, all."""
+    length: Length | None = None
+    """Tokens per block; without, as for calibration or training."""
+    tasks: Names = ()
+    """Zero-shot tasks of lm-eval, or `papers` for the seven of the papers."""
+    tasks_data: Word | None = None
+    """A folder with a `TASK.jsonl` for each task; without, rows come from the hub."""
+    limit: Count | None = None
+    """Rows per task; without, all."""
+    batch_size: Count = 4
+    """Blocks of text, or rows of a task, at once."""
     dtype: Dtype = "auto"
+    """In which the models are run to be measured; `auto` for the checkpoint's."""
 
     def __post_init__(self) -> None:
         """Raise `LayershareError` if there is nothing to measure, or settings of tasks without tasks."""
@@ -63,43 +84,55 @@ class Test:
 class Refine:
     """How each block's own factors are trained towards the original block: AdamW, with cosine decay from `lr` to 0.
 
-    `batch_size`: text blocks per step. `norms`: train the norms of blocks with factors, too. (AA-SVD, arXiv 2604.02119,
-    reports 25 epochs of 256 blocks at 1e-4, 32 per step, for 7B; smaller models want larger steps.)
+    AA-SVD (arXiv 2604.02119) reports 25 epochs of 256 blocks at 1e-4, 32 per step, for 7B; smaller models want larger
+    steps.
     """
 
     __pydantic_config__ = STRICT
-    epochs: Annotated[int, Field(ge=1)] = 10
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    norms: bool = False
+    epochs: Epochs = 10
+    """How often all blocks of text are gone through."""
+    lr: Rate = 5e-4
+    """The learning rate of the first step."""
+    batch_size: Count = 8
+    """Blocks of text per step."""
+    norms: Flag = False
+    """Train the norms of blocks with factors, too."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One compression: what, how, how small, on which text, measured on which.
-
-    `keep`: `0.8`, `5.4B` or `11GB`, counted `of` all parameters or of the targets. `plan`: a plan file to carry out
-    in place of the method's own. `dtype`: in which the model is run and stored, `auto` for the checkpoint's.
-    `refine`: train each block on the calibration text after it is solved; not done without.
-    """
+    """One compression: what, how, how small, on which text, measured on which."""
 
     __pydantic_config__ = STRICT
-    model: str
-    method: str = "basis-sharing"
-    options: dict[str, Any] = field(default_factory=dict)
-    keep: float | str = 0.8
+    model: Word
+    """A hub id, a folder, or `sample`, the model that comes with layershare."""
+    method: Word = "basis-sharing"
+    """How it is compressed."""
+    options: dict[Word, Any] = field(default_factory=dict)
+    """The method's own options."""
+    keep: Dial = 0.8
+    """What remains: a fraction (0.8), parameters (5.4B) or a size (11GB)."""
     of: Literal["all", "targets"] = "all"
-    plan: str | None = None
+    """Whether `keep` counts all parameters, or the compressed linears alone as the papers do."""
+    plan: Word | None = None
+    """A plan file to carry out in place of the method's own plan."""
     dtype: Dtype = "auto"
-    device: str = "auto"
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
+    """In which the model is run; `auto` for what its config or checkpoint says."""
+    store_dtype: Dtype = "auto"
+    """In which the result is stored; `auto` for each tensor as in the original."""
+    device: Word = "auto"
+    """`cpu`, `cuda`, `cuda:1` …; `auto` for the accelerator if there is one."""
+    trust_remote_code: Flag = False
+    """Run the Python code that comes with a model whose class transformers does not have."""
+    max_shard_size: ShardSize = "5GB"
+    """The size of the largest weight file (KB, MB, GB or TB)."""
     calibration: Calibration = field(default_factory=Calibration)
     refine: Refine | None = None
     evaluation: Test | None = None
 
     def to_yaml(self) -> str:
         """The recipe with all its values, as copied into every output."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return write_yaml(asdict(self))
 
 
 def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
@@ -112,7 +145,7 @@ def parse_recipe(text: str, changes: tuple[str, ...] = ()) -> Recipe:
 
 def read_recipe(path: str | Path, changes: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file. Raises as `parse_recipe`, and if there is no such file."""
-    return parse_recipe(read_text(path), changes)
+    return make_recipe(changed(read_values(path), changes))
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
@@ -120,22 +153,18 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     return make_as(Recipe, values)
 
 
-def read_text(path: str | Path) -> str:
-    """What is in a recipe file. Raises `LayershareError` if there is no such file."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayershareError(f"The recipe '{path}' cannot be read ({type(error).__name__}).") from error
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The plain values in a recipe file. Raises `LayershareError` as `values_of`, and if it cannot be read."""
+    with reading(f"The recipe '{path}'", "mend it, or name another file"):
+        return values_of(read_text(Path(path)))
 
 
 def values_of(text: str) -> dict[str, Any]:
     """The plain values of a recipe. Raises `LayershareError` if it is not YAML, or no mapping."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LayershareError(f"The recipe is not YAML: {str(error).splitlines()[0]}.") from error
+    with reading("The recipe", "mend it"):
+        values = parse_yaml(text)
     if not isinstance(values, dict):
-        raise LayershareError("The recipe must be a mapping of keys to values, at least `model`.")
+        raise LayershareError("The recipe must be a mapping of keys to values, such as `keep: 0.8`.")
     return values
 
 
@@ -148,27 +177,39 @@ def changed(values: dict[str, Any], changes: tuple[str, ...]) -> dict[str, Any]:
         path, equals, value = change.partition("=")
         if not equals:
             raise LayershareError(f"'{change.removeprefix('options.')}' is not a setting; write key=value.")
-        try:
-            _put(values, path.split("."), yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise LayershareError(f"The value in '{change}' is not YAML.") from error
+        with reading(f"The value in '{change}'", "put it in quotes if it is text"):
+            put(values, path, parse_yaml(value))
     return values
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value of a full key such as `calibration.blocks`, in place.
+
+    Raises `LayershareError` if a part of the key is a value already.
+    """
+    *sections, key = path.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise LayershareError(f"'{section}' is a value, so it has no '{key}' to set.")
+    values[key] = value
 
 
 def make_as(kind: type[_T], values: dict[str, Any]) -> _T:
     """A recipe of some kind, a dataclass, from plain values. Raises as `parse_recipe`."""
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return checked(kind, values)
     except ValidationError as error:
-        # A misspelt key is both unknown and missing; its own name is the better hint.
-        first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
-        *section, key = [str(part) for part in first["loc"]] or ["recipe"]
+        path, said, first = first_fault(error)
+        *section, key = path or ["recipe"]
         if first["type"] == "unexpected_keyword_argument":
-            where = f"key in {section[0]}" if section else "key"
+            where = f"key in {'.'.join(section)}" if section else "key"
             raise unknown(where, key, _keys(kind, section)) from error
         if first["type"] == "missing":
             raise LayershareError(f"The recipe lacks the key '{key}'.") from error
-        raise LayershareError(f"'{'.'.join([*section, key])}' in the recipe: {first['msg']}.") from error
+        raise LayershareError(f"'{'.'.join([*section, key])}' in the recipe: {said}.") from error
 
 
 def _keys(kind: Any, section: list[str]) -> list[str]:
@@ -177,14 +218,3 @@ def _keys(kind: Any, section: list[str]) -> list[str]:
         hint = get_type_hints(kind)[name]
         kind = next(each for each in (hint, *get_args(hint)) if is_dataclass(each))
     return [each.name for each in fields(kind)]
-
-
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
-    *sections, key = path
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise LayershareError(f"'{section}' is a value, so it has no '{key}' to set.")
-    values[key] = value

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,13 +14,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
 from layershare.calibrate.stream import Stream
-from layershare.calibrate.text import Source, Text, load_text
+from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.disk import require_disk, writing
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, short
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, work_folder
@@ -29,13 +30,17 @@ from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
+from layershare.model.checked import main_dtype, stored_tensors
+from layershare.model.checkpoint import Tensors
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
+from layershare.model.original import files_of, known_of, located, source_of
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
+from layershare.plan.work import Speed, measure_speed
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
@@ -46,9 +51,6 @@ from layershare.solve.refine import refine_blocks, require_refinable
 from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
 from layershare.store import Store, make_folder, write_atomically, write_json
-
-LENGTH = 2048
-"""Tokens per block where the model's context allows it, as in the papers."""
 
 Report = Callable[[str], Progress]
 """Announces a step and gives the function that takes its progress."""
@@ -63,11 +65,13 @@ def silent(step: str) -> Progress:
 class Job:
     """A recipe checked against its model: everything that can be known before a weight is read.
 
-    `plan` is `None` for a method that plans by what it measures.
+    `spec` has the types in which the result is stored, `computed` those in which the model is run. `plan` is `None`
+    for a method that plans by what it measures.
     """
 
     recipe: Recipe
     spec: Spec
+    computed: Tensors
     method: Method
     name: str
     plan: Plan | None
@@ -98,16 +102,24 @@ class Job:
         """What the run will need of the machine."""
         options = self.recipe.calibration
         return estimate_needs(
-            self.spec,
+            replace(self.spec, tensors=self.computed),
             self.plan,
             blocks=options.blocks,
             length=self.length,
             batch_size=options.batch_size,
             kinds=self.kinds,
             refits=self.refits,
-            refines=self.recipe.refine is not None,
+            epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
             searches=self.plan is None and self.method.searches,
+            runs=self.method.runs(self.spec) if self.plan is None else 0,
         )
+
+
+def speed_for(job: Job) -> Speed:
+    """The speed of the job's device at products of its model's size, measured."""
+    linear = max(job.spec.linears, key=lambda linear: linear.parameters)
+    dtype = job.spec.tensors[job.spec.weight_name(linear)][1]
+    return measure_speed(device_of(job.recipe.device), dtype, min(linear.d_in, linear.d_out))
 
 
 def refits(plan: Plan, method: Method) -> bool:
@@ -116,20 +128,30 @@ def refits(plan: Plan, method: Method) -> bool:
     return any(isinstance(edit, Share) for edit in plan.edits) and method.refits(kept)
 
 
-def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = None) -> Job:
-    """Check a recipe and, where the method can, plan it, from the config alone (read by name if no model is given).
+def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None = None) -> Job:
+    """Check a recipe and, where the method can, plan it, without reading a weight.
 
-    A plan file is carried out with the method and the options that it names. Raises `LayershareError` for everything
-    that is wrong with the recipe.
+    The model is read by name if none is given: its config, and which types its weights have if they are here. A plan
+    file is carried out with the method and the options that it names. Raises `LayershareError` for everything that is
+    wrong with the recipe.
     """
     method = make_method(recipe.method, recipe.options)
-    source = read_config(recipe.model) if model is None else model
+    source, checkpoint = _described(recipe, model)
     spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    computed = spec.tensors
+    if recipe.store_dtype != "auto":
+        spec = spec.stored_as({}, getattr(torch, recipe.store_dtype))
+    elif checkpoint:
+        spec = spec.stored_as({name: each.dtype for name, each in checkpoint.items()}, main_dtype(checkpoint))
+    elif isinstance(source, PreTrainedConfig) and isinstance(source.dtype, torch.dtype):
+        spec = spec.stored_as({}, source.dtype)
     name, plan = recipe.method, None
     if recipe.plan is not None:
         if recipe.options:
             raise LayershareError("A plan is carried out with the options that it names; give no others beside it.")
         plan = Plan.read(recipe.plan, spec)
+        if not plan.edits:
+            raise LayershareError(f"The plan '{recipe.plan}' has no edits: there is nothing to carry out.")
         name, method = plan.method, make_method(plan.method, plan.options)
     elif not method.adaptive:
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
@@ -139,21 +161,21 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | None = N
         raise LayershareError("Coefficients cannot be fitted again beside deltas; set the option refit to false.")
     if recipe.refine is not None and plan is not None:
         require_refinable(plan.edits)
-    return Job(recipe, spec, method, name, plan, block_length(source, recipe.calibration.length))
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
 
 
-def block_length(model: PreTrainedModel | PreTrainedConfig, length: int | None) -> int:
-    """Tokens per block: as asked, or 2048, or the model's whole context if that is shorter.
-
-    Raises `LayershareError` if more is asked for than the context holds.
-    """
-    config = model.config if isinstance(model, PreTrainedModel) else model
-    context = getattr(config, "max_position_embeddings", None)  # models with ALiBi have no limit
-    if length is None:
-        return min(LENGTH, context or LENGTH)
-    if length < 2 or length > (context or length):
-        raise LayershareError(f"Blocks of {length} tokens do not fit: this model takes 2 to {context or 'any number'}.")
-    return length
+def _described(
+    recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None
+) -> tuple[PreTrainedModel | PreTrainedConfig, Mapping[str, Tensor] | None]:
+    """The model or config that a recipe is about, and what its checkpoint stores, as far as that is here."""
+    if isinstance(model, Weights):
+        return model.model, model.checkpoint
+    if model is not None:
+        return model, None
+    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(recipe.model)
+    return config, stored_tensors(source, values_of(source), fetch=False)
 
 
 def run(
@@ -164,15 +186,19 @@ def run(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: Source | None = None,
     report: Report = silent,
+    announce: Callable[[Job], None] = lambda job: None,
     pages: bool = True,
 ) -> dict[str, Any]:
     """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
-    changed. `pages`: with a model card and a page to read. The same call continues an interrupted run, and returns at
+    changed. `announce` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
+    page to read. The same call continues an interrupted run, and returns at
     once if the run is finished. Raises `LayershareError` for bad input, before anything is written.
     """
     out = Path(out)
+    if model is None:
+        recipe = replace(recipe, model=located(recipe.model))
     if is_finished(out, recipe.to_yaml()):
         with reading(f"The results.json in '{out}'", AGAIN):
             results = read_mapping(out / "results.json")
@@ -190,18 +216,21 @@ def run(
     job = prepare(recipe, model)
     needs_text = job.calibrated or recipe.evaluation is not None
     if tokenizer is None and (needs_text or model is None):
-        tokenizer = read_tokenizer(recipe.model) if model is None else tokenizer_of(model)
-    source = read_config(recipe.model) if model is None else model.config
+        tokenizer = (
+            read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+            if model is None
+            else tokenizer_of(model)
+        )
+    source = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code) if model is None else model.config
     calibration = test = None
     if job.calibrated:
         assert tokenizer is not None
-        calibration = load_calibration(recipe.calibration, tokenizer, job.length, text)
-        calibration.require_within(source.get_text_config().vocab_size)
+        calibration = load_calibration(recipe.calibration, tokenizer, source, text)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:
         assert tokenizer is not None
-        test = load_trial(recipe.evaluation, tokenizer, block_length(source, recipe.evaluation.length or job.length))
+        test = load_trial(recipe.evaluation, tokenizer, source)
         if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
     stats = out if recipe.calibration.stats is None else require_folder(Path(recipe.calibration.stats))
@@ -211,11 +240,12 @@ def run(
         if model is None:
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
-            weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
+            weights = _open(recipe, scratch, device)
         else:
             weights = Weights.of(model)
         weights.require_sound()
-        job = prepare(recipe, weights.model)  # with the dtypes that the weights really have
+        job = prepare(recipe, weights)  # with the dtypes that the weights really have
+        announce(job)
         return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, Clock(report), pages)
 
 
@@ -280,10 +310,13 @@ def _carry_out(
         assert calibration is not None
         with clock.step("slice") as progress:
             slice_blocks(factored, Stream(weights, calibration.tokens, **passes), progress)
+    source = recipe.model if model is None else source_of(model)
+    beside = None if source is None else files_of(source)
     with clock.step("write"):
-        write_model(factored, recipe, tokenizer, staging)
+        write_model(factored, recipe, tokenizer, staging, beside)
     results = {
         "model": recipe.model,
+        "original": {} if source is None else known_of(source, beside),
         "model_fingerprint": weights.fingerprint,
         "method": plan.method,
         "options": asdict(job.method),
@@ -339,7 +372,7 @@ def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> J
             f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
         )
     with TemporaryDirectory(prefix="layershare-") as scratch:
-        weights = Weights.open(resolve(recipe.model), Path(scratch), dtype=recipe.dtype)
+        weights = _open(recipe, Path(scratch))
         stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
         evidence = Evidence(job.spec, weights, stats, progress=report("plan"))
         return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
@@ -354,10 +387,10 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     assert options.stats is not None
     folder = require_folder(Path(options.stats))
     device = device_of(recipe.device)
-    config = read_config(recipe.model)
+    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     spec = describe(config)
-    length = block_length(config, options.length)
-    text = load_calibration(options, read_tokenizer(recipe.model), length)
+    text = load_calibration(options, read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code), config)
+    length = text.tokens.shape[1]
     needed = estimate_needs(
         spec, None, blocks=options.blocks, length=length, batch_size=options.batch_size, kinds=frozenset(kinds)
     )
@@ -366,7 +399,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     make_folder(folder)
     with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
-        weights = Weights.open(resolve(recipe.model), scratch, dtype=recipe.dtype, device=device)
+        weights = _open(recipe, scratch, device)
         weights.require_sound()
         progress = report("calibrate")
         passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}
@@ -374,35 +407,50 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     return folder
 
 
+def _open(recipe: Recipe, scratch: Path, device: str = "cpu") -> Weights:
+    """The weights of a recipe's model, left on disk."""
+    options: dict[str, Any] = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
+    return Weights.open(recipe.model, scratch, device=device, **options)
+
+
 def load_calibration(
-    options: Calibration, tokenizer: PreTrainedTokenizerBase, length: int, text: Source | None = None
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> Text:
-    """The calibration text, or `text` in its place, in blocks of `length` tokens."""
-    source = options.text if text is None else text
-    return load_text(source, tokenizer, split="train", blocks=options.blocks, length=length, seed=options.seed)
+    """The calibration text, or `text` in its place, for a model of that config. Raises as `load_text`."""
+    return load_text(
+        options.text if text is None else text,
+        tokenizer,
+        split="train",
+        blocks=options.blocks,
+        length=block_length(config, options.length),
+        seed=options.seed,
+        vocabulary=config.get_text_config().vocab_size,
+    )
 
 
 def device_of(name: str) -> str:
-    """The device of that name; `auto` is the accelerator if there is one, but not Apple's, which has no float64.
+    """The device of that name, `cpu` or `cuda:1`; `auto` is the accelerator if there is one.
 
-    Raises `LayershareError` if there is none of that name.
+    But not Apple's, which has no float64. Raises `LayershareError` if there is none of that name.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise LayershareError(f"There is no device '{name}' here; name another, or auto.") from error
-    return name
+    counts = {"cpu": 1} | ({} if accelerator is None else {accelerator.type: torch.accelerator.device_count()})
+    kind, _, number = name.partition(":")
+    if kind not in counts or (number or "0") not in map(str, range(counts[kind])):
+        known = [f"{each}:{i}" if i else each for each, count in counts.items() for i in range(count)]
+        raise LayershareError(f"There is no device '{short(name)}' here, only {', '.join(known)}; name one, or auto.")
+    return kind if kind == "cpu" else name
 
 
 def _measure(
     recipe: Recipe, staging: Path, test: Trial, model: PreTrainedModel | None, progress: Progress
 ) -> dict[str, Any]:
     dtype, device = test.test.dtype, device_of(recipe.device)
-    original = load(resolve(recipe.model), dtype=dtype, device_map=device) if model is None else model
-    small = load(staging, dtype=original.dtype, device_map=original.device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    original = load(recipe.model, dtype=dtype, device_map=device, **trust) if model is None else model
+    small = load(staging, dtype=original.dtype, device_map=original.device, **trust)
     results: dict[str, Any] = {"evaluation": test.measure(small, original, progress)}
     if test.text is not None:
         results["samples"] = compare_samples(small, original, test.text, test.tokenizer)

@@ -56,3 +56,49 @@ def test_the_python_interface_measures_on_the_held_out_part(tokenizer):
     measured = layershare.measure(model, tokenizer, text="stdlib", blocks=2, length=16, original=model)
     assert measured.text["source"] == "stdlib"
     assert measured.perplexity.tokens == 30
+
+
+def test_an_evaluation_is_printed_for_people(text):
+    model = tiny_model("llama")
+    alone, beside = evaluate(model, text), evaluate(model, text, model)
+    number = f"{alone.perplexity.value:.4g}"
+    assert str(alone) == f"perplexity {number} on 7 blocks of 24 tokens of strings, float32"
+    assert str(beside).splitlines() == [
+        f"perplexity {number} (original: {number}) on 7 blocks of 24 tokens of strings, float32",
+        "KL divergence from the original: 0 nats per token",
+        "top-1 agreement with the original: 100.0%",
+    ]
+    assert repr(alone).startswith("Evaluation(text={")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": 0}, "'blocks' in the recipe"),
+        ({"blocks": -1}, "'blocks' in the recipe"),
+        ({"length": 1}, "'length' in the recipe"),
+        ({"length": 129}, "Blocks of 129 tokens do not fit: this model takes 2 to 128"),
+        ({"batch_size": 0}, "'batch_size' in the recipe"),
+        ({"text": ["short"]}, "less than one block of 128; give a longer text or a smaller length"),
+        ({"text": []}, "is empty"),
+        ({"text": ""}, "has no name"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_in_python(options, message, tokenizer):
+    with pytest.raises(LayershareError, match=message):
+        layershare.measure(tiny_model("llama"), tokenizer, **{"text": "stdlib", "blocks": 1, **options})
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tokenizer, words):
+    small = tiny_model("llama")
+    small.resize_token_embeddings(80, mean_resizing=False)
+    with pytest.raises(LayershareError, match=r"tokens up to number .*, the model knows 80; use the model's own"):
+        layershare.measure(small, tokenizer, text=["a~" * 100], length=16)
+    with pytest.raises(LayershareError, match=r"original has another vocabulary \(160 tokens, this model 80\)"):
+        layershare.measure(small, tokenizer, text=words, length=16, original=tiny_model("llama"))
+
+
+def test_progress_is_shown_where_it_is_asked_for_or_in_a_terminal(tokenizer, words, capsys):
+    for progress, shown in ((True, True), (False, False), (None, False)):
+        layershare.measure(tiny_model("llama"), tokenizer, text=words, blocks=1, length=16, progress=progress)
+        assert ("evaluate" in capsys.readouterr().err) == shown

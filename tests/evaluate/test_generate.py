@@ -1,7 +1,11 @@
+import math
+
+import pytest
 import torch
 
 from layershare.calibrate.text import load_text
-from layershare.evaluate.generate import PROMPT_TOKENS, SAMPLE_TOKENS, compare_samples
+from layershare.errors import LayershareError
+from layershare.evaluate.generate import PROMPT_TOKENS, SAMPLE_TOKENS, compare_samples, continue_text
 from tests.families import tiny_model
 
 
@@ -26,3 +30,13 @@ def test_short_blocks_give_short_samples(tokenizer, words):
     samples = compare_samples(tiny_model("llama"), tiny_model("llama"), text, tokenizer)
     assert [len(sample["prompt"]) for sample in samples] == [3, 3]
     assert all(len(sample["model"]) <= 3 and sample["model"] == sample["original"] for sample in samples)
+
+
+def test_what_cannot_be_generated_is_refused(tokenizer, tmp_path):
+    for temperature in (1e-320, 1e-3, 1e9, math.inf, math.nan, -1.0):
+        with pytest.raises(LayershareError, match=r"cannot be sampled at; give 0, or 0\.01 to 1000"):
+            continue_text("sample", "a", temperature=temperature)
+    tiny_model("bloom").save_pretrained(tmp_path)  # without a limit of its own
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(LayershareError, match=r"1 \+ 1000000000 tokens do not fit"):
+        continue_text(tmp_path, "a", tokens=10**9)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershare.errors import LayershareError
-from layershare.evaluate.tasks import PAPERS, load_tasks, run_tasks
+from layershare.evaluate.tasks import PAPERS, load_tasks, run_tasks, task_names
 from layershare.recipe import make_recipe
 from layershare.run import run
 from tests.conftest import SHARED, shared_model
@@ -97,6 +97,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, monkeypatch
     data = write_rows(tmp_path / "data", piqa=[*PIQA, {"goal": "no solution", "label": 1}], arc_easy=[{"q": 1}])
     for names, message in {
         ("arc_esy",): "Unknown task 'arc_esy'. Did you mean 'arc_easy'",
+        ("",): "Unknown task ''. Known: arc_challenge, .*winogrande.$",
         ("papers",): "no file '.*openbookqa.jsonl' with the rows of the task 'openbookqa'",
         ("piqa",): "Line 6 of 'piqa.jsonl' does not have the fields of the first line",
         ("arc_easy",): r"'arc_easy' cannot use the rows of 'arc_easy.jsonl' .*; compare its fields",
@@ -106,9 +107,76 @@ def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, monkeypatch
     (data / "piqa.jsonl").write_text("not JSON\n")
     with pytest.raises(LayershareError, match=r"Line 1 of 'piqa\.jsonl' is not JSON"):
         load_tasks(["piqa"], data)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(LayershareError, match=r"install it with pip install 'layershare\[eval\]'"):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(LayershareError, match=r"needs? lm-eval: `pip install '\.\[eval\]'` in a checkout"):
         load_tasks(["piqa"], data)
+
+
+ROW = {"goal": "x", "sol1": "a", "sol2": "b", "label": 0}
+SPOILT = {
+    "null": ({"label": None}, "Line 6 of 'piqa.jsonl' has no value for 'label' .null."),
+    "null text": ({"goal": None}, "Line 6 of 'piqa.jsonl' has no value for 'goal'"),
+    "text for a number": ({"label": "0"}, "Line 6 of 'piqa.jsonl' has a 'label' of type str; above it is float"),
+    "list for text": ({"sol1": ["a"]}, "Line 6 of 'piqa.jsonl' has a 'sol1' of type list; above it is str"),
+    "beyond the choices": ({"label": 2}, "the answer 2 is none of 2 choices"),
+    "negative": ({"label": -1}, "the answer -1 is none of 2 choices"),
+    "truth value": ({"label": True}, "has a 'label' of type bool"),
+    "no choice": ({"sol1": ""}, "are no choices"),
+    "surrogate": ({"goal": "\ud800"}, "The value of 'goal' holds half a character"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_rows_that_would_be_scored_as_something_else_are_refused(case, tmp_path):
+    change, message = SPOILT[case]
+    with pytest.raises(LayershareError, match=message):
+        load_tasks(["piqa"], write_rows(tmp_path / "data", piqa=[*PIQA, ROW | change]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "piqa.jsonl' has no rows"),
+        (b"\n\n", "piqa.jsonl' has no rows"),
+        (b"[1]", "Line 1 of 'piqa.jsonl' is no object"),
+        (b"{}", "piqa.jsonl' has no rows"),
+        (b"[" * 100_000, "Line 1 of 'piqa.jsonl' .*nested too deeply"),
+        (json.dumps(ROW | {"goal": "caf\xe9"}, ensure_ascii=False).encode("latin-1"), "not UTF-8 .*iconv"),
+        (b"\x1f\x8b\x08\x00", "binary|NUL"),
+        ("".join(json.dumps(ROW | {"label": each}) + "\n" for each in "01").encode(), "the answer '0' is none"),
+    ],
+)
+def test_files_of_rows_that_are_none(content, message, tmp_path):
+    data = write_rows(tmp_path / "data")
+    (data / "piqa.jsonl").write_bytes(content)
+    with pytest.raises(LayershareError, match=message):
+        load_tasks(["piqa"], data)
+
+
+def test_rows_with_a_mark_and_blank_lines_are_read(tmp_path, tokenizer):
+    data = write_rows(tmp_path / "data")
+    text = "\ufeff\n" + "\n \n".join(map(json.dumps, PIQA))
+    (data / "piqa.jsonl").write_text(text, encoding="utf-16-le")
+    tasks = load_tasks(["piqa"], data)
+    assert len(tasks.rows(tasks.loaded["piqa"]["tasks"]["piqa"])) == len(PIQA)
+    with pytest.raises(LayershareError, match="the model knows 20"):
+        tasks.require_within(20, tokenizer)
+
+
+def test_every_name_of_lm_eval_is_found_in_its_files(tmp_path):
+    tasks = {
+        "one/a.yaml": "include: ../_base\ntask: alpha # ours\ndataset_path: x\n",
+        "one/b.yaml": '"tag": ["first", second]\n"task": "beta"\n',
+        "two/c.yaml": "task: beta\ntag:\n  - third\n",
+        "two/group.yaml": "group: both\ntask:\n  - alpha\n  - beta\n",
+        "two/_base": "tag: fourth\n",
+        "two/notes.md": "task: no\n",
+    }
+    for name, text in tasks.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    names = dict.fromkeys(["beta", "first", "second", "third", "fourth", "both"]) | {"alpha": "one"}
+    assert {name: folder for name, folder in task_names(tmp_path).items() if name != "-"} == names
 
 
 def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer):
@@ -133,6 +201,7 @@ def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer):
         check=True,
     )
     assert json.loads(shown.stdout) == {"tasks": measured["tasks"]}
+    assert [line.split()[0] for line in shown.stderr.splitlines() if line.strip()] == ["evaluate"]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_the_whole_command(small, tmp_path):
     assert "After healing:" in done.stdout
     assert f"The healed model is in {out}." in done.stdout
     settings = results_of(out)["healing"]["settings"]
-    assert (settings["model"], settings["train"], settings["replace"]["start"]) == ("small", "factors", 0.5)
+    assert (Path(settings["model"]).name, settings["train"], settings["replace"]["start"]) == ("small", "factors", 0.5)
     card = (out / "README.md").read_text()
     assert "## Healing" in card
     assert changed(small, out)

@@ -142,6 +142,7 @@ def test_a_killed_healing_goes_on_to_the_same_bits(small, tmp_path, monkeypatch,
     assert "evaluate before" in whole["seconds"]
     assert "evaluate before" not in again["seconds"]
     assert again["evaluation"]["before"].keys() == whole["evaluation"]["before"].keys()
+    assert again["evaluation"]["before"]["text"]["length"] == 128  # the model's context, though training took less
     with pytest.warns(UserWarning, match="holds this very healing"):
         heal(small, tmp_path / "killed", **changes)
     with pytest.raises(LayershareError, match="finished run of another recipe"):
@@ -351,8 +352,8 @@ class TestBadInput:
 
     def test_optuna_is_missing(self, small, monkeypatch):
         monkeypatch.setattr("layershare.healing.job.find_spec", lambda name: None)
-        self.refuses(small, "pip install 'layershare.search.'", search={})
+        self.refuses(small, r"pip install '\.\[search\]'", search={})
 
     def test_peft_is_missing(self, small, monkeypatch):
         monkeypatch.setattr("layershare.healing.parameters.find_spec", lambda name: None)
-        self.refuses(small, "pip install 'layershare.heal.'")
+        self.refuses(small, r"pip install '\.\[heal\]'")

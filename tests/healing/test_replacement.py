@@ -13,6 +13,7 @@ from layershare.healing.replacement import LOGGED, Replacement, ReplacementCallb
 from layershare.model.arch import find_blocks
 from layershare.model.hub import load
 from layershare.model.layers import SharedLinear
+from layershare.recipe import make_as
 from tests.families import CONFIGS, tiny_model, tokens
 from tests.model.small import compressed, logits
 
@@ -42,8 +43,8 @@ def test_schedule():
 
 @pytest.mark.parametrize("wrong", [{"start": 1.1}, {"ramp": 0}, {"ramp": 1.5}, {"spread": 1}, {"spread": -0.1}])
 def test_impossible_schedules_are_refused(wrong):
-    with pytest.raises(LayershareError, match="cannot be"):
-        Replacement(**wrong)
+    with pytest.raises(LayershareError, match="in the recipe: Input should be"):
+        make_as(Replacement, wrong)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -73,7 +73,7 @@ def test_the_search_repeats_and_is_no_worse_than_equal_ratios(evidence):
 def test_without_the_optimiser_one_sentence_says_what_to_install(evidence, monkeypatch):
     measured = evidence(tiny_model("llama"))
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(LayershareError, match=r"pip install 'layershare\[search\]'"):
+    with pytest.raises(LayershareError, match=r"pip install '\.\[search\]'"):
         edits_of(measured, "bolaco", 0.6)
 
 

@@ -32,6 +32,9 @@ check(AutoModelForCausalLM.from_pretrained(folder))
 generator = pipeline("text-generation", folder)
 check(generator.model)
 assert generator("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("w5 w6")
+from peft import LoraConfig, get_peft_model
+adapted = get_peft_model(generator.model, LoraConfig())  # by the targets that PEFT has for the family
+assert "model.layers.0.self_attn.q_proj.coef" in dict(adapted.get_base_model().named_modules())
 """,
     "quantizers first": """
 import transformers.quantizers.auto as tables  # imports torch, and with it our hook, in its middle
@@ -42,6 +45,7 @@ assert "nonsense" not in tables.AUTO_QUANTIZER_MAPPING
 """,
     "autoload off": """
 import os, pathlib
+from peft import LoraConfig  # before us
 from transformers import AutoModelForCausalLM
 {CHECK}
 try:
@@ -59,6 +63,7 @@ assert pathlib.Path(again, "modeling_layershare.py").exists()
 model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 check(model)
 assert model.config.architectures == ["LlamaForCausalLM"]
+model.add_adapter(LoraConfig())
 """,
     "install alone": """
 import sys

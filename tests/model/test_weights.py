@@ -157,12 +157,12 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(LayershareError, match="Cannot open the model"):
+    with pytest.raises(LayershareError, match=r"is not a model: it has no config\.json"):
         Weights.open(tmp_path, tmp_path / "scratch")
     folder = saved(tiny_model("llama"), tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(LayershareError, match="Cannot open the model"):
+    with pytest.raises(LayershareError, match=r"The weight file 'model.safetensors' .* cannot be used"):
         Weights.open(folder, tmp_path / "scratch")
 
 

@@ -1,6 +1,9 @@
 import json
+import math
+import os
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -107,11 +110,53 @@ def test_ids_and_users_of_deltas():
 
 
 def test_what_is_no_plan_is_refused(tmp_path):
-    with pytest.raises(LayershareError, match="There is no plan"):
+    with pytest.raises(LayershareError, match=r"there is no 'none\.json'"):
         Plan.read(tmp_path / "none.json", SPEC)
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(LayershareError, match="not a plan"):
         Plan.read(tmp_path / "plan.json", SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"keep": "x"}, "keep=x is not understood"),
+        ({"keep": True}, "keep: Input should be a fraction"),
+        ({"of": "half"}, "of: Input should be 'all' or 'targets'"),
+        ({"options": [1]}, "options: Input should be a mapping"),
+        ({"model_type": "gpt2"}, "is for a 'gpt2' model, this is a 'llama'"),
+        ({"colour": 1}, "colour: there is no such key"),
+        ({"edits": None}, "edits: Input should be a list"),
+        ({"edits": [[1]]}, "edits.0: Input should be a mapping"),
+        ({"edits": [{"kind": "zap"}]}, "edits.0: there is no such kind"),
+        ({"edits": [vars(UP) | {"rank": True}]}, "edits.0.delta.rank: Input should be a whole number"),
+        ({"edits": [vars(UP) | {"rank": 2.0}]}, "rank: Input should be a whole number"),
+        ({"edits": [vars(UP) | {"rank": "2"}]}, "rank: Input should be a whole number"),
+        ({"edits": [vars(UP) | {"layers": [True]}]}, "layers.0: Input should be a whole number"),
+        ({"edits": [vars(UP) | {"rnk": 2}]}, "rnk: there is no such key"),
+        ({"edits": [{"kind": "slice", "width": True}]}, "width: Input should be a whole number"),
+        ({"edits": [vars(Merge(0, (0, 1), (0.5, math.nan)))]}, "coefficients.1: Input should be a finite number"),
+        ({"edits": [vars(Merge(0, (0, 1), (0.5, 1e300)))]}, "Input should be at most"),
+        ({"edits": [{}] * 100_001}, "edits.0.share.role: it is missing"),
+        ({"edits": [vars(UP) | {"layers": [0] * 100_001}]}, "there are too many entries"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_that_no_plan_has(tmp_path, change, said):
+    (tmp_path / "plan.json").write_text(json.dumps(json.loads(PLAN.to_json()) | change))
+    with pytest.raises(LayershareError, match=said):
+        Plan.read(tmp_path / "plan.json", SPEC)
+
+
+def test_files_that_hold_no_plan(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("x" * 300), Path("x" * 5000)):
+        with pytest.raises(LayershareError, match=r"The plan .* cannot be used"):
+            Plan.read(path, SPEC)
+    twice = PLAN.to_json().rstrip()[:-1] + ', "keep": 0.5}'
+    for text, said in (("[" * 100_000, "nested too deeply"), ("null", "the text"), ("", "not JSON"), (twice, "twice")):
+        with pytest.raises(LayershareError, match=said):
+            Plan.from_json(text)
 
 
 def test_the_table_shows_groups_ranks_and_sizes():
@@ -130,10 +175,9 @@ def test_the_table_and_the_needs_of_deltas():
     plan = replace(PLAN, edits=edits, after=measure(SPEC, edits))
     console = Console(width=140, record=True, file=StringIO())
     console.print(plan_table(SPEC, plan))
-    lines = {line.split()[1]: line for line in console.export_text().splitlines() if "delta)" in line}
+    lines = {line.split()[0]: line for line in console.export_text().splitlines() if "delta)" in line}
     assert "0, 1, 3" in lines["up"]
     assert "1 × 3 (delta)" in lines["up"]
-    assert f"{3 * 32 * 56:,}" in lines["up"]
     assert f"{32 * 56 + 2 * 2 * (32 + 56):,}" in lines["up"]
     assert "1–2" in lines["down"]
     assert "1 × 2 (mean, delta)" in lines["down"]

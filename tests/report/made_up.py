@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from layershare.report.results import environment
 
 ROLES = {"q": (16, 16), "k": (16, 8), "o": (16, 16), "up": (16, 24), "down": (24, 16)}
@@ -36,6 +38,7 @@ def make_run(
     method: str = "basis-sharing",
     tokens: str = "abc",
     tasks: bool = False,
+    original: dict[str, str] | None = None,
 ) -> Path:
     """Write the files of a finished run that a page reads."""
     folder.mkdir(parents=True)
@@ -43,6 +46,7 @@ def make_run(
     after = {key: int(keep * value) for key, value in size.items()}
     results: dict[str, Any] = {
         "model": model,
+        "original": original or {},
         "model_fingerprint": model,
         "method": method,
         "options": {"group_size": 2, "shared": ["q"], "refit": None},
@@ -85,6 +89,6 @@ def make_run(
     plan = {"model_type": "llama", "method": method, "edits": edits}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "recipe.yaml").write_text(f"model: {model}\nkeep: {keep}\n")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": model, "keep": keep}))
     (folder / "config.json").write_text("{}")
     return folder

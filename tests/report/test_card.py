@@ -1,5 +1,6 @@
 import re
 
+import pytest
 import yaml
 from huggingface_hub import metadata_load
 from huggingface_hub.repocard_data import ModelCardData
@@ -15,8 +16,9 @@ def front_matter(text: str) -> dict:
 
 
 def test_the_front_matter_is_what_the_hub_reads(tmp_path):
-    folder = make_run(tmp_path / "run")
+    folder = make_run(tmp_path / "run", original={"base_model": "someone/some-model"})
     text = card(Run.read(folder, "run"))
+    assert "[someone/some-model](https://huggingface.co/someone/some-model)" in text
     (folder / "README.md").write_text(text)
     front = metadata_load(folder / "README.md")
     assert front is not None
@@ -31,18 +33,35 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path):
 
 
 def test_licence_and_base_model_stand_there_only_where_they_are_known(tmp_path):
-    front = front_matter(card(Run.read(make_run(tmp_path / "a", model="sample"), "a")))
-    assert front["license"] == "apache-2.0"  # from the sample model's own card
-    assert "base_model" not in front
-    for name in (str(tmp_path), "llama"):
-        front = front_matter(card(Run.read(make_run(tmp_path / "runs" / name.strip("/"), model=name), "b")))
-        assert not {"license", "base_model"} & set(front)
+    known = {"license": "other", "license_name": "its-own", "license_link": "LICENSE", "base_model": "someone/base"}
+    front = front_matter(card(Run.read(make_run(tmp_path / "a", original=known), "a")))
+    assert {key: front[key] for key in known} == known
+    front = front_matter(card(Run.read(make_run(tmp_path / "b"), "b")))
+    assert not {*known, "base_model_relation"} & set(front)
+
+
+def test_a_card_names_a_folder_without_the_way_to_it(tmp_path):
+    text = card(Run.read(make_run(tmp_path / "run", model=str(tmp_path / "the-model")), "run"))
+    assert "# the-model, compressed to" in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("name", ["m{o}del", "a`b|c", "a: b", "#", "\nx", "\udcff", "---", "'\"", "é 模型"])
+def test_odd_names_of_models(name, tmp_path):
+    text = card(Run.read(make_run(tmp_path / "run", model=name), "run"))
+    assert front_matter(text.encode().decode())["model-index"][0]["name"].endswith("at 80\N{NO-BREAK SPACE}%")
+
+
+def test_what_was_measured_may_be_infinite(tmp_path):
+    text = card(Run.read(make_run(tmp_path / "run", perplexity=float("inf")), "run"))
+    assert "| perplexity | 10 | inf |" in text
+    assert "model-index" not in front_matter(text)
 
 
 def test_the_card_says_what_was_done_and_measured(tmp_path):
     text = card(Run.read(make_run(tmp_path / "run"), "run"))
     assert "(group_size 2, shared q): 2 bases shared by 2 layers each" in text
-    assert "| perplexity | 10 | 12 | +20.0% |" in text
+    assert "| perplexity in blocks of 16 tokens | 10 | 12 | +20.0% |" in text
     assert "arXiv 2410.03765" in text
     unmeasured = card(Run.read(make_run(tmp_path / "other", perplexity=None, method="svd"), "run"))
     assert "No quality was measured" in unmeasured
@@ -56,7 +75,7 @@ def test_zero_shot_scores_are_a_measurement(tmp_path):
     for text in (both, alone):
         assert "| arc_easy, acc (zero-shot) | 0.500 ± 0.025 | 0.250 ± 0.020 | |" in text
         assert "No quality was measured" not in text
-    assert ("| perplexity |" in both, "| perplexity |" in alone) == (True, False)
+    assert ("| perplexity " in both, "| perplexity " in alone) == (True, False)
 
 
 def test_the_card_tells_how_this_very_model_loads(tmp_path):
@@ -72,7 +91,7 @@ def test_the_card_tells_how_this_very_model_loads(tmp_path):
             "sliced": [{"kind": "slice", "width": 8}],
         }.items()
     }
-    needs = {name: "pip install layershare" in text for name, text in cards.items()}
+    needs = {name: "`pip install .` in a checkout of layershare" in text for name, text in cards.items()}
     assert needs == {"ordinary": False, "nothing": False, "dropped": True, "deltas": True, "sliced": True}
     assert {name for name, text in cards.items() if "layershare export" in text} == {"dropped", "deltas"}
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from selenium import webdriver
@@ -26,7 +27,7 @@ SPEED = {
     "prompt": 64,
     "new": 16,
     "rounds": 3,
-    "machine": {"processor": "a processor", "threads": 1, "cores": 2},
+    "machine": {"processor": "a processor", "threads": 1, "cores": 2, "accelerators": []},
     "rates": [
         {"phase": phase, "batch": batch, "model": 1234.0, "original": 1000.0, "ratio": 1.234}
         for batch in (1, 8)
@@ -76,7 +77,10 @@ def test_speed_is_shown_or_it_is_said_how_to_measure_it(html):
 
 def test_the_title_of_one_run_is_its_story(tmp_path):
     run = Run.read(make_run(tmp_path / "run"), "run")
-    title = "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0"
+    title = (
+        "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0 in "
+        "blocks of 16 tokens"
+    )
     assert f"<h1>{title}</h1>" in page([run])
 
 
@@ -152,8 +156,8 @@ except LayershareError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "To get report.html in every run: pip install 'layershare[report]'.",
-        "The report needs jinja2 and plotly: pip install 'layershare[report]'.",
+        "To get report.html in every run: `pip install '.[report]'` in a checkout of layershare.",
+        "The report needs jinja2 and plotly: `pip install '.[report]'` in a checkout of layershare.",
     ]
     assert (run / "README.md").is_file()
     assert not (run / "report.html").exists()
@@ -162,8 +166,59 @@ except LayershareError as error:
 def test_a_run_s_own_pages(tmp_path):
     run = make_run(tmp_path / "run")
     write_pages(run, "small")
-    assert "folder = &#39;small&#39;" in (run / "report.html").read_text(encoding="utf-8")
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "folder = &#39;small&#39;" in text
     assert "library_name: transformers\n" in (run / "README.md").read_text(encoding="utf-8")
+    # Who shares, kept, rank, error and the spectra of two roles, drawn once for all.
+    assert text.count("<svg ") == text.count('<figure class="drawn"') == 4 + 2
+    assert len(text) < 100_000
+
+
+@pytest.mark.parametrize("spoiled", ["results.json", "plan.json", "no room", "template", "card"])
+def test_pages_that_fail_are_a_warning(spoiled, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    expected = {"README.md", "report.html"}
+    if spoiled == "no room":  # for one of them
+        (run / "README.md").mkdir()
+        expected = {"report.html"}
+    elif spoiled == "template":
+        monkeypatch.setattr("layershare.report.page._title", lambda runs: 1 / 0)
+        expected = {"README.md"}
+    elif spoiled == "card":
+        monkeypatch.setattr("layershare.report.card.citation", lambda method: {}[method])
+        expected = {"report.html"}
+    else:
+        (run / spoiled).write_text("{}")
+        expected = set()
+    with pytest.warns(UserWarning, match="The result has no") as caught:
+        write_pages(run, "run")
+    said = [str(each.message) for each in caught]
+    missing = {"README.md", "report.html"} - expected
+    parts = [re.fullmatch(r"The result has no (\S+) \(.*\), but all else\.", each) for each in said]
+    assert [part and part[1] for part in parts] == sorted(missing)
+    assert {name for name in ("README.md", "report.html") if (run / name).is_file()} == expected
+
+
+def drawn(edits: list[dict[str, Any]], folder: Path) -> list[ElementTree.Element]:
+    """The drawings of a run's own page."""
+    text = page([Run.read(make_run(folder, edits=edits), "run")], interactive=False)
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text)]
+
+
+def test_drawings_show_what_the_interactive_charts_show(tmp_path):
+    sharing, kept, rank, error, *spectra = drawn(SHARED, tmp_path / "run")
+    words = [text.text for text in sharing.iter("text") if text.get("class") == "word"]
+    assert words == ["A", "B", "A", "B"]
+    values = {text.text for text in kept.iter("text") if text.get("class") == "word"}
+    assert values == {"47", "39", "31", "100"}
+    assert {text.text for text in rank.iter("text")} >= {"6", "5", "3", "layer", "q", "down"}
+    assert {text.text for text in error.iter("text")} >= {"1%", "10%"}
+    assert [len(list(each.iter("circle"))) for each in spectra] == [2, 1]  # a cut for each group
+
+
+@pytest.mark.parametrize("edits", [OTHER, DELTAS, [], [{"kind": "slice", "width": 8}]], ids=str)
+def test_every_kind_of_edit_can_be_drawn(edits, tmp_path):
+    assert drawn(edits, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +305,10 @@ def test_a_click_sorts_the_table(opened):
     button = heading.find_element(By.TAG_NAME, "button")
     button.click()
     assert heading.get_attribute("aria-sort") == "ascending"
-    assert column(opened, 7) == ["10.00", "11.00", "12.50", "–"]
+    assert column(opened, 7) == ["10.00 (16)", "11.00 (16)", "12.50 (16)", "–"]
     button.click()
     assert heading.get_attribute("aria-sort") == "descending"
-    assert column(opened, 7) == ["12.50", "11.00", "10.00", "–"]  # what was not measured stays last
+    assert column(opened, 7) == ["12.50 (16)", "11.00 (16)", "10.00 (16)", "–"]  # what was not measured stays last
     opened.find_element(By.XPATH, "//table[@id='comparison']//button[.='model']").click()
     assert heading.get_attribute("aria-sort") == "none"
     assert column(opened, 1) == sorted(names)
@@ -275,10 +330,21 @@ def test_charts_follow_light_and_dark(opened):
     assert light[1] != dark[1]
 
 
-def test_a_phone_need_not_scroll_sideways(opened):
-    screen(opened, 390, 844, "light")
+@pytest.mark.parametrize("width", [320, 420])
+def test_a_phone_need_not_scroll_sideways(width, opened, tmp_path):
+    screen(opened, width, 844, "light")
     opened.refresh()
     open_all(opened)
-    assert opened.execute_script("return document.documentElement.scrollWidth") == 390
+    assert opened.execute_script("return document.documentElement.scrollWidth") == width
     visible = [each.text for each in opened.find_elements(By.CSS_SELECTOR, "#comparison thead th") if each.text]
     assert visible == ["model", "kept", "perplexity", "top‑1"]
+    run = make_run(tmp_path / ("a-long-name" * 10), tasks=True)
+    (run / "speed.json").write_text(json.dumps(SPEED))
+    write_pages(run, run.name)
+    opened.get((run / "report.html").as_uri())
+    open_all(opened)
+    assert opened.execute_script("return document.documentElement.scrollWidth") == width
+    outside = "const right = (each) => each.getBoundingClientRect().right;"
+    outside += "return [...document.querySelectorAll('svg text')].filter((each) => right(each) > innerWidth).length"
+    assert opened.execute_script(outside) == 0
+    assert opened.get_log("browser") == []

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from layershare.errors import LayershareError
+from layershare.report.page import page
 from layershare.report.runs import Run
 from layershare.report.words import edits, story
 from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
@@ -59,7 +60,8 @@ def test_edits_in_words(tmp_path):
     run = Run.read(make_run(tmp_path / "run"), "run")
     assert edits(run) == ("2 bases shared by 2 layers each; 1 matrix with own factors; 25 matrices unchanged")
     assert story(run) == (
-        "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0"
+        "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0 in "
+        "blocks of 16 tokens"
     )
 
 
@@ -78,10 +80,77 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
         Run.read(tmp_path / "nowhere", "x")
     with pytest.raises(LayershareError, match=r"is no finished run, it has no config\.json"):
         Run.read(tmp_path, "x")
-    results = (folder / "results.json").read_text()
-    (folder / "results.json").write_text(results[:100])
-    with pytest.raises(LayershareError, match="is damaged"):
-        Run.read(folder, "x")
-    (folder / "results.json").write_text(json.dumps({"method": "svd"}))
-    with pytest.raises(LayershareError, match="another version of layershare"):
-        Run.read(folder, "x")
+    for needed in ("results.json", "plan.json", "recipe.yaml"):
+        (folder / needed).rename(folder / "kept")
+        with pytest.raises(LayershareError, match=f"it has no {needed}"):
+            Run.read(folder, "x")
+        (folder / "kept").rename(folder / needed)
+
+
+GARBAGE = {
+    "cut off": '{"model": ',
+    "null": "null",
+    "a list": "[]",
+    "another's": '{"method": "svd"}',
+    "brackets": "[" * 100_000,
+    "not UTF-8": b"\xff\xfe{",
+    "a long number": '{"a": ' + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("file", ["results.json", "plan.json", "speed.json"])
+@pytest.mark.parametrize("content", GARBAGE)
+def test_a_damaged_file_is_one_sentence_that_names_it(file, content, tmp_path):
+    folder = make_run(tmp_path / "run")
+    garbage = GARBAGE[content]
+    (folder / file).write_bytes(garbage if isinstance(garbage, bytes) else garbage.encode())
+    with pytest.raises(LayershareError, match=f"^The {file} of '.*' cannot be used \\(.*\\): .*\\.$"):
+        page([Run.read(folder, "x")])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"options": 5},
+        {"keep": []},
+        {"before": None},
+        {"after": {"all": {"parameters": 1}}},
+        {"before": {"all": dict.fromkeys(("parameters", "bytes", "multiplications"), 0)}},
+        {"shapes": {}},
+        {"shapes": {"q": [[1]]}},
+        {"shapes": {"q": None}},
+        {"groups": {"q.00-02": {"error": "much"}}},
+        {"groups": {"q.00-02": {"error": 1e999}}},
+        {"groups": {"q.00-02": {"rank": 6, "spectrum": {"index": [1]}}}},
+        {"evaluation": {"text": {"source": "t", "blocks": 1, "length": 2}}},
+        {"evaluation": {"text": None}},
+        {"evaluation": None},
+        {"evaluation": {"tasks": {"a": {}}}},
+        {"samples": [{}]},
+        {"samples": {"prompt": 1}},
+        {"healing": {}},
+        {"healing": {"settings": {}, "needs": {}, "log": [], "text": {"source": "", "blocks": 1, "length": 1}}},
+        {"seconds": {"solve": None}},
+        {"versions": {}},
+        {"machine": None},
+        {"date": 5},
+    ],
+    ids=str,
+)
+def test_odd_values_in_results_are_one_sentence(change, tmp_path):
+    folder = make_run(tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | change))
+    with pytest.raises(LayershareError, match=r"^The results.* cannot be used \(.*\): .*\.$"):
+        page([Run.read(folder, "x")])
+
+
+@pytest.mark.parametrize(
+    "edit", [5, {"layers": ["q"]}, {"role": "zz", "layers": [0], "rank": 1}, {"role": "q"}, {"kind": "drop"}], ids=str
+)
+def test_odd_edits_in_a_plan_are_one_sentence(edit, tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "plan.json").write_text(json.dumps({"edits": [edit]}))
+    with pytest.raises(LayershareError, match=r"cannot be used \(.*\): .*\.$"):
+        page([Run.read(folder, "x")])

@@ -210,8 +210,8 @@ def _add_to_gram(gram: Tensor, x: Tensor) -> Iterator[Tensor]:
 def _change(stream: Stream, spec: Spec, layer: int, block: nn.Module) -> dict[str, Tensor]:
     """What a block that has just been run does to the hidden states, as the statistics of kind `blocks`.
 
-    What lies between attention and MLP is what the block gives without its MLP (in a block that runs both side by side,
-    the attention's part alone). Raises `LayershareError` if hidden states are not finite.
+    The hidden states between attention and MLP are the block's output without its MLP (in a block that runs the two in
+    parallel, with the attention's contribution alone). Raises `LayershareError` if hidden states are not finite.
     """
     start = len(f"{spec.blocks}.{layer}.")
     total, pooled = torch.zeros(3, dtype=torch.float64), []

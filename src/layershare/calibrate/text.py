@@ -7,8 +7,9 @@ without overlap, in order. What does not fill a block is left out in both cases.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,16 +18,35 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from layershare.calibrate import stdlib
+from layershare.calibrate.files import Chat, adds_bos, document_of, read_files, text_of, writer_of
+from layershare.connection import asking_hub
 from layershare.errors import LayershareError, unknown
+from layershare.foreign import reading
 
 Split = Literal["train", "test"]
 Source = str | Path | Sequence[str]
 
 SEED = 2023
 """The seed of Basis Sharing's code."""
+
+LENGTH = 2048
+"""Tokens per block where the model's context allows it, in calibration and evaluation alike, as in the papers."""
+
+
+def block_length(config: PreTrainedConfig, length: int | None) -> int:
+    """Tokens per block: as asked, or 2048, or the model's whole context if that is shorter.
+
+    Raises `LayershareError` if more is asked for than the context holds.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)  # models with ALiBi have no limit
+    if length is None:
+        return min(LENGTH, context or LENGTH)
+    if length < 2 or length > (context or length):
+        raise LayershareError(f"Blocks of {length} tokens do not fit: this model takes 2 to {context or 'any number'}.")
+    return length
 
 
 @dataclass(frozen=True)
@@ -57,10 +77,15 @@ class Text:
 
     def require_within(self, vocabulary: int) -> None:
         """Raise `LayershareError` if there is a token that a model of so many tokens does not know."""
-        if (highest := int(self.tokens.max())) >= vocabulary:
-            raise LayershareError(
-                f"The tokenizer makes tokens up to number {highest}, the model knows {vocabulary}; use the model's own."
-            )
+        require_known(int(self.tokens.max()), vocabulary)
+
+
+def require_known(highest: int, vocabulary: int) -> None:
+    """Raise `LayershareError` if a model of so many tokens does not know the token of the highest number."""
+    if highest >= vocabulary:
+        raise LayershareError(
+            f"The tokenizer makes tokens up to number {highest}, the model knows {vocabulary}; use the model's own."
+        )
 
 
 def load_text(
@@ -71,15 +96,18 @@ def load_text(
     blocks: int | None,
     length: int,
     seed: int = SEED,
+    vocabulary: int | None = None,
 ) -> Text:
-    """Load a text as at most `blocks` blocks (`None`: all) of `length` tokens.
+    """Load a text as at most `blocks` blocks (`None`: all) of `length` tokens; warns if there are fewer.
 
     `source`: `wikitext2`, `c4`, `ptb`, `alpaca` (read through `datasets`), `stdlib` (the Python standard library's
-    source on this machine), a `.txt`, `.jsonl` or `.parquet` file (field `text`), a folder of them, or strings.
-    Raises `LayershareError` if the source is unknown or empty, or shorter than one block.
+    source on this machine), a `.txt`, `.jsonl` or `.parquet` file (field `text`, or `messages` for the tokenizer's chat
+    template), a folder of them, or strings. `vocabulary`: how many tokens the model knows that reads the text.
+    Raises `LayershareError` if the source is unknown or empty, no text, or shorter than one block, or has a token that
+    the model does not know.
     """
-    name, documents = read_documents(source, split)
-    text_sha256 = hashlib.sha256("\0".join(documents).encode("utf-8", "replace")).hexdigest()
+    name, documents = read_documents(source, split, tokenizer)
+    text_sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     if split == "test":
         documents = ["\n\n".join(documents)]
     # A few documents at a time: as Python integers, tokens take many times the memory that they take in a tensor.
@@ -87,21 +115,30 @@ def load_text(
     ids = torch.cat([_encode(tokenizer, part) for part in parts])
     count = len(ids) // length
     if count == 0:
+        where = " (evaluation.length in a recipe)" if split == "test" else ""
         raise LayershareError(
             f"The text '{name}' has {len(ids)} tokens, less than one block of {length}; "
-            "give a longer text or a smaller length."
+            f"give a longer text or a smaller length{where}."
+        )
+    if blocks is not None and count < blocks:
+        warnings.warn(
+            f"The text '{name}' has {count} blocks of {length} tokens, not the {blocks} asked for; all are taken.",
+            stacklevel=2,
         )
     order = torch.arange(count)
     if split == "train":
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     tokens = ids[: count * length].view(count, length)[order[:blocks]]
-    return Text(
+    text = Text(
         tokens=tokens,
         source=name,
         text_sha256=text_sha256,
         tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        bos=tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
+        bos=adds_bos(tokenizer),
     )
+    if vocabulary is not None:
+        text.require_within(vocabulary)
+    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
@@ -109,96 +146,69 @@ def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
     return torch.tensor(list(chain.from_iterable(encoded)), dtype=torch.int64)
 
 
-def read_documents(source: Source, split: Split) -> tuple[str, list[str]]:
-    """A short name of the source and its documents. Raises `LayershareError` if there are none."""
-    if not isinstance(source, str | Path):
-        name, documents = "strings", list(source)
+def read_documents(
+    source: Source, split: Split, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[str, list[str]]:
+    """A short name of the source and its documents. Raises `LayershareError` if there are none, as `load_text`."""
+    source = as_source(source)
+    if isinstance(source, list):
+        name, documents = "strings", source
     elif str(source) in NAMED:
         name, documents = str(source), NAMED[str(source)](split)
     else:
-        path = Path(source)
-        if not path.exists():
-            raise unknown("text", str(source), NAMED)
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
-        if not files:
-            raise LayershareError(f"The folder '{path}' has no {', '.join(READERS)} file.")
-        name, documents = path.name, list(chain.from_iterable(_read_file(file) for file in files))
+        _require_path(str(source))
+        name = Path(source).name or str(source)
+        documents = list(read_files(Path(source), writer_of(tokenizer)))
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise LayershareError(f"The text '{name}' is empty.")
     return name, documents
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    if path.suffix not in READERS:
-        raise LayershareError(f"'{path.name}' is not a text that can be read; give {', '.join(READERS)} or a folder.")
-    return READERS[path.suffix](path)
+def as_source(source: Source) -> str | Path | list[str]:
+    """A source as it is, strings as a list. Raises `LayershareError` for what is neither a name nor strings."""
+    if isinstance(source, str | Path):
+        return source
+    if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes | bytearray):
+        raise LayershareError(
+            f"A text is a name, a file, a folder or a list of strings, not of type '{type(source).__name__}'."
+        )
+    return [text_of(document, f"String {number} of the text") for number, document in enumerate(source, start=1)]
 
 
-def _read_txt(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8", errors="replace")
+def name_of(source: str | Path | list[str]) -> str:
+    """What stands for a source in a recipe: its name, or a digest of its strings."""
+    if isinstance(source, list):
+        return f"strings {hashlib.sha256(chr(0).join(source).encode()).hexdigest()[:16]}"
+    return str(source)
 
 
-def json_lines(path: Path) -> Iterator[Any]:
-    """The values in a JSONL file, line by line. Raises `LayershareError` for a line that is not JSON."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise LayershareError(f"Line {number} of '{path.name}' is not JSON.") from error
-            yield value
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    for row in json_lines(path):
-        yield _field(row, "text", path.name)
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    from datasets import Dataset
-
-    try:
-        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
-    except (OSError, ValueError) as error:
-        raise LayershareError(f"'{path.name}' is not a Parquet file that can be read; write it again.") from error
-    for row in rows:
-        yield _field(row, "text", path.name)
-
-
-def _field(row: Any, field: str, source: str) -> str:
-    """The text of a row. Raises `LayershareError` if it has none."""
-    if not isinstance(row, dict) or field not in row:
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise LayershareError(f"'{source}' has no field '{field}' (found: {found}); rename the text's field to it.")
-    if not isinstance(row[field], str):
-        raise LayershareError(f"'{source}' has a row whose '{field}' is no text ({row[field]!r:.40}); leave it out.")
-    return row[field]
+def _require_path(name: str) -> None:
+    """Raise `LayershareError` if a name is neither a text's nor that of a file or folder, saying what it looks like."""
+    if not name.strip():
+        raise LayershareError(f"The text has no name; give {', '.join(sorted(NAMED))}, a file or a folder.")
+    if os.path.lexists(name):
+        text_of(name, "The name of the text")
+    elif os.sep in name or name.startswith((".", "~")) or Path(name).suffix:
+        raise LayershareError(f"There is no text file or folder '{name:.200}'.")
+    else:
+        raise unknown("text", name[:200], NAMED)
 
 
 def _hub(split: Split, *, path: str, splits: dict[Split, str], field: str = "text", **options: Any) -> list[str]:
     from datasets import load_dataset
 
+    chat: Chat = writer_of(None)
     if split not in splits:
         raise LayershareError(f"'{path}' has no held-out part; evaluate on another text, such as wikitext2.")
     files = options.pop("files", None)
     if files:
         options["data_files"] = {splits[split].partition("[")[0]: files[split]}
-    try:
+    with reading(f"The data set '{path}'", "check the connection, or give a local file"), asking_hub():
         rows = load_dataset(path, split=splits[split], **options)
-    except (OSError, ValueError) as error:
-        raise LayershareError(
-            f"The data set '{path}' could not be loaded ({type(error).__name__}); "
-            "check the connection, or give a local file."
-        ) from error
-    return [_field(row, field, path) for row in rows]
+        return [document_of(row, f"A row of '{path}'", chat, field) for row in rows]
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
 NAMED: dict[str, Callable[[Split], list[str]]] = {
     "wikitext2": partial(
         _hub, path="Salesforce/wikitext", name="wikitext-2-raw-v1", splits={"train": "train", "test": "test"}

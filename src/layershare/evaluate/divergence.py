@@ -33,6 +33,18 @@ class Evaluation:
     kl: float | None = None
     top1_agreement: float | None = None
 
+    def __str__(self) -> str:
+        """For people: what was measured on which text, one number a line."""
+        text = self.text
+        blocks = f"{text['blocks']:,} blocks of {text['length']:,} tokens of {text['source']}, {self.dtype}"
+        if self.original_perplexity is None:
+            return f"perplexity {self.perplexity.value:.4g} on {blocks}"
+        return (
+            f"perplexity {self.perplexity.value:.4g} (original: {self.original_perplexity.value:.4g}) on {blocks}\n"
+            f"KL divergence from the original: {self.kl:.4g} nats per token\n"
+            f"top-1 agreement with the original: {self.top1_agreement:.1%}"
+        )
+
 
 @torch.no_grad()
 def evaluate(

@@ -11,16 +11,26 @@ from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError, unknown
 from layershare.model.hub import load
-from layershare.model.source import read_tokenizer, resolve
+from layershare.model.source import read_tokenizer
 from layershare.recipe import Dtype
 
+LONGEST = 1 << 20
+"""Tokens that a model without a limit of its own may be asked for."""
 SAMPLES = 3
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 40
 
 
 def continue_text(
-    folder: str | Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0, dtype: str = "auto"
+    folder: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> str:
     """The prompt and at most `tokens` tokens that the model adds to it, the likeliest ones at temperature 0.
 
@@ -29,8 +39,10 @@ def continue_text(
     """
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
-    tokenizer = read_tokenizer(folder)
-    model = load(resolve(folder), dtype=dtype)
+    if temperature != 0 and not 0.01 <= temperature <= 1000:
+        raise LayershareError(f"A temperature of {temperature} cannot be sampled at; give 0, or 0.01 to 1000.")
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model = load(folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")
@@ -61,8 +73,8 @@ def compare_samples(
 
 def require_context(model: PreTrainedModel, prompt: int, new: int) -> None:
     """Raise `LayershareError` if prompt and new tokens do not fit into a model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)  # models with ALiBi have no limit
-    if context is not None and prompt + new > context:
+    context = getattr(model.config, "max_position_embeddings", None) or LONGEST  # models with ALiBi have no limit
+    if prompt + new > context:
         raise LayershareError(f"{prompt} + {new} tokens do not fit: this model takes {context}; ask for fewer tokens.")
 
 
@@ -77,5 +89,6 @@ def continue_tokens(
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new,
             pad_token_id=tokenizer.eos_token_id,
+            tokenizer=tokenizer,  # where the model's settings have stop strings
             **sampling,
         )

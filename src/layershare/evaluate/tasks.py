@@ -7,9 +7,13 @@ that includes the stock one and changes nothing but where the rows are.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -19,8 +23,12 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.drivers import evaluating
-from layershare.calibrate.text import json_lines
-from layershare.errors import LayershareError, unknown
+from layershare.calibrate.files import json_lines, text_of
+from layershare.calibrate.text import require_known
+from layershare.connection import asking_hub
+from layershare.errors import LayershareError, how_to_install, unknown
+from layershare.foreign import reading, reason, require_file
+from layershare.progress import alone
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -40,6 +48,9 @@ PAPERS = {
 ALL_SEVEN = "papers"
 """The name that stands for the papers' seven tasks."""
 
+_KEYS = re.compile(r"""^["']?(task|group|tag)["']?[ \t]*:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)
+_COMMENT = re.compile(r"(?:^|\s)#.*", re.MULTILINE)
+_NAMES = re.compile(r"""[^\s"',\[\]]+""")
 _BOOTSTRAPS = 1000
 _SEED = 1234  # lm-eval's own, for the choice of examples where a task wants some
 
@@ -82,6 +93,15 @@ class Tasks:
         """The rows that are measured."""
         return [row for _, row in task.doc_iterator(limit=self.limit)]
 
+    def require_within(self, vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `LayershareError` if a prompt or answer has a token that a model of so many tokens does not know."""
+        for loaded in self.loaded.values():
+            for task in loaded["tasks"].values():
+                texts = [text for row in self.rows(task) for text in _texts(task, row)]
+                for start in range(0, len(texts), 1024):
+                    ids = tokenizer(texts[start : start + 1024], verbose=False)["input_ids"]
+                    require_known(max(chain.from_iterable(ids), default=0), vocabulary)
+
 
 def load_tasks(names: Sequence[str], data: str | Path | None = None, limit: int | None = None) -> Tasks:
     """Find tasks (`papers` stands for seven) and their rows, on the hub or as `TASK.jsonl` in the folder `data`.
@@ -89,20 +109,20 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None, limit: int 
     Raises `LayershareError` if lm-eval is not installed, a task unknown, a file missing, or rows are not the task's.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # noqa: F401
     except ImportError as error:
-        raise LayershareError("Tasks need lm-eval; install it with pip install 'layershare[eval]'.") from error
-    names = list(dict.fromkeys(each for name in names for each in (PAPERS if name == ALL_SEVEN else (name,))))
-    stock = _stock_tasks(names)
-    for name in names:
-        if name not in stock.all_tasks:
-            raise unknown("task", name, [*stock.all_tasks, ALL_SEVEN])
-    if data is None:
-        return Tasks({name: _load(stock, name, None, limit) for name in names}, {}, limit)
-    with TemporaryDirectory(prefix="layershare-") as folder:
-        files = {name: _include_with_rows(stock, name, Path(data), Path(folder)) for name in names}
-        local = TaskManager(include_path=folder, include_defaults=False)
-        return Tasks({name: _load(local, name, files[name], limit) for name in names}, files, limit)
+        raise LayershareError(f"Tasks need lm-eval: {how_to_install('eval')}.") from error
+    given = dict.fromkeys(name.strip() for name in names)
+    names = list(dict.fromkeys(each for name in given for each in (PAPERS if name == ALL_SEVEN else (name,))))
+    with alone():
+        stock = _stock_tasks(names)
+        if data is None:
+            with asking_hub():
+                return Tasks({name: _load(stock, name, None, limit) for name in names}, {}, limit)
+        with TemporaryDirectory(prefix="layershare-") as folder:
+            files = {name: _include_with_rows(stock, name, Path(data), Path(folder)) for name in names}
+            local = type(stock)(include_path=folder, include_defaults=False)
+            return Tasks({name: _load(local, name, files[name], limit) for name in names}, files, limit)
 
 
 def run_tasks(
@@ -118,7 +138,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     results: dict[str, TaskResult] = {}
-    with evaluating(model):
+    with evaluating(model), alone():
         # lm-eval gives a tokenizer without a padding token one.
         reader = copy.deepcopy(tokenizer)
         lm = HFLM(pretrained=model, tokenizer=reader, batch_size=batch_size)  # pyright: ignore[reportCallIssue]
@@ -134,31 +154,65 @@ def run_tasks(
 
 
 def _stock_tasks(names: Sequence[str]) -> "TaskManager":
-    """lm-eval's index, of the papers' folders alone where they suffice."""
+    """lm-eval's index of the folders that the tasks are in: all of it takes more than a minute.
+
+    Raises `LayershareError` for a task that lm-eval does not have.
+    """
     import lm_eval
+
+    root = Path(lm_eval.__file__).parent / "tasks"
+    known: Mapping[str, str | None] = PAPERS
+    if not set(names) <= set(PAPERS):
+        known = task_names(root)
+        for name in names:
+            if name not in known:
+                near = get_close_matches(name, [*known, ALL_SEVEN], n=1, cutoff=0.5)
+                raise unknown("task", name, near or [*PAPERS, ALL_SEVEN])
     from lm_eval.tasks import TaskManager
 
-    if not set(names) <= set(PAPERS):
+    folders = {known[name] for name in names}
+    if None in folders:
         return TaskManager()
-    root = Path(lm_eval.__file__).parent / "tasks"
-    return TaskManager(include_path=sorted({root / PAPERS[name] for name in names}), include_defaults=False)
+    return TaskManager(include_path=sorted(str(root / folder) for folder in folders if folder), include_defaults=False)
+
+
+def task_names(root: Path) -> dict[str, str | None]:
+    """The names in lm-eval's files: of tasks, with their folders, and of groups and tags, which have none.
+
+    The files are not read as YAML, which takes a minute; some of them, which others include, have no suffix.
+    """
+    known: dict[str, str | None] = {}
+    for here, _, files in os.walk(root):
+        folder = Path(here).relative_to(root).parts[:1]
+        for file in files:
+            if not (file.endswith("yaml") or "." not in file):
+                continue
+            text = Path(here, file).read_text(encoding="utf-8", errors="replace")
+            for key, value in _KEYS.findall(text):
+                names = _NAMES.findall(_COMMENT.sub("", value))
+                if key != "task":
+                    known |= dict.fromkeys(names)
+                elif len(names) == 1 and folder:  # not the members of a group
+                    known[names[0]] = folder[0] if known.get(names[0], folder[0]) == folder[0] else None
+    return known
 
 
 def _include_with_rows(stock: "TaskManager", name: str, data: Path, folder: Path) -> str:
     """Write the YAML that takes the rows of a stock task from `data`; returns the name of their file."""
-    entry, rows = stock.task_index[name], data / f"{name}.jsonl"
-    if entry.kind.name != "TASK" or entry.yaml_path is None:
+    entry, rows = stock.task_index.get(name), data / f"{name}.jsonl"
+    if entry is None or entry.kind.name != "TASK" or entry.yaml_path is None:
         raise LayershareError(f"'{name}' stands for several tasks; name those that '{data}' has rows for.")
     if not rows.is_file():
         raise LayershareError(f"There is no file '{rows}' with the rows of the task '{name}'.")
-    _require_same_fields(rows)
+    copy_of = folder / f"{name}.jsonl"
+    copy_of.write_text("".join(f"{json.dumps(row)}\n" for row in _rows(rows)), encoding="utf-8")
     changes = {
         "include": str(entry.yaml_path),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {"test": str(rows.absolute())},
+            "data_files": {"test": str(copy_of)},
             "cache_dir": str(folder / "cache"),
             "keep_in_memory": True,
         },
@@ -170,13 +224,44 @@ def _include_with_rows(stock: "TaskManager", name: str, data: Path, folder: Path
     return rows.name
 
 
-def _require_same_fields(file: Path) -> None:
-    """A field that one row lacks would be read as none and scored as the word."""
-    fields: set[str] | None = None
-    for number, row in enumerate(json_lines(file), start=1):
-        if not isinstance(row, dict) or (fields is not None and row.keys() != fields):
-            raise LayershareError(f"Line {number} of '{file.name}' does not have the fields of the first line.")
-        fields = set(row)
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a task. Raises `LayershareError` for one whose fields or kinds of values are not the first one's.
+
+    A field that a row lacks, or that is null, would be read as none and scored as the word.
+    """
+    first: dict[str, str] = {}
+    with reading(f"The file '{file}'", "write it again"):
+        for where, row in json_lines(require_file(file)):
+            if not isinstance(row, dict):
+                raise LayershareError(f"{where} is no object with the fields of a row.")
+            kinds = dict(_kinds(row))
+            known = first or kinds
+            if {field for field in kinds if "[" not in field} != {field for field in known if "[" not in field}:
+                raise LayershareError(f"{where} does not have the fields of the first line.")
+            for field, kind in kinds.items():
+                if kind == "NoneType":
+                    raise LayershareError(f"{where} has no value for '{field}' (null); give one, or leave the row out.")
+                if known.get(field, kind) != kind:
+                    raise LayershareError(f"{where} has a '{field}' of type {kind}; above it is {known[field]}.")
+            first = kinds | first
+            yield row
+    if not first:
+        raise LayershareError(f"The file '{file}' has no rows.")
+
+
+def _kinds(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Each value in a row by its place, `choices.text[]`, with its type; whole and other numbers are of one."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _kinds(each, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
+        yield place, "list"
+        for each in value:
+            yield from _kinds(each, f"{place}[]")
+    else:
+        yield place, {"int": "float"}.get(type(value).__name__, type(value).__name__)
+        if isinstance(value, str):
+            text_of(value, f"The value of '{place}'")
 
 
 def _load(manager: "TaskManager", name: str, file: str | None, limit: int | None) -> Any:
@@ -190,12 +275,33 @@ def _load(manager: "TaskManager", name: str, file: str | None, limit: int | None
             for _, row in task.doc_iterator(limit=limit):
                 for make in (task.doc_to_text, task.doc_to_target, partial(_choices, task)):
                     make(row)
+                if file is not None:
+                    _require_answer(task, row)
     except Exception as error:  # whatever data sets, templates and functions of lm-eval's tasks raise
         where = f"of '{file}'" if file else "from the hub"
         hint = "compare its fields with the hub's" if file else "check the connection, or give local files"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise LayershareError(f"The task '{name}' cannot use the rows {where} ({reason}); {hint}.") from error
+        raise LayershareError(f"The task '{name}' cannot use the rows {where} ({reason(error)}); {hint}.") from error
     return loaded
+
+
+def _require_answer(task: "ConfigurableTask", row: dict[str, Any]) -> None:
+    """Raise `ValueError` if the right answer is none of a row's choices, which lm-eval would count as a wrong guess."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    choices = task.doc_to_choice(row)
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError(f"{choices!r:.80} are no choices")
+    given: Any = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+    for answer in given if isinstance(given, list) else [given]:
+        numbered = isinstance(answer, int | float) and not isinstance(answer, bool)
+        if answer not in (range(len(choices)) if numbered else choices):
+            raise ValueError(f"the answer {answer!r:.40} is none of {len(choices)} choices")
+
+
+def _texts(task: "ConfigurableTask", row: dict[str, Any]) -> Iterator[str]:
+    """What the model reads of a row."""
+    for made in (task.doc_to_text(row), task.doc_to_target(row), _choices(task, row) and task.doc_to_choice(row)):
+        yield from (each for each in (made if isinstance(made, list) else [made]) if isinstance(each, str) and each)
 
 
 def _choices(task: "ConfigurableTask", row: dict[str, Any]) -> int | None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.text import Text, load_text
+from layershare.calibrate.text import Text, block_length, load_text
 from layershare.evaluate.divergence import evaluate
 from layershare.evaluate.tasks import Tasks, load_tasks, run_tasks
 from layershare.recipe import Test
@@ -48,11 +48,17 @@ class Trial:
         return results
 
 
-def load_trial(test: Test, tokenizer: PreTrainedTokenizerBase, length: int) -> Trial:
-    """Load text, in blocks of `length` tokens, and tasks. Raises as `load_text` and `load_tasks` do."""
+def load_trial(test: Test, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Trial:
+    """Load text and tasks for a model of that config: unless told otherwise, `block_length` is how long blocks are.
+
+    Raises as `load_text` and `load_tasks` do.
+    """
     text = tasks = None
+    vocabulary = config.get_text_config().vocab_size
     if test.text is not None:
-        text = load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=length)
+        length = block_length(config, test.length)
+        text = load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=length, vocabulary=vocabulary)
     if test.tasks:
         tasks = load_tasks(test.tasks, test.tasks_data, test.limit)
+        tasks.require_within(vocabulary, tokenizer)
     return Trial(test, tokenizer, text, tasks)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import Say, train
 from layershare.model.hub import QUANT_METHOD, load, write_folder
-from layershare.model.source import resolve
+from layershare.model.original import copy_side_files
 from layershare.report.page import write_pages
 from layershare.report.results import environment
 from layershare.run import Clock, Report, silent
@@ -130,12 +129,13 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
-    model.to(job.config.dtype or torch.float32)  # pyright: ignore[reportArgumentType]
+    model.to(job.stored_dtype)  # pyright: ignore[reportArgumentType]
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
         write_folder(model, staging, job.tokenizer)
     else:
         model.save_pretrained(staging, max_shard_size=job.healing.max_shard_size)
         job.tokenizer.save_pretrained(staging)
+    copy_side_files(job.folder, staging)
     for name in KEPT:
         if (job.folder / name).is_file():
             shutil.copyfile(job.folder / name, staging / name)
@@ -145,10 +145,10 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
 def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
     assert job.trial is not None
     dtype = job.trial.test.dtype
-    model = load(folder, dtype=dtype, device_map=job.device)
+    model = load(folder, dtype=dtype, device_map=job.device, **job.trust)
     original = job.teacher
     if isinstance(original, str):
-        original = load(resolve(original), dtype=dtype, device_map=job.device)
+        original = load(original, dtype=dtype, device_map=job.device, **job.trust)
     measured = job.trial.measure(model, original, progress)
     if samples and original is not None and job.trial.text is not None:
         measured["samples"] = compare_samples(model, original, job.trial.text, job.tokenizer)

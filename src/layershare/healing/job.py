@@ -15,24 +15,30 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from layershare.calibrate.stats import Progress
-from layershare.calibrate.text import Source, Text, load_text
-from layershare.errors import LayershareError, unknown
+from layershare.calibrate.text import Source, Text, block_length, load_text
+from layershare.errors import LayershareError, how_to_install, short
 from layershare.evaluate.trial import Trial, load_trial
+from layershare.foreign import read_mapping, reading
+from layershare.healing.arguments import require_known, require_optimizer
 from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
 from layershare.healing.settings import Healing
 from layershare.model.arch import describe
+from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.hub import load
-from layershare.model.source import read_config, read_tokenizer, resolve
+from layershare.model.original import located
+from layershare.model.source import read_config, read_tokenizer, resolve, values_of
+from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
-from layershare.run import block_length, device_of
+from layershare.report.results import RESULTS
+from layershare.run import device_of
 from layershare.store import checksum
+
+MOST_EPOCHS, MOST_BLOCKS = 10_000, 10**8
+"""What no training needs, and what its order still fits into memory."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,18 @@ class HealJob:
     def student(self) -> Any:
         """The compressed model in float32, all frozen but what is to train, adapters attached."""
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
-        return choose(load(self.folder, dtype=torch.float32), self.healing)
+        return choose(load(self.folder, dtype=torch.float32, **self.trust), self.healing)
+
+    @property
+    def stored_dtype(self) -> Any:
+        """In which the compressed model is stored: as its config says, or else its files."""
+        source = str(self.folder)
+        return self.config.dtype or main_dtype(stored_tensors(source, values_of(source))) or torch.float32
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What whoever opens a model by its name is told."""
+        return {"trust_remote_code": self.healing.trust_remote_code}
 
     @property
     def teacher_dtype(self) -> str:
@@ -98,13 +115,14 @@ class HealJob:
         dtype = self.teacher_dtype
         if k is None:
             given = self.teacher
-            model: Any = load(resolve(given), dtype=dtype) if isinstance(given, str) else copy.deepcopy(given)
+            model: Any = load(given, dtype=dtype, **self.trust) if isinstance(given, str) else copy.deepcopy(given)
             return model.requires_grad_(False).eval().to(getattr(torch, dtype))
         with PartialState().main_process_first():
             if isinstance(self.teacher, PreTrainedModel):
                 weights = Weights.of(self.teacher)
             else:
-                weights = Weights.open(resolve(self.teacher), folder / "scratch", dtype=dtype, device=self.device)
+                place: dict[str, Any] = {"device": self.device, **self.trust}
+                weights = Weights.open(self.teacher, folder / "scratch", dtype=dtype, **place)
             used = self.train_tokens[: self.steps * self.healing.batch_size]
             return StoredLogits.make(weights, used, folder, k, self.micro, progress=progress)
 
@@ -113,7 +131,7 @@ class HealJob:
         teacher = 0
         if self.healing.teaches and self.healing.loss.store_teacher is None:
             each = getattr(torch, self.teacher_dtype).itemsize
-            original = read_config(self.teacher) if isinstance(self.teacher, str) else self.teacher
+            original = read_config(self.teacher, **self.trust) if isinstance(self.teacher, str) else self.teacher
             assert original is not None
             teacher = each * describe(original).parameters
         length = self.text.tokens.shape[1]
@@ -134,25 +152,50 @@ def prepare_healing(
     for everything that is wrong with them.
     """
     if healing.search is not None and find_spec("optuna") is None:
-        raise LayershareError("The search needs optuna: pip install 'layershare[search]'.")
-    _require_known(healing)
+        raise LayershareError(f"The search needs optuna: {how_to_install('search')}.")
+    require_known(healing)
+    if folder is None:
+        healing = replace(healing, model=located(healing.model))
+    if healing.teacher is not None:
+        healing = replace(healing, teacher=located(healing.teacher))
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
-    config, tokenizer, device = read_config(folder), read_tokenizer(folder), device_of(healing.device)
-    master = teacher if teacher is not None else healing.teacher or _original(folder, config)
+    device, trust = device_of(healing.device), healing.trust_remote_code
+    config = read_config(folder, trust_remote_code=trust)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust)
+    require_optimizer(healing, device)
+    original = _original(folder, config)
+    master = teacher if teacher is not None else healing.teacher or original
     if master is None and healing.teaches:
         raise LayershareError(
             f"'{healing.model}' does not say what it was made from; name the original with --teacher."
         )
+    named = healing.teacher
+    if named is not None and not healing.teaches and healing.evaluation is None:
+        raise LayershareError(f"Nothing is asked of the teacher '{short(named)}': set --loss distill, or leave it out.")
     if master is not None and (healing.teaches or healing.evaluation is not None):
-        _require_same_vocabulary(master, config, tokenizer, healing.teacher)
+        if isinstance(master, str):
+            _require_there(master, healing)
+        require_same_vocabulary("teacher", master, config, tokenizer, trust_remote_code=trust)
+    if (k := healing.loss.store_teacher) is not None and k > config.vocab_size:
+        raise LayershareError(f"loss.store_teacher={k} is more than the {config.vocab_size} tokens that there are.")
+    if healing.replace is not None or healing.loss.hidden:
+        assert master is not None
+        what = "train without replacement" if healing.replace is not None else "set loss.hidden to 0"
+        theirs = master.config if isinstance(master, PreTrainedModel) else read_config(master, trust_remote_code=trust)
+        _require_replaceable(config, theirs, what)
     options = healing.text
     length = block_length(config, options.length)
     blocks = load_text(
-        options.text if text is None else text, tokenizer, split="train", blocks=None, length=length, seed=options.seed
+        options.text if text is None else text,
+        tokenizer,
+        split="train",
+        blocks=None,
+        length=length,
+        seed=options.seed,
+        vocabulary=config.vocab_size,
     )
-    blocks.require_within(config.vocab_size)
     available = len(blocks.tokens) - options.held_out
     if available < healing.batch_size:
         raise LayershareError(
@@ -164,9 +207,15 @@ def prepare_healing(
         steps = -(-options.tokens // (healing.batch_size * length))
     else:
         steps = max(1, int((options.epochs or 1) * available) // healing.batch_size)
+    seen = steps * healing.batch_size
+    if seen > max(MOST_EPOCHS * available, healing.batch_size) or seen > MOST_BLOCKS:
+        raise LayershareError(
+            f"The training would see {seen:,} blocks of text, of which there are {available:,}; lower text.tokens or "
+            "text.epochs."
+        )
     trial = None
     if healing.evaluation is not None:
-        trial = load_trial(healing.evaluation, tokenizer, block_length(config, healing.evaluation.length or length))
+        trial = load_trial(healing.evaluation, tokenizer, config)
         if trial.text is not None and trial.text.text_sha256 == blocks.text_sha256:
             warnings.warn("The model is measured on the very text that it is trained on.", stacklevel=2)
     # One process measures, or stores the teacher's logits, while the others wait.
@@ -180,66 +229,41 @@ def prepare_healing(
     return HealJob(healing, folder, device, config, tokenizer, master, blocks, trial, steps, micro, processes)
 
 
-def _require_known(healing: Healing) -> None:
-    """Raise `LayershareError` for an optimizer, schedule or tracker that the Trainer does not know."""
-    optimizer = healing.optimizer
-    if optimizer.name not in list(OptimizerNames):
-        raise unknown("optimizer", optimizer.name, [each.value for each in OptimizerNames])
-    if optimizer.name.startswith(("galore", "apollo")) and not optimizer.targets:
-        raise LayershareError(f"'{optimizer.name}' needs optimizer.targets, such as [attn, mlp]: what it projects.")
-    if optimizer.schedule not in list(SchedulerType):
-        raise unknown("schedule", optimizer.schedule, [each.value for each in SchedulerType])
-    available = get_available_reporting_integrations()
-    for tracker in healing.report_to:
-        if tracker not in available:
-            raise LayershareError(
-                f"The tracker '{tracker}' is unknown or not installed; there is {', '.join(available) or 'none'}."
-            )
+def _require_replaceable(config: PreTrainedConfig, master: PreTrainedConfig, what: str) -> None:
+    """Raise `LayershareError` if the teacher's blocks have no counterparts here; `what` to do about it."""
+    ours, theirs = (
+        f"{getattr(each.get_text_config(), 'num_hidden_layers', '')} '{each.model_type}' blocks"
+        for each in (config, master)
+    )
+    if ours != theirs:
+        raise LayershareError(f"The model has {ours}, its teacher {theirs}, so that they cannot be compared; {what}.")
+    if (getattr(config, "quantization_config", None) or {}).get("slice") is not None:
+        raise LayershareError(f"A sliced model works on other hidden states than its teacher; {what}.")
 
 
-def _require_same_vocabulary(
-    master: PreTrainedModel | str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, named: str | None
-) -> None:
-    """Raise `LayershareError` if the teacher's tokens are others; `named` is what the settings call it."""
-    theirs = master.config if isinstance(master, PreTrainedModel) else _config_of(master, named)
-    numbers = _tokens(master) if isinstance(master, str) else {}
-    clash = next((token for token, i in tokenizer.get_vocab().items() if numbers.get(token, i) != i), None)
-    if theirs.vocab_size != config.vocab_size:
-        other = f"{theirs.vocab_size} tokens, this model {config.vocab_size}"
-    elif clash is not None:
-        other = f"its token {clash!r} has another number"
-    else:
-        return
-    raise LayershareError(f"The teacher has another vocabulary ({other}); name the original with --teacher.")
-
-
-def _config_of(original: str, named: str | None) -> PreTrainedConfig:
-    """The config of the teacher. Raises `LayershareError`; where no one `named` it, with what to do."""
+def _require_there(original: str, healing: Healing) -> None:
+    """Raise `LayershareError` if the teacher is no model; where the settings do not name one, with what to do."""
     try:
-        return read_config(original)
+        read_config(original, trust_remote_code=healing.trust_remote_code)
     except LayershareError as error:
-        if named is not None:
+        if healing.teacher is not None:
             raise
         raise LayershareError(
             f"'{original}', which the model was made from, is not here; name the original with --teacher."
         ) from error
 
 
-def _tokens(name: str) -> dict[str, int]:
-    """Token -> number in a model's tokenizer; nothing if it comes without one."""
-    try:
-        return read_tokenizer(name).get_vocab()
-    except LayershareError:
-        return {}
-
-
 def _original(folder: Path, config: PreTrainedConfig) -> str | None:
-    """The name of the model that a folder's was made from, where it says so."""
+    """The name of the model that a folder's was made from, where it says so. Raises as `results_of`."""
     notes = getattr(config, "quantization_config", None) or {}
-    return results_of(folder).get("model") or notes.get("compression", {}).get("model")
+    name = results_of(folder).get("model") or notes.get("compression", {}).get("model")
+    return name if isinstance(name, str) else None
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """What is in a folder's `results.json`; nothing if it has none."""
-    file = folder / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """What is in a folder's `results.json`; nothing if it has none. Raises `LayershareError` if it is damaged."""
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    with reading(f"The {RESULTS} of '{folder}'", "delete it, or compress the model again"):
+        return read_mapping(file)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import check_target_module_exists
 
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
 from layershare.model.layers import ComposedLinear, DeltaLinear, FactorLinear, SharedLinear
@@ -30,6 +31,9 @@ def choose(model: PreTrainedModel, healing: Healing) -> Any:
     targets = lora_targets(model, healing.lora) if healing.train == "lora" else []
     if not names and not targets:
         raise LayershareError(f"'{healing.model}' has no {healing.train} to train; use another --train, such as full.")
+    projected = healing.optimizer.targets
+    if projected and not any(check_target_module_exists(projected, name) for name, _ in model.named_modules()):
+        raise LayershareError(f"No module of '{healing.model}' has one of optimizer.targets in its name; name others.")
     if healing.norms:
         names |= norms(model)
     if targets:
@@ -114,13 +118,16 @@ def merge(model: Any) -> PreTrainedModel:
 
 def _adapt(model: PreTrainedModel, lora: Lora, targets: list[str]) -> Any:
     if find_spec("peft") is None:
-        raise LayershareError("LoRA needs PEFT: pip install 'layershare[heal]'.")
+        raise LayershareError(f"LoRA needs PEFT: {how_to_install('heal')}.")
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear
 
     class SharedAdapter(Linear):
         """The adapter of what several layers share, a class of its own as that is."""
 
+    limit = max(min(p.shape) for name in targets for p in model.get_submodule(name).parameters() if p.dim() == 2)
+    if lora.rank > limit:
+        raise LayershareError(f"lora.rank={lora.rank} is more than the rank {limit} of the matrices that it adapts.")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # any number will do

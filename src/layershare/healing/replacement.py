@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from layershare.errors import LayershareError
 from layershare.model.arch import find_blocks
 from layershare.model.sliced import SlicedNorm
-from layershare.recipe import STRICT
+from layershare.values import STRICT, Below1, Number, UpTo1
 
 LOGGED = "replacement"
 """The name under which the mean probability is logged."""
@@ -36,24 +37,15 @@ LOGGED = "replacement"
 
 @dataclass(frozen=True)
 class Replacement:
-    """The schedule of p: from `start` (p₀) linearly to 1, which the last block to get there reaches at `ramp`.
-
-    `ramp` is a fraction of the training, after which no gate is left. `spread` ∈ [0, 1): how much earlier the deepest
-    block is replaced for good, as a fraction of `ramp`; 0 treats all blocks alike. Raises `LayershareError` for values
-    that cannot be.
-    """
+    """Progressive module replacement: the schedule of p from p₀ linearly to 1, after which no gate is left."""
 
     __pydantic_config__ = STRICT
-    start: float = 0.3
-    ramp: float = 0.6
-    spread: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.start <= 1 and 0 < self.ramp <= 1 and 0 <= self.spread < 1):
-            raise LayershareError(
-                f"A replacement with start {self.start}, ramp {self.ramp} and spread {self.spread} cannot be: give "
-                "0 ≤ start ≤ 1, 0 < ramp ≤ 1 and 0 ≤ spread < 1."
-            )
+    start: UpTo1 = 0.3
+    """p₀, the probability with which a block stands in for the original's at first."""
+    ramp: Annotated[Number, Field(gt=0, le=1)] = 0.6
+    """The part of the training after which the last block has replaced the original's for good."""
+    spread: Below1 = 0.5
+    """How much earlier the deepest block does, as a part of `ramp`; 0 treats all blocks alike."""
 
     def probability(self, done: float, depth: float) -> float:
         """p = min(1, p₀ + (1 − p₀)·done / (ramp·(1 − spread·depth))).

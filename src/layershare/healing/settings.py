@@ -1,37 +1,63 @@
 """What a healing needs, in strict YAML like a compression's recipe; copied into the output as `heal.yaml`."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from layershare.errors import LayershareError
+from layershare.foreign import write_yaml
 from layershare.healing.replacement import Replacement
-from layershare.recipe import STRICT, Test, changed, make_as, read_text, values_of
+from layershare.recipe import Test, changed, make_as, put, read_values
+from layershare.values import (
+    STRICT,
+    Below1,
+    Count,
+    Flag,
+    Length,
+    Names,
+    Number,
+    Rate,
+    Seed,
+    ShardSize,
+    Tokens,
+    Trials,
+    UpTo1,
+    Weight,
+    Whole,
+    Word,
+)
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Train = Literal["lora", "factors", "norms", "full", "deltas"]
 LossKind = Literal["ce", "distill", "both"]
+AdapterSets = Literal["coefficients", "factors", "linears"]
+
+
+def _set_or_list(value: Any) -> Any:
+    if value in ("coefficients", "factors", "linears") or isinstance(value, list | tuple):
+        return value
+    raise PydanticCustomError(
+        "targets", "Input should be 'coefficients', 'factors', 'linears' or a list of names, such as [q_proj, v_proj]"
+    )
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, merged when training is done: rank r, scale `alpha`/r, and what they are put on.
-
-    `targets`: the `coefficients` of factored matrices, all their `factors`, all `linears` of the blocks (factors among
-    them), or names of linears such as `[q_proj, v_proj]` (of a factored one, the coefficients).
-    """
+    """Low-rank adapters, merged when training is done: rank r, scale `alpha`/r, and what they are put on."""
 
     __pydantic_config__ = STRICT
     rank: Count = 8
-    alpha: Positive = 32.0
-    targets: Literal["coefficients", "factors", "linears"] | tuple[str, ...] = "coefficients"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """r, at most that of the matrices."""
+    alpha: Annotated[Number, Field(gt=0, le=1e6)] = 32.0
+    """What is added is scaled by alpha/r."""
+    targets: Annotated[AdapterSets | Names, BeforeValidator(_set_or_list)] = "coefficients"
+    """The `coefficients` of factored matrices, all their `factors`, all `linears` of the blocks (factors among them),
+    or names of linears such as `[q_proj, v_proj]` (of a factored one, the coefficients).
+    """
+    dropout: Below1 = 0.0
+    """The probability with which an input of an adapter is left out in a step."""
 
     def __post_init__(self) -> None:
         """Raise `LayershareError` if there are no targets."""
@@ -41,18 +67,19 @@ class Lora:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is minimised: cross-entropy (`ce`), distance from the teacher (`distill`), or (1 − α)·CE + α·KD (`both`).
-
-    KD is the Kullback-Leibler divergence from the teacher's distribution at `temperature`; `hidden` weighs the distance
-    of the hidden states behind each block, which is added.
-    """
+    """What is minimised: cross-entropy (CE), Kullback-Leibler divergence from the teacher (KD), or a mixture."""
 
     __pydantic_config__ = STRICT
     kind: LossKind = "ce"
-    alpha: Fraction = 0.5
-    temperature: Positive = 1.0
-    hidden: Annotated[float, Field(ge=0)] = 0.0
+    """`ce`, `distill` (KD) or `both`: (1 − α)·CE + α·KD."""
+    alpha: UpTo1 = 0.5
+    """α, where the loss is `both`."""
+    temperature: Annotated[Number, Field(ge=0.01, le=1000)] = 1.0
+    """The temperature of both distributions in KD."""
+    hidden: Weight = 0.0
+    """The weight of the distance of the hidden states behind each block, which is added."""
     store_teacher: Count | None = None
+    """Keep so many of the teacher's likeliest tokens on disk, so that the teacher need not be in memory."""
 
     def __post_init__(self) -> None:
         """Raise `LayershareError` for a stored teacher whose hidden states are wanted, or who is not in the loss."""
@@ -74,19 +101,21 @@ class Loss:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """The text that is trained on, in blocks of `length` tokens (`None`: what fits, ≤ 2048), and how much of it.
-
-    `tokens` bounds the training, or `epochs`; without either it is one epoch. `held_out` blocks are not trained on but
-    tell how the training goes. `seed` orders the blocks.
-    """
+    """The text that is trained on, and how much of it; without `tokens` and `epochs`, once."""
 
     __pydantic_config__ = STRICT
-    text: str = "wikitext2"
-    length: Annotated[int, Field(ge=2)] | None = None
-    tokens: Count | None = None
-    epochs: Positive | None = None
+    text: Word = "wikitext2"
+    """As for a compression's calibration."""
+    length: Length | None = None
+    """Tokens per block; without, the model's context, up to 2048."""
+    tokens: Tokens | None = None
+    """Train on so many tokens, …"""
+    epochs: Annotated[Number, Field(gt=0, le=10_000)] | None = None
+    """… or go through the text so often."""
     held_out: Count = 16
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2023
+    """Blocks that are not trained on but tell how the training goes."""
+    seed: Seed = 2023
+    """Chooses the blocks, and the order of those that are trained on."""
 
     def __post_init__(self) -> None:
         """Raise `LayershareError` if there are two bounds."""
@@ -96,67 +125,86 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How weights are changed: names of optimizer and schedule are the HF Trainer's (`optim`, `lr_scheduler_type`).
-
-    `warmup` is a fraction of the steps. `targets` are the modules that GaLore and its like project
-    (`optim_target_modules`), `arguments` what the optimizer takes besides (`optim_args`).
-    """
+    """How weights are changed."""
 
     __pydantic_config__ = STRICT
-    name: str = "adamw_torch"
-    lr: Positive = 1e-4
-    schedule: str = "cosine"
-    warmup: Fraction = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Positive = 1.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    targets: tuple[str, ...] = ()
-    arguments: str | None = None
+    name: Word = "adamw_torch"
+    """As the Hugging Face Trainer calls it (`optim`)."""
+    lr: Rate = 1e-4
+    """The highest learning rate."""
+    schedule: Word = "cosine"
+    """As the Hugging Face Trainer calls it (`lr_scheduler_type`)."""
+    warmup: UpTo1 = 0.05
+    """The part of the steps in which the learning rate rises."""
+    weight_decay: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    """By how much weights shrink per step, as a part of the learning rate."""
+    max_grad_norm: Rate = 1.0
+    """Longer gradients are cut to this length."""
+    beta1: Below1 = 0.9
+    """How much of the mean gradient is kept from step to step."""
+    beta2: Below1 = 0.999
+    """The same of the mean square."""
+    targets: Names = ()
+    """Parts of the names of modules that GaLore and its like project (`optim_target_modules`)."""
+    arguments: Annotated[Word, Field(pattern=r"^\w+=[^,]+(,\s*\w+=[^,]+)*$")] | None = None
+    """What the optimizer takes besides (`optim_args`): `key=value,…`."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """Short trainings before the long one, each with `budget` of its steps, to choose settings by held-out loss."""
+    """Short trainings before the long one, to choose settings by held-out loss."""
 
     __pydantic_config__ = STRICT
-    trials: Count = 10
-    budget: Annotated[float, Field(gt=0, le=1)] = 0.1
+    trials: Trials = 10
+    """How many settings are tried."""
+    budget: Annotated[Number, Field(gt=0, le=1)] = 0.1
+    """The part of the long training's steps that each of them has."""
 
 
 @dataclass(frozen=True)
 class Healing:
-    """One healing: of which folder, what trains, on which loss and text, how, measured on which.
-
-    `norms`: the norms train, too. `teacher`: the original if `None`. `replace`: progressive module replacement.
-    `batch_size`: blocks per step, of all processes together; `micro_batch`: blocks at once in one process. Weights are
-    held and changed in float32, and multiplied in `precision`. `compile`: the blocks, one by one. `*_every`: steps
-    between lines of the log, measurements on the held-out blocks and checkpoints (`None`: some fifty, ten and ten in a
-    run). `report_to`: trackers that the HF Trainer knows. `search`: choose learning rate, loss and replacement first.
-    """
+    """One healing: of which folder, what trains, on which loss and text, how, measured on which."""
 
     __pydantic_config__ = STRICT
-    model: str
-    teacher: str | None = None
+    model: Word
+    """The folder of a compressed (or any other) model."""
+    teacher: Word | None = None
+    """The original; without, what the folder says that it was made from."""
     train: Train = "lora"
-    norms: bool = False
+    """What is changed: adapters, bases and coefficients, norms, everything, or the deltas of `delta`."""
+    norms: Flag = False
+    """Train the norms, too."""
     lora: Lora = field(default_factory=Lora)
     loss: Loss = field(default_factory=Loss)
     replace: Replacement | None = None
     text: TrainingText = field(default_factory=TrainingText)
     optimizer: Optimizer = field(default_factory=Optimizer)
     batch_size: Count = 8
+    """Blocks per step, of all processes together."""
     micro_batch: Count | None = None
+    """Blocks at once in one process; without, as many as that gives."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    compile: bool = False
-    gradient_checkpointing: bool = False
+    """In which weights are multiplied; they are held and changed in float32."""
+    compile: Flag = False
+    """Compile the blocks, one by one."""
+    gradient_checkpointing: Flag = False
+    """Compute blocks twice instead of keeping what is in them."""
     log_every: Count | None = None
+    """Steps between lines of the log; without, some fifty lines in a training."""
     evaluate_every: Count | None = None
+    """Steps between measurements on the held-out blocks; without, some ten in a training."""
     save_every: Count | None = None
-    report_to: tuple[str, ...] = ()
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    device: str = "auto"
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(KB|MB|GB|TB)$")] = "5GB"
+    """Steps between checkpoints; without, some ten in a training."""
+    report_to: Names = ()
+    """Trackers that the Hugging Face Trainer knows."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
+    """Of adapters, dropout, replacement and search."""
+    device: Word = "auto"
+    """`cpu`, `cuda`, `cuda:1` …; `auto` for the accelerator if there is one."""
+    trust_remote_code: Flag = False
+    """Run the Python code that comes with a model whose class transformers does not have."""
+    max_shard_size: ShardSize = "5GB"
+    """The size of the largest weight file (KB, MB, GB or TB)."""
     evaluation: Test | None = None
     search: Search | None = None
 
@@ -172,7 +220,7 @@ class Healing:
 
     def to_yaml(self) -> str:
         """The settings with all their values, as copied into the output."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return write_yaml(asdict(self))
 
 
 def read_healing(
@@ -182,13 +230,17 @@ def read_healing(
 
     `replace`: with progressive replacement, by its defaults if the recipe has none. Raises as `read_recipe`.
     """
-    values = {} if path is None else values_of(read_text(path))
+    values = {} if path is None else read_values(path)
     if replace:
         values["replace"] = values.get("replace") or {}
     return make_healing(values, given, changes)
 
 
 def make_healing(values: dict[str, Any], given: dict[str, Any], changes: tuple[str, ...] = ()) -> Healing:
-    """Settings from plain values, in which some are given by their full key, and changes. Raises as `read_healing`."""
-    settings = tuple(f"{key}={json.dumps(value)}" for key, value in given.items())
-    return make_as(Healing, changed(values, (*settings, *changes)))
+    """Settings from plain values, in place of which some are given by their full key, and changes.
+
+    The values are changed in place. Raises as `read_healing`.
+    """
+    for key, value in given.items():
+        put(values, key, value)
+    return make_as(Healing, changed(values, changes))

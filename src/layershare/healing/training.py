@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,19 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.stats import Progress
 from layershare.errors import LayershareError
+from layershare.foreign import reading
+from layershare.healing.arguments import OPTIMIZER, arguments
 from layershare.healing.distill import StoredLogits, cross_entropy
 from layershare.healing.job import HealJob
 from layershare.healing.objective import Objective
 from layershare.healing.parameters import merge
 from layershare.healing.replacement import ReplacementCallback, gates
-from layershare.healing.settings import Healing
 from layershare.model.arch import find_blocks
+from layershare.plan.table import duration
 
 Say = Callable[[str], None]
 """Takes a line about how the training goes."""
@@ -41,7 +42,7 @@ class Ordered(Dataset):
     """Blocks [n, length] of a text in the order in which they are trained on: `size` of them, epoch after epoch.
 
     Every epoch has its own permutation, and all follow from the seed: the order is the same on every rank and after a
-    resume. Of blocks that do not all take part, the first ones do.
+    resume. If fewer blocks are needed than exist, the first are used.
     """
 
     def __init__(self, tokens: Tensor, size: int, seed: int) -> None:
@@ -82,6 +83,11 @@ class HealTrainer(Trainer):
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(part.detach())
         return loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer. Raises `LayershareError` for what it refuses in this model, or if it is not installed."""
+        with reading(f"The optimizer '{self.args.optim}'", OPTIMIZER):
+            return super().create_optimizer(model)
 
     def diverged(self, when: str) -> Diverged:
         """The error for a loss or weights that are no numbers."""
@@ -162,7 +168,7 @@ class Watch(TrainerCallback):
         if len(self._clock) == _TIMED + 1:
             speed = self.tokens * _TIMED / (self._clock[-1] - self._clock[0])
             left = (state.max_steps - state.global_step) * self.tokens / speed
-            self.say(f"{speed:,.0f} tokens per second: about {minutes(left)} to go.")
+            self.say(f"{speed:,.0f} tokens per second: about {duration(left)} to go.")
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             began = time.perf_counter()
             self._measure(state)
@@ -193,9 +199,11 @@ class Watch(TrainerCallback):
                     "compress the model anew."
                 )
             raise self.trainer.diverged(f"after step {state.global_step}")
-        perplexity = math.exp(min(nll, 700))
+        perplexity, length = math.exp(min(nll, 700)), self.held_out.shape[1]
         state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
-        self.say(f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}")
+        self.say(
+            f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}, blocks of {length:,}"
+        )
 
 
 @torch.no_grad()
@@ -276,10 +284,7 @@ def train(
         watch = Watch(trainer, job.held_out, every, job.micro, progress, say)
         trainer.add_callback(watch)
         checkpoint = last_checkpoint(folder)
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except ImportError as error:
-            raise LayershareError(f"The optimizer '{healing.optimizer.name}' is not installed: {error}") from error
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trained = merge(_whole(job, trainer, student))
     trained.config.use_cache = job.config.use_cache
     return Trained(trained.requires_grad_(True).cpu(), trainer.state.log_history, watch.speed)
@@ -293,57 +298,3 @@ def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:
     unknown = whole.load_state_dict(trainer.gathered(), strict=False).unexpected_keys
     assert not unknown, unknown
     return whole
-
-
-def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes: int, device: str) -> TrainingArguments:
-    """The Trainer's arguments for a healing of so many steps, in micro-batches of `micro` rows."""
-    optimizer = healing.optimizer
-    # Where a gate takes the original's block, the student's gets no gradient.
-    unused = healing.replace is not None
-    log = healing.log_every or max(1, steps // 50)
-    save = healing.save_every or max(1, steps // 10)
-    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if healing.gradient_checkpointing else {}
-    with warnings.catch_warnings():
-        # Newer versions of transformers have another name for it, older ones do not know that.
-        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-        return TrainingArguments(
-            str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=healing.batch_size // (micro * processes),
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=unused,
-            dataloader_pin_memory=device != "cpu",
-            optim=optimizer.name,
-            optim_target_modules=list(optimizer.targets) or None,
-            optim_args=optimizer.arguments,
-            learning_rate=optimizer.lr,
-            lr_scheduler_type=optimizer.schedule,
-            warmup_steps=math.ceil(optimizer.warmup * steps),
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm,
-            adam_beta1=optimizer.beta1,
-            adam_beta2=optimizer.beta2,
-            bf16=healing.precision == "bfloat16",
-            use_cpu=device == "cpu",
-            **checkpointing,
-            logging_steps=log,
-            logging_nan_inf_filter=False,
-            save_steps=-(-save // log) * log,  # a resumed log then means over the same steps
-            save_total_limit=2,
-            report_to=list(healing.report_to),
-            disable_tqdm=True,
-            log_level="error",
-            log_level_replica="error",
-            seed=healing.seed,
-        )
-
-
-def minutes(seconds: float) -> str:
-    """A duration in words: `40 s`, `3.5 min`, `2.1 h`."""
-    return next(
-        f"{seconds / factor:.2g} {unit}"
-        for unit, factor in (("h", 3600), ("min", 60), ("s", 1))
-        if seconds >= factor or unit == "s"
-    )

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 from math import ceil
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.asvd import Asvd
@@ -30,6 +30,7 @@ from layershare.plan.budget import Budget, allowed, measure, parse_keep
 from layershare.plan.edits import Edit, check
 from layershare.plan.plan import Plan
 from layershare.plan.ranks import private_groups, uniform
+from layershare.values import checked, first_fault
 
 METHODS: dict[str, type[Method]] = {
     "basis-sharing": BasisSharing,
@@ -66,12 +67,10 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
                 raise LayershareError(f"The method '{name}' has no options, so '{option}' cannot be set.")
             raise unknown(f"option of {name}", option, known)
     try:
-        return TypeAdapter(method).validate_python(options)
+        return checked(method, options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise LayershareError(
-            f"Option '{first['loc'][0] if first['loc'] else name}' of {name}: {first['msg']}."
-        ) from error
+        path, said, _ = first_fault(error)
+        raise LayershareError(f"Option '{'.'.join(path)}' of {name}: {said}.") from error
 
 
 def plan_with(
@@ -96,7 +95,8 @@ def plan_with(
         budget, _ = _fitting(spec, budget, wanted.bytes, lambda less: uniform(spec, private_groups(spec.linears), less))
     budget, edits = (budget, choose(budget)) if wanted.bytes is None else _fitting(spec, budget, wanted.bytes, choose)
     check(spec, edits)
-    return Plan(spec.model_type, name, asdict(method), keep, of, measure(spec, ()), measure(spec, edits), edits)
+    sizes = measure(spec, ()), measure(spec, edits)
+    return Plan(spec.model_type, name, asdict(method), keep, budget.of, *sizes, edits)
 
 
 def _fitting(

@@ -38,6 +38,7 @@ from layershare.plan.budget import Budget, target_parameters
 from layershare.plan.edits import Share
 from layershare.plan.ranks import allocate, private_groups, uniform_rank
 from layershare.solve.linalg import Factors, low_rank
+from layershare.values import Count, UpTo1, Whole
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,21 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Asvd(Method):
-    """Options of ASVD.
-
-    `alpha`: the exponent α of the scaling. `ratios`: how many ratios are tried per matrix, evenly spaced below 1.
-    `samples`: blocks of the calibration text on which each is measured.
-    """
+    """Options of ASVD."""
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    ratios: Annotated[int, Field(ge=1)] = 4
-    samples: Annotated[int, Field(ge=1)] = 2
+    sizes: ClassVar[str] = "down to the lowest of `ratios`"
+    alpha: UpTo1 = 0.5
+    """The exponent α of the scaling."""
+    ratios: Annotated[Whole, Field(ge=1, le=1000)] = 4
+    """How many ratios are tried per matrix, evenly spaced below 1."""
+    samples: Count = 2
+    """Blocks of the calibration text on which each is measured."""
+
+    def runs(self, spec: Spec) -> int:
+        """Every matrix at every ratio on every sample."""
+        return len(spec.linears) * self.ratios * self.samples
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the lowest ratio of every matrix does not meet the budget."""

@@ -24,9 +24,6 @@ Where this differs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, Field
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.evidence import Evidence
@@ -35,31 +32,22 @@ from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
 from layershare.plan.ranks import LayerGroup, consecutive, natural_side, uniform
+from layershare.values import Count, Flag, Names
 
 REFIT_AT = 0.6
 """Refit when at most this fraction of the targets is kept."""
 
 
-def _listed(value: Any) -> Any:
-    """`q,k` as a list."""
-    return value.split(",") if isinstance(value, str) else value
-
-
-Roles = Annotated[tuple[str, ...] | None, BeforeValidator(_listed)]
-"""The option that names the roles whose basis is shared."""
-
-
 @dataclass(frozen=True)
 class BasisSharing(Method):
-    """Options of Basis Sharing.
+    """Options of Basis Sharing."""
 
-    `group_size`: layers per group (n). `shared`: roles whose basis is shared, `None` for the authors' choice for the
-    model's family. `refit`: fit the coefficients again to deviated inputs; `None` does so from 40 % removed on.
-    """
-
-    group_size: Annotated[int, Field(ge=1)] = 2
-    shared: Roles = None
-    refit: bool | None = None
+    group_size: Count = 2
+    """Layers per group (n)."""
+    shared: Names | None = None
+    """Roles whose basis is shared; without, the authors' choice for the model's family."""
+    refit: Flag | None = None
+    """Fit the coefficients again to deviated inputs; without, from 40 % removed on."""
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles that the model does not have."""

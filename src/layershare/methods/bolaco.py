@@ -8,7 +8,7 @@ a sample of text is the objective, and the best allocation of all trials is take
 segment of the model ratios of its own. This is the paper's method without its post-training.
 
 Cost: one decomposition per matrix and `trials` × `samples` runs of the model on one block of text. Model and factors,
-about twice the model, must fit in memory. Needs optuna: `pip install 'layershare[search]'`.
+about twice the model, must fit in memory. Needs optuna (the extra `search`).
 
 Where this differs
 - from paper and code: outputs are not centred: WᵀGW, pooled over the whole text, stands for their covariance, so there
@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, how_to_install
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.methods.trial import Trial, truncated
@@ -38,6 +38,7 @@ from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
 from layershare.plan.ranks import allocate, private_groups, uniform_rank
 from layershare.solve.linalg import low_rank
+from layershare.values import Count, Trials, Whole
 
 DENSE = ("v",)
 """Roles that stay as they are."""
@@ -49,23 +50,28 @@ START = {"qk": 0.5, "o": 0.5}
 
 @dataclass(frozen=True)
 class Bolaco(Method):
-    """Options of Bolaco.
-
-    `trials`: allocations that are tried. `samples`: blocks of the calibration text on which each is measured.
-    `segments`: parts of the depth with ratios of their own. `seed`: of the proposals.
-    """
+    """Options of Bolaco."""
 
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
-    trials: Annotated[int, Field(ge=1)] = 20
-    samples: Annotated[int, Field(ge=1)] = 4
-    segments: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    sizes: ClassVar[str] = "any above a dense v"
+    trials: Trials = 20
+    """Allocations that are tried."""
+    samples: Count = 4
+    """Blocks of the calibration text on which each is measured."""
+    segments: Count = 1
+    """Parts of the depth with ratios of their own."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    """Of the proposals."""
+
+    def runs(self, spec: Spec) -> int:
+        """Every trial on every sample."""
+        return self.trials * self.samples
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the optimiser is missing, for too many segments, or if v alone is too large."""
         if not find_spec("optuna"):
-            raise LayershareError("bolaco needs optuna; install it with `pip install 'layershare[search]'`.")
+            raise LayershareError(f"bolaco needs optuna: {how_to_install('search')}.")
         if self.segments > spec.n_layers:
             raise LayershareError(f"The model has {spec.n_layers} layers: it cannot have {self.segments} segments.")
         if budget.parameters <= sum(x.parameters for x in spec.linears if x.role in DENSE):

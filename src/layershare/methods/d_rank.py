@@ -24,36 +24,35 @@ Where this differs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from layershare.methods.basis_sharing import REFIT_AT, Roles, sharing_groups
+from layershare.methods.basis_sharing import REFIT_AT, sharing_groups
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
 from layershare.plan.ranks import LayerGroup, allocate, dense_parameters, group_cost
+from layershare.values import Below1, Count, Flag, Names
 
 
 @dataclass(frozen=True)
 class DRank(Method):
-    """Options of D-Rank.
-
-    `group_size`: layers per group (n), `None` for 2, or 1 with grouped-query attention. `shared`: roles whose basis is
-    shared, `None` for the choice of Basis Sharing's authors. `beta`: the fraction of Q's and K's parameters that goes
-    to V. `refit`: fit the coefficients again to deviated inputs; `None` does so from 40 % removed on.
-    """
+    """Options of D-Rank."""
 
     adaptive: ClassVar[bool] = True
 
-    group_size: Annotated[int, Field(ge=1)] | None = None
-    shared: Roles = None
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.35
-    refit: bool | None = None
+    group_size: Count | None = None
+    """Layers per group (n); without, 2, or 1 with grouped-query attention."""
+    shared: Names | None = None
+    """Roles whose basis is shared; without, the choice of Basis Sharing's authors."""
+    beta: Below1 = 0.35
+    """The fraction of Q's and K's parameters that goes to V."""
+    refit: Flag | None = None
+    """Fit the coefficients again to deviated inputs; without, from 40 % removed on."""
 
     def groups(self, spec: Spec) -> list[LayerGroup]:
         """The groups of layers. Raises `LayershareError` for roles that the model does not have."""

@@ -32,7 +32,7 @@ Multiplications per token and the cache of keys and values do not become fewer.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,7 @@ from layershare.plan.budget import Budget, allows, measure
 from layershare.plan.edits import Delta
 from layershare.plan.ranks import TOLERANCE, spend
 from layershare.solve.linalg import energy, spectrum
+from layershare.values import MOST, Count, Flag, Whole
 
 FLOOR = 32
 """The rank is at least the width divided by this."""
@@ -55,22 +56,26 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class DeltaLlm(Method):
-    """Options of DeltaLLM.
+    """Options of DeltaLLM."""
 
-    `unit`: what is shared. `layout`: one target per anchor, `span` of them, or pairs at most `span` apart chosen by
-    measurement. `protect`: blocks at either end that stay intact. `align`: bring targets near to their anchors first.
-    `weighted`: by the error on the target's inputs. `init`: deltas from an SVD, or the anchor's weights alone. `mean`:
-    share the mean of anchor and targets, with a delta for the anchor, too.
-    """
-
+    wants_training: ClassVar[bool] = True
+    sizes: ClassVar[str] = "down to what `unit`, `layout` and `protect` leave"
     unit: Literal["mlp", "attention", "both"] = "mlp"
+    """What is shared."""
     layout: Literal["alternating", "sequential", "measured"] = "alternating"
-    span: Annotated[int, Field(ge=1)] = 2
-    protect: Annotated[int, Field(ge=0)] = 2
-    align: bool = True
-    weighted: bool = True
+    """One target per anchor, `span` of them, or pairs at most `span` apart that are chosen by measurement."""
+    span: Count = 2
+    """How far targets are from their anchors, in blocks."""
+    protect: Annotated[Whole, Field(ge=0, le=MOST)] = 2
+    """Blocks at either end that stay intact."""
+    align: Flag = True
+    """Bring targets near to their anchors first."""
+    weighted: Flag = True
+    """By the error on the target's inputs, not by that of the weights."""
     init: Literal["svd", "random"] = "svd"
-    mean: bool = False
+    """Deltas from an SVD, or the anchor's weights alone."""
+    mean: Flag = False
+    """Share the mean of anchor and targets, with a delta for the anchor, too."""
 
     @property
     def uses(self) -> frozenset[Kind]:  # pyright: ignore[reportIncompatibleVariableOverride]  # options decide

@@ -19,27 +19,30 @@ from layershare.model.arch import Part
 
 @dataclass(frozen=True)
 class JointDrop(DropParts):
-    """Attentions and MLPs, ranked together."""
+    """Leave out the attentions and MLPs that change the hidden states least, ranked together."""
 
+    sizes: ClassVar[str] = "steps of an attention or MLP"
     parts: ClassVar[tuple[Part, ...]] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class AttentionDrop(DropParts):
-    """Attentions alone."""
+    """Leave out the attentions that change the hidden states least."""
 
+    sizes: ClassVar[str] = "steps of an attention"
     parts: ClassVar[tuple[Part, ...]] = ("attention",)
 
 
 @dataclass(frozen=True)
 class MlpDrop(DropParts):
-    """MLPs alone."""
+    """Leave out the MLPs that change the hidden states least."""
 
+    sizes: ClassVar[str] = "steps of an MLP"
     parts: ClassVar[tuple[Part, ...]] = ("mlp",)
 
 
 @dataclass(frozen=True)
 class BlockDrop(DropParts):
-    """Whole blocks."""
+    """Leave out the blocks that change the hidden states least."""
 
     parts: ClassVar[tuple[Part, ...]] = ("block",)

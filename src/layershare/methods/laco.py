@@ -36,6 +36,7 @@ from layershare.methods.trial import Trial
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Merge
+from layershare.values import MOST, Count, Number, Whole
 
 STEP = 0.05
 """By how much the threshold is lowered."""
@@ -43,23 +44,28 @@ STEP = 0.05
 
 @dataclass(frozen=True)
 class LaCo(Method):
-    """Options of LaCo.
-
-    `merged`: layers that one merge makes one of (C). `interval`: how far below an accepted merge the next one starts
-    (I). `lowest`, `highest`: the range of layers (L, H), numbered from 0: no merge starts below L, and H itself, by
-    default the last layer, stays, as in the paper's algorithm. `threshold`: the first T. `samples`: blocks of the
-    calibration text on which the models are compared.
-    """
+    """Options of LaCo."""
 
     uses: ClassVar[frozenset[Kind]] = frozenset()
     adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
-    merged: Annotated[int, Field(ge=2)] = 4
-    interval: Annotated[int, Field(ge=1)] = 2
-    lowest: Annotated[int, Field(ge=0)] = 0
-    highest: Annotated[int, Field(ge=1)] | None = None
-    threshold: Annotated[float, Field(le=1)] = 0.95
-    samples: Annotated[int, Field(ge=1)] = 4
+    sizes: ClassVar[str] = "steps of a block"
+    merged: Annotated[Whole, Field(ge=2, le=MOST)] = 4
+    """Layers that one merge makes one of (C)."""
+    interval: Count = 2
+    """How far below an accepted merge the next one starts (I)."""
+    lowest: Annotated[Whole, Field(ge=0, le=MOST)] = 0
+    """No merge starts below this layer (L), numbered from 0."""
+    highest: Count | None = None
+    """This layer (H) stays, and so do those above it, as in the paper's algorithm; without, the last one."""
+    threshold: Annotated[Number, Field(ge=-1, le=1)] = 0.95
+    """The similarity that a merge must reach at first (T)."""
+    samples: Count = 4
+    """Blocks of the calibration text on which the models are compared."""
+
+    def runs(self, spec: Spec) -> int:
+        """At least the original and a merge at every place, on every sample; what more depends on the model."""
+        return (1 + spec.n_layers) * self.samples
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if layers differ in shape, or if the range has no room for a merge or for enough."""

@@ -13,18 +13,33 @@ from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Share
 from layershare.solve.linalg import Factors, low_rank, share_input, share_output
+from layershare.values import STRICT
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A compression method: a frozen dataclass of its options, registered in `methods/__init__.py`."""
 
+    __pydantic_config__ = STRICT
     uses: ClassVar[frozenset[Kind]] = frozenset({"inputs"})
     """The statistics that it plans and solves with; they are measured before."""
     adaptive: ClassVar[bool] = False
     """Whether it plans by weights and statistics, so that there is no plan before these are there."""
     searches: ClassVar[bool] = False
     """Whether it runs the model on the text while it plans."""
+    wants_training: ClassVar[bool] = False
+    """Whether what it leaves is a start for training rather than a result."""
+    sizes: ClassVar[str] = "any"
+    """The sizes that it can reach, in a few words."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs a text for its plan or its solution."""
+        return bool(self.uses) or self.searches
+
+    def runs(self, spec: Spec) -> int:
+        """How often it runs the model on a block of text while it plans, roughly."""
+        return 0
 
     def require(self, spec: Spec, budget: Budget) -> None:  # noqa: B027  # most methods treat every family
         """Raise `LayershareError` for what is known before anything is measured.

@@ -48,6 +48,7 @@ class Mka(Method):
 
     uses: ClassVar[frozenset[Kind]] = frozenset({"blocks"})
     adaptive: ClassVar[bool] = True
+    sizes: ClassVar[str] = "steps of a block"
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if layers differ in shape, or if a single layer is still too large."""

@@ -29,6 +29,7 @@ class DropParts(Method):
 
     uses: ClassVar[frozenset[Kind]] = frozenset({"blocks"})
     adaptive: ClassVar[bool] = True
+    sizes: ClassVar[str] = "steps of a block"
     parts: ClassVar[tuple[Part, ...]]
     """What may be left out."""
 

@@ -21,9 +21,7 @@ Where this differs
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from pydantic import Field
+from typing import ClassVar
 
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
@@ -33,6 +31,7 @@ from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows, measure
 from layershare.plan.edits import Slice
 from layershare.plan.ranks import TOLERANCE
+from layershare.values import Count
 
 ALIGNED = 8
 """Widths in multiples of this multiply fast on accelerators; the published code rounds to it."""
@@ -40,13 +39,16 @@ ALIGNED = 8
 
 @dataclass(frozen=True)
 class SliceGpt(Method):
-    """Options of SliceGPT.
-
-    `round_to`: the width is a multiple of it; `None`: of 8 if that uses the budget up to 0.5 %, otherwise of 1.
-    """
+    """Options of SliceGPT."""
 
     uses: ClassVar[frozenset[Kind]] = frozenset()
-    round_to: Annotated[int | None, Field(ge=1)] = None
+    round_to: Count | None = None
+    """The width is a multiple of it; without, of 8 if that uses the budget up to 0.5 %, otherwise of 1."""
+
+    @property
+    def reads_text(self) -> bool:
+        """It does, while it slices."""
+        return True
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `UnsupportedModelError`, with the reason, for a model that is no plain pre-norm decoder."""

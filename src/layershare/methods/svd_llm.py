@@ -19,13 +19,15 @@ inputs that the compressed attention gives to the same block's MLP; the code tak
 from dataclasses import dataclass
 
 from layershare.methods.private import UniformLowRank
+from layershare.values import Flag
 
 
 @dataclass(frozen=True)
 class SvdLlm(UniformLowRank):
-    """Options of SVD-LLM. `refit`: fit the second factors again to deviated inputs."""
+    """Options of SVD-LLM."""
 
-    refit: bool = False
+    refit: Flag = False
+    """Fit the second factors again to deviated inputs."""
 
     def refits(self, fraction: float) -> bool:
         """As the option says."""

@@ -1,8 +1,8 @@
 """Describe a causal language model: its blocks, its linears, who reads what. No weights, no per-family code."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from math import prod
@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershare.errors import UnsupportedModelError
+from layershare.errors import UnsupportedModelError, quantized_with
+from layershare.model.checked import FLOATS, no_weights, quantized_by
 from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
@@ -120,6 +121,14 @@ class Spec:
                 return linear
         raise KeyError(f"layer {layer} has no {role}")
 
+    def stored_as(self, dtypes: Mapping[str, torch.dtype], other: torch.dtype | None) -> "Spec":
+        """The same with the floating types that a checkpoint stores, by names with or without prefix, `other` else."""
+        tensors = {}
+        for name, (shape, dtype) in self.tensors.items():
+            stored = dtypes.get(name, dtypes.get(name.removeprefix(self.base_prefix), other))
+            tensors[name] = (shape, stored if dtype in FLOATS and stored in FLOATS else dtype)
+        return replace(self, tensors=tensors)
+
     def weight_name(self, linear: Linear) -> str:
         """Full state-dict name of a linear's weight."""
         return f"{self.base_prefix}{linear.name}.weight"
@@ -214,7 +223,8 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
     _refuse_config(config)
     try:
         with FakeTensorMode() as fake:
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32).eval()
+            own = dtype or config.dtype or torch.float32
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=own, trust_remote_code=False).eval()
         stack, blocks = find_blocks(skeleton)
         _refuse_blocks(config.model_type, blocks)
         flow = Flow()
@@ -233,6 +243,8 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
             tensors[name] = (tuple(value.shape), value.dtype)
     if isinstance(model, PreTrainedModel):
         real = model.state_dict()
+        _require_same(model, real, skeleton)
+        _require_floats(model)
         tensors = {name: (shape, real[name].dtype) for name, (shape, _) in tensors.items()}
     head = skeleton.get_output_embeddings()
     prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
@@ -248,6 +260,24 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
         head_multiplications=head.weight.numel() if isinstance(head, nn.Linear) else 0,
         stream=_stream(flow, prefix, linears, len(blocks), head),
     )
+
+
+def _require_same(model: PreTrainedModel, real: Mapping[str, torch.Tensor], skeleton: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` if a model in memory is not the language model that its config makes."""
+    names = skeleton.state_dict().keys()
+    if other := sorted(real.keys() ^ names):
+        whose = "has" if other[0] in real else "lacks"
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is not the {type(skeleton).__name__} that its config makes, for it {whose} "
+            f"'{other[0]}' ({len(other)} such tensors); give that model, as AutoModelForCausalLM loads it."
+        )
+
+
+def _require_floats(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for weights in memory of a type that weights do not have."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in FLOATS:
+            raise no_weights(name, parameter.dtype)
 
 
 def _stream(flow: Flow, prefix: str, linears: Sequence[Linear], n_layers: int, head: nn.Module | None) -> PreNorm | str:
@@ -296,14 +326,11 @@ def _linears(kind: str, blocks: nn.ModuleList, stack: str, sites: dict[str, str]
 
 def _refuse_config(config: PreTrainedConfig) -> None:
     kind = config.model_type
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
-        if method == "layershare":
-            raise UnsupportedModelError("This model is already compressed by layershare; start from the original.")
-        raise UnsupportedModelError(
-            f"This model is quantized with '{method}'; start from the unquantized weights and quantize afterwards."
-        )
+    method = quantized_by(config.name_or_path or "this model", vars(config))
+    if method == "layershare":
+        raise UnsupportedModelError("This model is already compressed by layershare; start from the original.")
+    if method is not None:
+        raise quantized_with(method)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"'{kind}' is an encoder-decoder model; only decoder-only models are supported.")
     if type(config) not in AutoModelForCausalLM._model_mapping:

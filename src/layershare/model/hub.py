@@ -2,14 +2,15 @@
 
 A compressed folder is an ordinary one whose `config.json` has a `quantization_config` with our name. Because of it
 transformers asks `LayershareQuantizer` to swap the modules of the empty skeleton and does the rest itself: shards,
-dtypes, device maps, parallelism. Importing this module registers the quantizer; `autoload.py` serves programs that
-do not import it.
+dtypes, device maps, parallelism. Importing this module registers the quantizer, and our layers with PEFT;
+`autoload.py` serves programs that do not import it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version as installed
@@ -18,20 +19,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from layershare.errors import LayershareError, incomplete
+from layershare.autoload import when_imported
+from layershare.errors import LayershareError, how_to_install, mismatched
 from layershare.folders import staged
-from layershare.manifest import require_whole
+from layershare.foreign import reading
+from layershare.model import adapters
+from layershare.model.checked import AGAIN
 from layershare.model.dropped import DroppedAttention, DroppedLinear
 from layershare.model.layers import ComposedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
+from layershare.model.source import read_model
 from layershare.model.swap import Anchored, Dropped, Group, drop_modules, make_dense, swap_modules
 
 FORMAT_VERSION = 1
@@ -61,26 +66,26 @@ class LayershareConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **more: Any,
     ) -> None:
+        if type(version) is not int or version < 1:
+            raise LayershareError(f"The quantization_config of config.json has version {version!r}: {AGAIN}.")
         if version > FORMAT_VERSION:
             raise LayershareError(
                 f"This checkpoint has format version {version}, this layershare reads up to {FORMAT_VERSION}: "
-                "run `pip install --upgrade layershare`."
+                f"update it ({how_to_install()})."
             )
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]  # the enum is closed
         self.version = version
         self.layershare_version = layershare_version or installed("layershare")
-        try:
+        with reading("The quantization_config of config.json", AGAIN):
             self.groups = tuple(group if isinstance(group, Group) else Group(**group) for group in groups)
             self.deltas = tuple(each if isinstance(each, Anchored) else Anchored(**each) for each in deltas)
             self.dropped = tuple(each if isinstance(each, Dropped) else Dropped(**each) for each in dropped)
             self.slice = Sliced.from_json(slice) if isinstance(slice, dict) else slice
-        except (TypeError, KeyError) as error:
-            raise LayershareError(f"Malformed entry in quantization_config of config.json ({error}).") from error
-        names = list(chain.from_iterable(each.members for each in (*self.groups, *self.dropped)))
-        names += chain.from_iterable(each.users for each in self.deltas)
-        if twice := {name for name in names if names.count(name) > 1}:
+            self.compression = dict(compression or {})
+        counts = Counter(chain.from_iterable(each.members for each in (*self.groups, *self.dropped)))
+        counts.update(chain.from_iterable(each.users for each in self.deltas))
+        if twice := {name for name, count in counts.items() if count > 1}:
             raise LayershareError(f"'{min(twice)}' is listed twice: a layer belongs to one group only.")
-        self.compression = dict(compression or {})
         self.__dict__.update(more)
 
     @property
@@ -199,26 +204,18 @@ class LayershareQuantizer(HfQuantizer):
 
 register_quantization_config(QUANT_METHOD)(LayershareConfig)
 register_quantizer(QUANT_METHOD)(LayershareQuantizer)
+when_imported(adapters.RESOLVER, adapters.register)
 
 
-def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrainedModel:
+def load(
+    folder: str | Path, *, dense: bool = False, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
     """Load a causal LM, compressed or not, from a folder or hub id; `dense=True` multiplies the factors out.
 
     `options` go to `from_pretrained`. Raises `LayershareError` where there is no readable model, or only a part of one,
-    and where `verify` does.
+    or more in its files than the model has, and where `verify` does.
     """
-    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise LayershareError(f"'{folder}' has no config.json: give the folder of a model.")
-    require_whole(folder, weights=True)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except SafetensorError as error:
-        raise LayershareError(f"A weight file of '{folder}' is damaged ({error}): fetch or write it again.") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise LayershareError(f"'{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    model, loading = loaded
-    if missing := loading["missing_keys"]:  # transformers makes them up
-        raise incomplete(folder, missing)
+    model, _ = read_model(folder, trust_remote_code=trust_remote_code, **options)
     kinds = ComposedLinear | DroppedAttention | DroppedLinear | SlicedNorm
     ours = any(isinstance(module, kinds) for module in model.modules())
     return model.dequantize() if dense and ours else model
@@ -238,7 +235,8 @@ def write_folder(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToke
     model.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
-    write_shim(folder, config)
+    if not model.is_remote_code():
+        write_shim(folder, config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -258,7 +256,7 @@ def write_shim(folder: str | Path, config: dict[str, Any]) -> None:
         '    """The same class, from a module that imports layershare."""\n'
     )
     (Path(folder) / f"{SHIM}.py").write_text(code, "utf-8")
-    config.setdefault("auto_map", {})["AutoModelForCausalLM"] = f"{SHIM}.{name}"
+    config["auto_map"] = {"AutoModelForCausalLM": f"{SHIM}.{name}"}  # other code's files are not written
 
 
 def _base_prefix(model: PreTrainedModel) -> str:
@@ -288,7 +286,4 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
         if key not in stored:
             raise LayershareError(f"The checkpoint lacks the tensor '{key}': fetch or write it again.")
         if stored[key] != list(tensor.shape):
-            raise LayershareError(
-                f"'{key}' is {stored[key]} in the checkpoint, but config.json makes it {list(tensor.shape)}: "
-                "config.json and weights are of different models."
-            )
+            raise mismatched(key, stored[key], tensor.shape)

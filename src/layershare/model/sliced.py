@@ -40,7 +40,7 @@ class Sliced:
 class SlicedNorm(nn.Module):
     """RMSNorm without weights of what is left of x: x / √(Σxᵢ²/D + ε), with D the width before slicing.
 
-    Where the last norm is followed by no writer, what it keeps of x is let go of at once.
+    The last norm is followed by no writer, so it keeps no reference to x.
     """
 
     def __init__(self, width: int, eps: float, *, hands_on: bool = True) -> None:

@@ -1,15 +1,47 @@
 """From a model's name to config and tokenizer. A name is a folder, a hub id, or `sample`, the model that we ship."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from layershare.errors import LayershareError, unknown
+from layershare.autoload import METHOD
+from layershare.errors import LayershareError, incomplete, mismatched, quantized_with, unknown
+from layershare.foreign import reading
 from layershare.manifest import require_whole
+from layershare.model.checked import (
+    AGAIN,
+    config_values,
+    may_run_code,
+    needs_trust,
+    quantized_by,
+    require_all_used,
+    require_floating,
+    require_generation_config,
+    require_tokenizer_files,
+    stored_tensors,
+)
 
 SAMPLE = "sample"
+_LOGGERS = (
+    "transformers.modeling_utils",
+    "transformers.distributed.tensor_parallel",  # asked by the former where that is hushed
+    "accelerate.big_modeling",
+)
 
 
 def resolve(name: str | Path) -> str:
@@ -21,8 +53,10 @@ def resolve(name: str | Path) -> str:
     if str(name) == SAMPLE:
         return str(files("layershare") / "sample")
     path = Path(name)
+    with reading(f"The model's name '{str(name)[:60]}…'", "name a folder or a hub id"):  # too long for a path, say
+        path.exists()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
             raise LayershareError(f"The folder '{name}' is not a model: it has no config.json.")
         require_whole(path, weights=False)
         return str(path)
@@ -33,29 +67,107 @@ def resolve(name: str | Path) -> str:
     return str(name)
 
 
-def read_config(name: str | Path) -> PreTrainedConfig:
-    """The model's config. Raises `LayershareError` if there is no such model, or if it is damaged."""
+def read_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config. Raises `LayershareError` if there is no such model, or if `checked` refuses it."""
     source = resolve(name)
+    values = values_of(source)
+    run_code = may_run_code(source, values, trust_remote_code)
+    with reading(f"The config.json of '{name}'", AGAIN):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=run_code)
+        if run_code:  # so that the model's class is known wherever its config is
+            model = get_class_from_dynamic_module(values["auto_map"]["AutoModelForCausalLM"], source)
+            model.register_for_auto_class("AutoModelForCausalLM")
+            AutoModelForCausalLM.register(type(config), model, exist_ok=True)
+    return config
+
+
+def values_of(source: str) -> dict[str, Any]:
+    """What the config.json of a folder or hub id says. Raises `LayershareError` as `read_config`."""
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        if Path(source).is_dir():
-            reason = " ".join(str(error).split())
-            raise LayershareError(f"The config.json of '{name}' cannot be used: {reason}") from error
+        return config_values(source)
+    except (OSError, HFValidationError) as error:
         nearby = [SAMPLE, *(path.parent.name for path in Path().glob("*/config.json"))]
-        hint = str(unknown("model", str(name), nearby)).removesuffix(f"Known: {', '.join(sorted(nearby))}.")
+        hint = str(unknown("model", source, nearby)).removesuffix(f"Known: {', '.join(sorted(nearby))}.")
         raise LayershareError(
             f"{hint.strip()} It is no folder here, and the hub does not have it or cannot be reached."
         ) from error
 
 
-def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises `LayershareError` if it has none."""
+def read_model(
+    name: str | Path, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The causal LM as `from_pretrained` gives it with these options, and what its checkpoint stores (on meta).
+
+    Raises `LayershareError` as `read_config`, and if the weights cannot be read, lack some of the model's, or hold more
+    than the model has, which would be lost.
+    """
+    source = resolve(name)
+    require_whole(source, weights=True)
+    values = values_of(source)
+    stored = stored_tensors(source, values)
+    require_generation_config(source)
+    method = quantized_by(source, values)
+    foreign = method if method != METHOD else None
+    run_code = may_run_code(source, values, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(resolve(name))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise LayershareError(f"The tokenizer of '{name}' cannot be loaded: {reason}") from error
+        with reading(f"The model '{name}'", AGAIN), _hushed():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=run_code,
+                **options,
+            )
+    except LayershareError as error:
+        if foreign is None:
+            raise
+        raise quantized_with(foreign, error.__cause__) from error
+    model, loading = loaded
+    for key, there, here in loading["mismatched_keys"]:
+        raise mismatched(key, there, here)
+    if missing := loading["missing_keys"]:  # transformers makes them up
+        raise incomplete(name, missing)
+    require_all_used(source, loading["unexpected_keys"])
+    if foreign is None:
+        require_floating(model, stored)
+    elif getattr(model, "hf_quantizer", None) is None:
+        raise quantized_with(foreign)
+    if not run_code:
+        vars(model.config).pop("auto_map", None)  # it names files that are not written with the model
+    return model, stored
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep libraries from printing what `read_model` makes sentences of, and that weights are on disk."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def read_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises `LayershareError` if it has none, and as `read_config`."""
+    source = resolve(name)
+    values_of(source)
+    require_tokenizer_files(source)
+    with reading(f"The tokenizer of '{name}'", AGAIN):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise needs_trust(f"The tokenizer of '{name}'") from error
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r}")
+    if tokenizer._auto_class is None:
+        tokenizer.init_kwargs.pop("auto_map", None)  # it names files that are not written with the tokenizer
+    return tokenizer
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,14 +12,13 @@ from typing import Any, cast
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
 from accelerate.utils import PrefixedDataset
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from layershare.errors import LayershareError, incomplete
-from layershare.manifest import require_whole
+from layershare.errors import LayershareError, mismatched
 from layershare.memory import give_back_freed_memory
 from layershare.model.arch import find_blocks
+from layershare.model.source import read_model
 
 # What a configuration records about files, versions and run-time choices rather than about the function computed.
 _NOT_ARCHITECTURE = {
@@ -35,8 +33,11 @@ class Weights:
 
     `model` is the model itself: never modified, and on the meta device when its weights are on disk.
     `blocks` is its stack of blocks and `blocks_name` that stack's full name ("model.layers").
-    `device` is where `block` and `shell` put what they read.
+    `device` is where `block` and `shell` put what they read. `checkpoint` is what is stored on disk, by the names
+    there, on the meta device: of other types than the model's, perhaps, in which it is read.
     """
+
+    checkpoint: Mapping[str, Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, device: torch.device, stored: Mapping[str, Tensor] | None) -> None:
         """Use `Weights.of` or `Weights.open`; `stored` maps names to tensors on disk, None if all are in memory."""
@@ -59,28 +60,21 @@ class Weights:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
     ) -> "Weights":
         """Open a checkpoint (hub id or folder) and leave its weights on disk.
 
         Safetensors files are read where they are. What transformers has to convert, such as a PyTorch `.bin`
         checkpoint, is rewritten to the folder `scratch`, which must outlive this object.
-        Raises LayershareError if there is no such checkpoint or if it lacks weights of its architecture.
+        Raises LayershareError as `read_model`.
         """
-        require_whole(source, weights=True)
         give_back_freed_memory()  # or what is read block after block would pile up
         scratch.mkdir(parents=True, exist_ok=True)
-        try:
-            with _hushed("accelerate.big_modeling"):  # it warns that the weights are on disk
-                opened: Any = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=dtype, device_map={"": "disk"}, offload_folder=scratch, output_loading_info=True
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise LayershareError(f"Cannot open the model '{source}': {reason}") from error
-        model, loading = opened
-        if missing := loading["missing_keys"]:
-            raise incomplete(source, missing)
-        return cls(model, torch.device(device), _take_stored(model))
+        place: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": scratch}
+        model, checkpoint = read_model(source, trust_remote_code=trust_remote_code, dtype=dtype, **place)
+        weights = cls(model, torch.device(device), _take_stored(model))
+        weights.checkpoint = checkpoint
+        return weights
 
     def names(self) -> list[str]:
         """Full names of all stored tensors (parameters and persistent buffers) in order; tied ones once."""
@@ -114,10 +108,7 @@ class Weights:
         for name in self.names():
             stored, expected = self.tensor(name).shape, self.model.get_parameter_or_buffer(name).shape
             if stored != expected:
-                raise LayershareError(
-                    f"'{name}' is {list(stored)} in the checkpoint, but config.json makes it {list(expected)}: "
-                    "config.json and weights are of different models."
-                )
+                raise mismatched(name, stored, expected)
         for name, source in self.model.all_tied_weights_keys.items():
             ours, theirs = self.tensor(name), self.tensor(source)
             both_known = not (ours.is_meta or theirs.is_meta)
@@ -227,18 +218,6 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
         # The extremes carry NaN and infinity through without a mask of the tensor's size.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise LayershareError(f"The weights of '{name}' contain NaN or infinity; use an intact checkpoint.")
-
-
-@contextmanager
-def _hushed(name: str) -> Iterator[None]:
-    """Keep a logger from printing warnings."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _take_stored(model: PreTrainedModel) -> Mapping[str, Tensor]:

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, prod
+from typing import Literal
 
-from layershare.errors import LayershareError, unknown
+from layershare.errors import LayershareError, short, unknown
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
 from layershare.plan.edits import Delta, Edit, Share, Side, dropped_parts, kept_layers, sharing, sliced_width, widths
 from layershare.plan.layout import checkpoint_tensors, origins
 from layershare.plan.slices import target_names
 
+_DIAL = r"((?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][-+]?[0-9]{1,3})?)\s*([A-Za-z]*)"
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -38,12 +40,12 @@ class Sizes:
 class Budget:
     """What may be kept: of the targets a fraction and the count that is never exceeded, and what the user counts `of`.
 
-    With `of="all"` it is the whole model that must not exceed `parameters` plus what is not a target.
+    With `of="all"` the whole model may have `parameters` plus everything that is not a target.
     """
 
     fraction: Fraction
     parameters: int
-    of: str = "targets"
+    of: Literal["all", "targets"] = "targets"
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ def parse_keep(keep: float | str) -> Keep:
 
     Raises `LayershareError` for anything else, and for fractions outside ]0, 1].
     """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)", str(keep).strip())
+    match = re.fullmatch(_DIAL, str(keep).strip())
     unit = match[2].upper() if match else ""
     if match is None or (unit not in _COUNTS and unit not in _BYTES):
         raise LayershareError(
-            f"keep={keep} is not understood; give a fraction (0.8), parameters (5.4B) or a size (11GB)."
+            f"keep={short(str(keep))} is not understood; give a fraction (0.8), parameters (5.4B) or a size (11GB)."
         )
     number = Fraction(match[1])
     if unit in _BYTES:
@@ -165,7 +167,7 @@ def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
     Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed, and for other
     words than these two.
     """
-    if of not in ("all", "targets"):
+    if of != "all" and of != "targets":  # so that its type is known
         raise unknown("of", of, ("all", "targets"))
     targets = target_parameters(spec)
     total = spec.parameters if of == "all" else targets

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field
 
 from layershare.errors import LayershareError, unknown
 from layershare.model.arch import PARTS, Linear, Part, Spec
+from layershare.values import STRICT, Number, Whole, Word
 
 Side = Literal["input", "output"]
+Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=100_000)]
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,10 @@ class Share:
     `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared.
     """
 
-    role: str
-    layers: tuple[int, ...]
-    rank: int
+    __pydantic_config__ = STRICT
+    role: Word
+    layers: Layers
+    rank: Whole
     side: Side
     kind: Literal["share"] = "share"
 
@@ -42,10 +47,11 @@ class Delta:
     weight is W, unless it is one of `layers`: then it has a delta, too, and W is nobody's own (a mean).
     """
 
-    role: str
-    anchor: int
-    layers: tuple[int, ...]
-    rank: int
+    __pydantic_config__ = STRICT
+    role: Word
+    anchor: Whole
+    layers: Layers
+    rank: Whole
     kind: Literal["delta"] = "delta"
 
     @property
@@ -63,8 +69,9 @@ class Delta:
 class Drop:
     """Layers that lose a part: their attention, their MLP (what is left passes the residual on), or the whole block."""
 
+    __pydantic_config__ = STRICT
     part: Part
-    layers: tuple[int, ...]
+    layers: Layers
     kind: Literal["drop"] = "drop"
 
 
@@ -75,9 +82,10 @@ class Merge:
     `layers` are in order and hold `into`; `coefficients` are their cⱼ.
     """
 
-    into: int
-    layers: tuple[int, ...]
-    coefficients: tuple[float, ...]
+    __pydantic_config__ = STRICT
+    into: Whole
+    layers: Layers
+    coefficients: tuple[Annotated[Number, Field(ge=-1e6, le=1e6)], ...]
     kind: Literal["merge"] = "merge"
 
 
@@ -88,11 +96,22 @@ class Slice:
     Each sub-layer gets a width × width shortcut matrix, which turns the residual into the next one's components.
     """
 
-    width: int
+    __pydantic_config__ = STRICT
+    width: Whole
     kind: Literal["slice"] = "slice"
 
 
-Edit = Share | Delta | Drop | Merge | Slice
+def _of_a_kind(values: Any) -> Any:
+    """An edit that does not say its kind has that of which it has the keys."""
+    if not isinstance(values, dict):
+        return values
+    own = {"anchor": "delta", "part": "drop", "into": "merge", "width": "slice"}
+    return {"kind": next((own[key] for key in own if key in values), "share"), **values}
+
+
+Edit = Annotated[
+    Annotated[Share | Delta | Drop | Merge | Slice, Field(discriminator="kind")], BeforeValidator(_of_a_kind)
+]
 
 
 def sliced_width(edits: Sequence[Edit]) -> int | None:

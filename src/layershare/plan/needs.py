@@ -9,6 +9,7 @@ from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import measure
 from layershare.plan.edits import Delta, Share, sharing, sliced_width, widths
 from layershare.plan.plan import Plan
+from layershare.plan.work import Work, count_work
 
 GRAM_ITEMSIZE = 4
 """Grams are float32."""
@@ -18,7 +19,7 @@ SLACK = 1.2
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: `memory` beside the interpreter and its libraries, and disk for `stats` and for the `output`.
+    """Bytes: `memory` beside the interpreter and its libraries, and disk for `stats` and for the `output`; the `work`.
 
     `states`: the hidden states, which are a part of the output while the run lasts.
     """
@@ -27,6 +28,7 @@ class Needs:
     stats: int
     output: int
     states: int
+    work: Work
 
 
 def estimate_needs(
@@ -38,10 +40,13 @@ def estimate_needs(
     batch_size: int,
     kinds: Collection[Kind],
     refits: bool = False,
-    refines: bool = False,
+    epochs: int = 0,
     searches: bool = False,
+    runs: int = 0,
 ) -> Needs:
-    """Estimate memory and disk of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
+    """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
+
+    It refines in so many `epochs` (0: not at all) and, if the method searches, runs the model on so many blocks then.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
@@ -62,12 +67,14 @@ def estimate_needs(
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
     batch = batch_size * length * (4 * width + 3 * widest) * itemsize
     states = 2 * blocks * length * width * itemsize
+    work = count_work(spec, plan, blocks=blocks, length=length, kinds=kinds, refits=refits, epochs=epochs, runs=runs)
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
             memory=2 * max(block) + batch + _eigenproblem(width),
             stats=0,
             output=2 * plan.after.all.bytes + states + 2 * spec.n_layers * width * sliced * GRAM_ITEMSIZE,
             states=states,
+            work=work,
         )
     if plan is None:
         full = (Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears)
@@ -78,7 +85,7 @@ def estimate_needs(
     streams = refits or "inputs" in kinds or "blocks" in kinds
     if streams:
         steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
-    if refines:
+    if epochs:
         dense = max(sum(x.parameters for x in spec.linears if x.layer == layer) for layer in range(spec.n_layers))
         steps.append(2 * max(block) + 4 * 4 * dense + 4 * batch)
         states *= 2
@@ -88,13 +95,14 @@ def estimate_needs(
         steps.append(model + spec.n_layers * text + logits)
     if searches:
         steps.append(2 * model + text + logits)
-    states = states if streams or refines else 0
+    states = states if streams or epochs else 0
     pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
         memory=int(SLACK * max(steps, default=0)),
         stats=(sum(grams) if "inputs" in kinds else 0) + (pooled if "blocks" in kinds else 0),
         output=2 * after.all.bytes + states,
         states=states,
+        work=work,
     )
 
 

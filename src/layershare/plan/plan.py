@@ -3,28 +3,31 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from layershare.errors import LayershareError
+from layershare.foreign import parse_json, read_text, reading
 from layershare.model.arch import Spec
-from layershare.plan.budget import Sizes, measure
+from layershare.plan.budget import Sizes, measure, parse_keep
 from layershare.plan.edits import Edit, check
+from layershare.values import STRICT, Dial, Word, checked, first_fault
 
 
 @dataclass(frozen=True)
 class Plan:
     """The edits that make a model smaller, and its exact sizes before and after."""
 
-    model_type: str
-    method: str
-    options: dict[str, Any]
-    keep: float | str
-    of: str
+    __pydantic_config__ = STRICT
+    model_type: Word
+    method: Word
+    options: dict[Word, Any]
+    keep: Dial
+    of: Literal["all", "targets"]
     before: Sizes
     after: Sizes
-    edits: tuple[Edit, ...]
+    edits: Annotated[tuple[Edit, ...], FailFast(), Field(max_length=100_000)]
 
     def to_json(self) -> str:
         """The plan as JSON, as stored in `plan.json`."""
@@ -33,20 +36,21 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Read a plan. Raises `LayershareError` if the text is not one."""
+        with reading("The plan", "mend it, or let `layershare plan` write one"):
+            values = parse_json(text)
         try:
-            return TypeAdapter(cls).validate_json(text)
+            plan = checked(cls, values)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise LayershareError(f"This is not a plan: {place or 'the text'}: {first['msg']}.") from error
+            path, said, _ = first_fault(error)
+            raise LayershareError(f"This is not a plan: {'.'.join(path) or 'the text'}: {said}.") from error
+        parse_keep(plan.keep)
+        return plan
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Plan":
         """Read a plan as it stands in a file. Raises `LayershareError` if the file is missing or is no plan."""
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise LayershareError(f"There is no plan that can be read at '{path}'.") from error
+        with reading(f"The plan '{path}'", "mend it, or name another file"):
+            return cls.from_json(read_text(Path(path)))
 
     @classmethod
     def read(cls, path: str | Path, spec: Spec) -> "Plan":
@@ -55,5 +59,9 @@ class Plan:
         Raises `LayershareError` if the file is missing, is no plan, or does not fit the model.
         """
         plan = cls.from_file(path)
+        if plan.model_type != spec.model_type:
+            raise LayershareError(
+                f"The plan '{path}' is for a '{plan.model_type}' model, this is a '{spec.model_type}'; make another."
+            )
         check(spec, plan.edits)
         return replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -12,15 +13,18 @@ from layershare.plan.budget import delta_parameters, share_parameters
 from layershare.plan.edits import Delta, Merge, Share, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
+from layershare.plan.work import Speed
 
 
-def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> RenderableType:
-    """The plan as tables for a terminal: a line per role and run of equal groups, then totals."""
-    groups = Table(title=f"{plan.method} on {spec.model_type}, keep {plan.keep} of {plan.of}", title_justify="left")
-    for column in ("role", "layers", "shape"):
-        groups.add_column(column)
-    for column in ("groups", "rank", "parameters", "after", "kept"):
-        groups.add_column(column, justify="right")
+def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed | None = None) -> RenderableType:
+    """The plan as tables for a terminal: a line per role and run of equal groups, then totals and needs."""
+    groups = _table(f"{plan.method} on {spec.model_type}, keep {plan.keep} of {plan.of}")
+    groups.add_column("role", no_wrap=True)
+    groups.add_column("layers", min_width=6)
+    groups.add_column("shape", min_width=5)
+    groups.add_column("groups", min_width=7, justify="right")
+    for column in ("rank", "parameters", "kept"):
+        groups.add_column(column, justify="right", no_wrap=True)
     shared = sharing(plan.edits)
     sliced = sliced_width(plan.edits)
     kept, dropped = set(kept_layers(spec.n_layers, plan.edits)), set(dropped_parts(plan.edits))
@@ -43,35 +47,43 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None) -> Renderable
     if sliced is not None:
         shortcuts = len(spec.sliceable().sublayers)
         layers, count = _range(list(range(spec.n_layers))), shortcuts * sliced**2
-        groups.add_row("shortcut", layers, f"{sliced} × {sliced}", "new", "", "0", f"{count:,}", "")
-    totals = Table()
+        groups.add_row("shortcut", layers, f"{sliced} × {sliced}", "new", "", f"{count:,}", "")
+    totals = _table()
     totals.add_column("")
-    for column in ("parameters", "bytes", "multiplications per token"):
-        totals.add_column(column, justify="right")
-    for part in ("all", "targets"):
+    for column in ("before", "after", "kept"):
+        totals.add_column(column, justify="right", no_wrap=True)
+    for part, of in (("all", ""), ("targets", " of the targets")):
         before, after = getattr(plan.before, part), getattr(plan.after, part)
-        totals.add_row(f"{part} before", f"{before.parameters:,}", f"{before.bytes:,}", f"{before.multiplications:,}")
-        totals.add_row(
-            f"{part} after",
-            *(
-                f"{new:,} ({new / old:.1%})"
-                for new, old in (
-                    (after.parameters, before.parameters),
-                    (after.bytes, before.bytes),
-                    (after.multiplications, before.multiplications),
-                )
-            ),
-        )
+        for name in ("parameters", "bytes", "multiplications"):
+            old, new = getattr(before, name), getattr(after, name)
+            per_token = " per token" if name == "multiplications" else ""
+            totals.add_row(f"{name}{of}{per_token}", f"{old:,}", *_kept(old, new))
     merges = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
     if needs is None:
         return Group(groups, *merges, totals)
-    return Group(groups, *merges, totals, needs_sentence(needs))
+    return Group(groups, *merges, totals, needs_sentence(needs, speed))
 
 
-def needs_sentence(needs: Needs) -> str:
-    """What the run will need, for people."""
-    words = f"The run needs about {size(needs.memory)} of memory beside its libraries and {size(needs.output)} of disk"
-    return f"{words}, and {size(needs.stats)} of disk for statistics."
+def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:
+    """What the run will need, for people; the time, too, if the machine's speed is known."""
+    disk = f"{size(needs.output)} of disk, and {size(needs.stats)} of disk for statistics"
+    words = f"The run needs about {size(needs.memory)} of memory beside its libraries, {disk}"
+    if speed is None:
+        return f"{words}."
+    return f"{words}; about {duration(needs.work.seconds(speed))} on this machine ({speed.place})."
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `47 s`, `3.5 min`, `2.1 h`."""
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    unit, factor = next(each for each in units if seconds >= each[1] or each[1] == 1)
+    value = seconds / factor
+    return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
+
+
+def _table(title: str | None = None) -> Table:
+    """A table that is as narrow as can be."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
@@ -108,8 +120,8 @@ def _add_sliced(table: Table, linears: Sequence[Linear], width: int) -> None:
     table.add_row(first.role, _range(layers), shape, "sliced", f"{width:,}", *_kept(before, after))
 
 
-def _kept(before: int, after: int) -> tuple[str, str, str]:
-    return f"{before:,}", f"{after:,}", f"{after / before:.1%}"
+def _kept(before: int, after: int) -> tuple[str, str]:
+    return f"{after:,}", f"{after / before:.1%}"
 
 
 def _range(layers: list[int]) -> str:

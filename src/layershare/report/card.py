@@ -3,15 +3,13 @@
 It holds nothing that differs between two runs of one recipe, no dates, durations or folders.
 """
 
-import re
-import sys
-from pathlib import Path
+import math
 
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCardData
 
-from layershare.errors import LayershareError
+from layershare.errors import how_to_install
 from layershare.methods import METHODS
-from layershare.model.source import SAMPLE, resolve
+from layershare.methods.catalogue import paper_of
 from layershare.report.runs import Run
 from layershare.report.words import (
     blocks,
@@ -19,6 +17,7 @@ from layershare.report.words import (
     edits,
     healed,
     healing,
+    in_blocks,
     loading,
     options,
     percent,
@@ -49,7 +48,7 @@ Made by layershare {layershare} with the method `{method}`{options}: {edits}. Co
 {healing}
 ## How to load it
 
-{install}```python
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on the hub
@@ -82,23 +81,17 @@ _HEALING = """
 {table}
 """
 
-_INSTALL = """\
-```
-pip install layershare
-```
-
-"""
-
 
 def card(run: Run) -> str:
     """The card as Markdown."""
-    base = f"[{run.model}](https://huggingface.co/{run.model})" if _on_hub(run) else f"`{run.model}`"
+    named = run.results["original"].get("base_model") == run.results["model"]
+    base = f"[{run.model}](https://huggingface.co/{run.model})" if named else f"`{run.model}`"
     rows = [f"| {name} | {old} | {new} | {percent(kept, 1)} |" for name, old, new, kept in sizes(run)]
     measured = "No quality was measured: the recipe has no evaluation."
     if (evaluation := run.evaluation) is not None:
         ours, theirs = (evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
         rows += [
-            f"| perplexity | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
+            f"| perplexity {in_blocks(evaluation['text'])} | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
             f"| KL divergence from the original (nats per token) | 0 | {evaluation['kl']:.3g} | |",
             f"| top-1 agreement with the original | {percent(1)} | {percent(evaluation['top1_agreement'], 1)} | |",
         ]
@@ -125,8 +118,7 @@ def card(run: Run) -> str:
         measured=measured,
         healing=_healing(run),
         base=base,
-        install="" if run.ordinary else _INSTALL,
-        loading=loading(run),
+        loading=loading(run) if run.ordinary else f"{loading(run)} To install it: {how_to_install()}.",
         citation=citation(run.results["method"]),
     )
 
@@ -141,15 +133,14 @@ def _healing(run: Run) -> str:
 
 def citation(method: str) -> str:
     """The paper that the method's own file names, if it names one."""
-    documented = sys.modules[METHODS[method].__module__].__doc__ or "" if method in METHODS else ""
-    paper = re.search(r"^Paper: (.*?arXiv [\d.]+\d)", documented, re.DOTALL | re.MULTILINE)
-    return f"{' '.join(paper[1].split())}." if paper else f"The method `{method}` of layershare."
+    paper = paper_of(method) if method in METHODS else None
+    return f"{paper}." if paper else f"The method `{method}` of layershare."
 
 
 def _front_matter(run: Run) -> ModelCardData:
-    """What the hub reads: a base model only if the hub knows it by that name, a licence only if it is known."""
-    results = []
-    if (evaluation := run.evaluation) is not None:
+    """What the hub reads; of the original what was known of it when it was compressed."""
+    original, results = run.results["original"], []
+    if (evaluation := run.evaluation) is not None and math.isfinite(evaluation["perplexity"]["value"]):
         results = [
             EvalResult(
                 task_type="text-generation",
@@ -162,25 +153,9 @@ def _front_matter(run: Run) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=run.results["model"] if _on_hub(run) else None,
-        base_model_relation="quantized" if _on_hub(run) else None,  # the hub's word for compressed versions
-        license=_license(run),
+        base_model_relation="quantized" if "base_model" in original else None,  # the hub's word for compressed versions
         tags=["layershare", "compressed", run.results["method"]],
         model_name=f"{run.model} at {percent(run.kept)}" if results else None,
         eval_results=results or None,
+        **original,
     )
-
-
-def _on_hub(run: Run) -> bool:
-    """Whether the original was named by a hub id."""
-    name = run.results["model"]
-    return name != SAMPLE and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _license(run: Run) -> str | None:
-    """The licence in the original's own card, where that is on this machine."""
-    try:
-        original = Path(resolve(run.results["model"])) / "README.md"
-    except LayershareError:
-        return None
-    return (metadata_load(original) or {}).get("license") if original.is_file() else None

@@ -65,7 +65,9 @@ def frontier(models: Sequence[Point], worth: Callable[[Point], float]) -> list[P
 def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Point], float]) -> go.Figure:
     """Quality against size, the frontier as a line through filled points, the others hollow."""
     figure = go.Figure()
-    unit, factor = ("billion", 1e9) if max(p.parameters for each in models for p in each) >= 1e9 else ("million", 1e6)
+    sizes = [point.parameters for comparable in models for point in comparable]
+    middle = (min(sizes) + max(sizes)) / 2
+    unit, factor = ("billion", 1e9) if max(sizes) >= 1e9 else ("million", 1e6)
     for number, comparable in enumerate(models):
         colour = PALETTE[number % len(PALETTE)]
         best = frontier(comparable, worth)
@@ -80,8 +82,11 @@ def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Poin
             x=[point.parameters / factor for point in comparable],
             y=[worth(point) for point in comparable],
             mode="markers+text",
-            text=[point.name for point in comparable],
-            textposition=["bottom left" if point.kept == 1 else "top right" for point in comparable],
+            text=[_label(point.name) for point in comparable],
+            textposition=[
+                "bottom left" if point.kept == 1 else "top left" if point.parameters > middle else "top right"
+                for point in comparable
+            ],
             marker={
                 "size": 11,
                 "color": colour,
@@ -280,6 +285,12 @@ def describe_cell(cell: Cell) -> str:
 
 def _layers(cell: Cell) -> str:
     return f"layer{'s' * (len(cell.layers) > 1)} {', '.join(map(str, cell.layers))}"
+
+
+def _label(name: str) -> str:
+    """A name that a phone has room for: of a path the last part."""
+    label = name.rstrip("/").rpartition("/")[2]
+    return label if len(label) <= 24 else f"{label[:23]}…"
 
 
 def _letters(number: int) -> str:

@@ -1,15 +1,25 @@
 """Results for the terminal: tables of evaluations and of compressed models."""
 
-import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from layershare.disk import size
 from layershare.errors import LayershareError
-from layershare.folders import WORK
+from layershare.folders import RECIPE, WORK
+from layershare.foreign import read_mapping, reading
+from layershare.report.results import RESULTS, Listed, read_as
+from layershare.report.runs import PLAN, printable, short
+from layershare.report.words import percent
 from layershare.report.words import score as score_in_words
+
+_UNITS = (("B", 10**9), ("M", 10**6), ("k", 10**3))
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
@@ -21,7 +31,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     original = evaluation["original_perplexity"]
     if original is not None:
         table.add_column("original", justify="right")
-    table.add_row("perplexity", *(f"{each['value']:.4g}" for each in (evaluation["perplexity"], original) if each))
+    name = f"perplexity, blocks of {text['length']:,}"
+    table.add_row(name, *(f"{each['value']:.4g}" for each in (evaluation["perplexity"], original) if each))
     if original is not None:
         table.add_row("KL from the original (nats per token)", f"{evaluation['kl']:.4g}", "0")
         table.add_row("top-1 agreement", f"{evaluation['top1_agreement']:.1%}", "100%")
@@ -62,43 +73,64 @@ def tasks_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def listing(folder: Path) -> Table:
-    """The finished models below a folder, one line each; other programs' `results.json` are passed over.
+def listing(folder: Path) -> tuple[Table, list[str]]:
+    """The finished models below a folder, one line each, and a sentence for each one whose results cannot be read.
 
-    Raises `LayershareError` if there is no such folder.
+    Other programs' `results.json` are passed over. Raises `LayershareError` if there is no such folder.
     """
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{folder}'.")
-    table = Table()
+    table, unreadable = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False), []
     for column in ("folder", "model", "method"):
-        table.add_column(column)
-    for column in ("keep", "of", "parameters", "bytes", "perplexity"):
-        table.add_column(column, justify="right")
-    for path in sorted(folder.rglob("results.json")):
-        if (results := _results(path)) is None or WORK in path.parts:
-            continue
-        after, before = results["after"]["all"], results["before"]["all"]
-        healing = results.get("healing")
-        measured = results.get("evaluation", {}) if healing is None else healing.get("evaluation", {}).get("after", {})
-        perplexity = measured.get("perplexity", {}).get("value")
-        table.add_row(
-            str(path.parent.relative_to(folder)),
-            results["model"],
-            results["method"] + (", healed" if healing else ""),
-            str(results["keep"]),
-            results["of"],
-            f"{after['parameters']:,} ({after['parameters'] / before['parameters']:.1%})",
-            size(after["bytes"]),
-            "" if perplexity is None else f"{perplexity:.4g}",
-        )
-    return table
+        table.add_column(column, overflow="fold")
+    for column in ("size", "kept", "on disk", "perplexity (block)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for place in _places(folder):
+        name = printable(str(place.relative_to(folder)))
+        try:
+            with reading(f"{name}: its {RESULTS}", "delete it, or make the model again"):
+                table.add_row(*map(Text, (name, *_row(read_as(Listed, place / RESULTS)))))
+        except LayershareError as error:
+            if _ours(place):
+                unreadable.append(str(error))
+    return table, unreadable
 
 
-def _results(path: Path) -> dict[str, Any] | None:
-    """The results of a run, `None` if the file is something else or damaged."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(results, dict) and {"model", "method", "keep", "of", "before", "after"} <= set(results)
-    return results if ours else None
+def _row(results: dict[str, Any]) -> list[str]:
+    """A model's line, without its folder."""
+    after, before = results["after"]["all"], results["before"]["all"]
+    healing = results.get("healing")
+    measured = results.get("evaluation", {}) if healing is None else healing.get("evaluation", {}).get("after", {})
+    method = (
+        results["method"] if results["of"] == "all" else f"{results['method']}, {results['keep']} of {results['of']}"
+    )
+    return [
+        short(results["model"]),
+        printable(method) + (", healed" if healing else ""),
+        _count(after["parameters"]),
+        percent(after["parameters"] / before["parameters"], 1),
+        size(after["bytes"]),
+        f"{measured['perplexity']['value']:.4g} ({measured['text']['length']})" if "perplexity" in measured else "",
+    ]
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """The folders below, links not followed, that have results, in order; those that cannot be entered are left out."""
+    for place, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if name != WORK)
+        if RESULTS in files:
+            yield Path(place)
+
+
+def _ours(place: Path) -> bool:
+    """Whether results that cannot be read are those of a run: they lie beside its plan, or have our keys."""
+    if (place / PLAN).is_file() and (place / RECIPE).is_file():
+        return True
+    with suppress(LayershareError), reading(RESULTS, "it is not ours"):
+        return {"model", "method", "keep", "of", "before", "after"} <= read_mapping(place / RESULTS).keys()
+    return False
+
+
+def _count(parameters: int) -> str:
+    unit, factor = next(((unit, factor) for unit, factor in _UNITS if parameters >= factor), ("", 1))
+    return f"{parameters / factor:.3g}{unit}"

@@ -1,15 +1,16 @@
 """The page: one HTML file with everything in it, to be read without network, in light or dark, on a phone or a desk."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from layershare.disk import OTHER_FILE, size, writing
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, how_to_install
+from layershare.foreign import reading, reason
 from layershare.report.card import card, citation
-from layershare.report.runs import SPEED, Run
+from layershare.report.runs import AGAIN, SPEED, Run
 from layershare.report.words import (
     blocks,
     calibration,
@@ -18,6 +19,7 @@ from layershare.report.words import (
     edits,
     healed,
     healing,
+    in_blocks,
     loading,
     made_in,
     method_of,
@@ -29,20 +31,22 @@ from layershare.report.words import (
 )
 from layershare.store import write_atomically
 
-INSTALL = "pip install 'layershare[report]'"
-
 
 def write_pages(folder: Path, name: str) -> None:
     """Write a finished run's `README.md` and, where the report extra is installed, its `report.html`.
 
-    `name` is what the page calls the run. Warns if there can be no page.
+    `name` is what the page calls the run. What cannot be made is left out, with a warning: the run is finished without.
     """
-    run = Run.read(folder, name)
-    write_atomically(folder / "README.md", card(run).encode())
+    pages: dict[str, Callable[[Run], str]] = {"README.md": card}
     if _installed():
-        write_page([run], folder / "report.html")
+        pages["report.html"] = lambda run: page([run], interactive=False)
     else:
-        warnings.warn(f"To get report.html in every run: {INSTALL}.", stacklevel=2)
+        warnings.warn(f"To get report.html in every run: {how_to_install('report')}.", stacklevel=2)
+    for file, make in pages.items():
+        try:
+            write_atomically(folder / file, make(Run.read(folder, name)).encode("utf-8", "replace"))
+        except Exception as error:  # noqa: PERF203  # whatever it is, it must not cost the work that is done
+            warnings.warn(f"The result has no {file} ({reason(error)}), but all else.", stacklevel=2)
 
 
 def report(folders: Sequence[Path], out: Path) -> None:
@@ -51,21 +55,21 @@ def report(folders: Sequence[Path], out: Path) -> None:
     Raises `LayershareError` if a folder is no finished run, the file cannot be written or the extra is missing.
     """
     if not _installed():
-        raise LayershareError(f"The report needs jinja2 and plotly: {INSTALL}.")
-    runs = [Run.read(folder, str(folder)) for folder in folders]
+        raise LayershareError(f"The report needs jinja2 and plotly: {how_to_install('report')}.")
+    text = page([Run.read(folder, str(folder)) for folder in folders])
     with writing(out, OTHER_FILE):
-        write_page(runs, out)
+        write_atomically(out, text.encode("utf-8", "replace"))
 
 
-def write_page(runs: Sequence[Run], out: Path) -> None:
-    """Write the page about some runs to a file."""
-    write_atomically(out, page(runs).encode("utf-8", "replace"))
+def page(runs: Sequence[Run], *, interactive: bool = True) -> str:
+    """The page as HTML, with charts that tell their values when pointed at (5 MB of plotly), or drawn once for all.
 
-
-def page(runs: Sequence[Run]) -> str:
-    """The page as HTML."""
+    Raises `LayershareError` if there is something in a run's files that cannot be shown.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
+
+    from layershare.report.svg import draw
 
     environment = Environment(
         loader=PackageLoader("layershare.report", "template"),
@@ -75,18 +79,24 @@ def page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     filters = (
-        *(blocks, calibration, citation, count, digits_of, edits, healed, healing, loading),
+        *(blocks, calibration, citation, count, digits_of, draw, edits, healed, healing, in_blocks, loading),
         *(made_in, options, percent, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}
-    return environment.get_template("page.html").render(
-        title=_title(runs),
-        runs=[(run, _figures(run)) for run in runs],
-        together=_together(runs),
-        rows=_rows(runs),
-        speed_file=SPEED,
-        plotly=get_plotlyjs(),
-    )
+    charts = []
+    for run in runs:
+        with reading(f"The results of '{run.name}'", AGAIN):
+            charts.append((run, _figures(run)))
+    names = "', '".join(run.name for run in runs)
+    with reading(f"The results of '{names}'", AGAIN):
+        return environment.get_template("page.html").render(
+            title=_title(runs),
+            runs=charts,
+            together=_together(runs),
+            rows=_rows(runs),
+            speed_file=SPEED,
+            plotly=get_plotlyjs() if interactive else None,
+        )
 
 
 def _installed() -> bool:
@@ -142,7 +152,7 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         original = evaluation["original_perplexity"]["value"] if evaluation else None
         if (fingerprint, original) not in seen and (evaluation or fingerprint not in measured):
             seen.add((fingerprint, original))
-            same = {"kl": 0.0, "top1_agreement": 1.0} if evaluation else {}
+            same = {"kl": 0.0, "top1_agreement": 1.0, "text": evaluation["text"]} if evaluation else {}
             rows.append(_row(run.model, "original", run.results["before"]["all"], 1.0, original, same))
         ours = evaluation["perplexity"]["value"] if evaluation else None
         rows.append(_row(run.name, method_of(run), run.results["after"]["all"], run.kept, ours, evaluation or {}))
@@ -158,6 +168,7 @@ def _row(
         **size,
         "kept": kept,
         "perplexity": perplexity,
+        "block": measured["text"]["length"] if measured else None,
         "kl": measured.get("kl"),
         "agreement": measured.get("top1_agreement"),
     }

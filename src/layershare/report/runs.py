@@ -1,19 +1,23 @@
 """A finished run as its folder tells it: files in, and for the eyes what was done to every linear."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from layershare.errors import LayershareError
+from layershare.folders import RECIPE
+from layershare.foreign import read_text, reading
 from layershare.model.arch import part_of
 from layershare.plan.edits import Delta
+from layershare.report.results import RESULTS, Planned, Results, Speed, read_as
 
+PLAN = "plan.json"
 SPEED = "speed.json"
 """What `bench` leaves in a run's folder."""
 SHARING = ("share", "anchor", "delta")
 """The kinds of cells that use weights together with others."""
+AGAIN = "run its recipe.yaml again with this version of layershare"
 
 
 @dataclass(frozen=True)
@@ -54,29 +58,30 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "Run":
-        """Read a run's folder. Raises `LayershareError` if it is none, or unfinished, or from another version."""
+        """Read a run's folder. Raises `LayershareError` if it is none, unfinished, damaged or from another version."""
         if not folder.is_dir():
             raise LayershareError(f"There is no folder '{folder}'.")
-        for needed in ("config.json", "results.json", "plan.json", "recipe.yaml"):
-            if not (folder / needed).is_file():
+        for needed in ("config.json", RESULTS, PLAN, RECIPE):
+            if not (folder / needed).exists():
                 raise LayershareError(
                     f"'{folder}' is no finished run, it has no {needed}; name the output folder of compress or run."
                 )
-        try:
-            results, plan = (_json(folder / file) for file in ("results.json", "plan.json"))
-            speed = _json(folder / SPEED) if (folder / SPEED).is_file() else None
-            recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise LayershareError(f"A file of the run in '{folder}' is damaged ({error}); run it again.") from error
-        if not {"before", "after", "groups", "shapes", "machine"} <= set(results):
-            raise LayershareError(f"'{folder}' was made by another version of layershare; run its recipe.yaml again.")
-        return cls(name, results, plan, recipe, speed)
+        speed = None
+        with reading(f"The {RESULTS} of '{folder}'", AGAIN):
+            results = read_as(Results, folder / RESULTS)
+        with reading(f"The {PLAN} of '{folder}'", AGAIN):
+            plan = read_as(Planned, folder / PLAN)
+        with reading(f"The {RECIPE} of '{folder}'", AGAIN):
+            recipe = read_text(folder / RECIPE)
+        if (folder / SPEED).exists():
+            with reading(f"The {SPEED} of '{folder}'", "delete it, or measure it again"):
+                speed = read_as(Speed, folder / SPEED)
+        return cls(printable(name), results, plan, recipe, speed)
 
     @property
     def model(self) -> str:
-        """The original's name, short: a hub id, or the last part of a path."""
-        name = self.results["model"]
-        return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
+        """The original's name, short."""
+        return short(self.results["model"])
 
     @property
     def kept(self) -> float:
@@ -185,5 +190,11 @@ class Run:
         ]
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def printable(name: str) -> str:
+    """A name in one line, in which every character can be shown and stored."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
+
+
+def short(name: str) -> str:
+    """A model's name for people: a hub id, or the last part of a path."""
+    return printable(Path(name).name or name if Path(name).is_absolute() else name)

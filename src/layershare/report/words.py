@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from layershare.disk import size
+from layershare.plan.table import duration
 from layershare.report.runs import SHARING, Run
 
 _UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
@@ -34,7 +35,7 @@ def story(run: Run) -> str:
     sentence = f"{run.model} at {percent(run.kept)}: {of_count(after, before)} parameters"
     if run.evaluation is None:
         return sentence
-    return f"{sentence}, perplexity {quality(run, 3)}"
+    return f"{sentence}, perplexity {quality(run, 3)} {in_blocks(run.evaluation['text'])}"
 
 
 def quality(run: Run, digits: int = 4) -> str:
@@ -42,6 +43,11 @@ def quality(run: Run, digits: int = 4) -> str:
     assert run.evaluation is not None
     ours, theirs = (run.evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
     return f"{digits_of(ours, digits)} instead of {digits_of(theirs, digits)}"
+
+
+def in_blocks(text: dict[str, Any]) -> str:
+    """The length that a perplexity is of: `in blocks of 256 tokens`."""
+    return f"in blocks of {text['length']:,} tokens"
 
 
 def digits_of(value: float, digits: int = 4) -> str:
@@ -86,22 +92,18 @@ def healed(run: Run) -> list[tuple[str, str, str]]:
     if stages and "text" in stages["after"]:
         before, after = stages["before"], stages["after"]
         old, new = (digits_of(each["perplexity"]["value"]) for each in (before, after))
-        rows.append(("perplexity", old, new))
+        rows.append((f"perplexity {in_blocks(after['text'])}", old, new))
         if after["kl"] is not None:
             rows.append(("KL divergence from the original", f"{before['kl']:.3g}", f"{after['kl']:.3g}"))
     losses = [entry["held_out_perplexity"] for entry in run.healing["log"] if "held_out_perplexity" in entry]
-    rows.append(("perplexity of held-out training text", digits_of(losses[0]), digits_of(losses[-1])))
+    name = f"perplexity of held-out training text {in_blocks(run.healing['text'])}"
+    rows.append((name, digits_of(losses[0]), digits_of(losses[-1])))
     return rows
 
 
 def made_in(seconds: dict[str, float]) -> str:
     """How long the compression took, evaluation aside: `47 s`, `3.5 min`, `2.1 h`."""
-    total = sum(value for step, value in seconds.items() if step != "evaluate")
-    return next(
-        f"{total / factor:.2g} {unit}"
-        for unit, factor in (("h", 3600), ("min", 60), ("s", 1))
-        if total >= factor or unit == "s"
-    )
+    return duration(sum(value for step, value in seconds.items() if step != "evaluate"))
 
 
 def sizes(run: Run) -> list[tuple[str, str, str, float]]:

@@ -213,10 +213,11 @@ def _add_lower(moment: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _congruence(moment: Tensor, root: Tensor) -> None:
-    """Replace M by SMSᵀ for upper triangular S. Of both only the lower triangles count: the upper ones are work space.
+    """Replace M by SMSᵀ for upper triangular S.
 
-    Block after block of columns j, M_{≥j,j} becomes M_{≥j,≥j}(Sᵀ)_{≥j,j}, of which row block j then gives row j of the
-    result; neither is read again, so that a quarter of the work of two full products is done, in place.
+    Reads only the lower triangle of each operand; the upper triangles are work space. Block after block of columns j,
+    M_{≥j,j} becomes M_{≥j,≥j}(Sᵀ)_{≥j,j}, of which row block j then gives row j of the result; neither is read again,
+    so that a quarter of the work of two full products is done, in place.
     """
     upper = moment.tril(-1).T
     moment.tril_().add_(upper)

@@ -45,9 +45,9 @@ def refine_blocks(
     `targets` and `inputs`: two streams over the same model and text, of which the first runs the original and the
     second the compressed blocks. A step takes `options.batch_size` rows of text, one of the streams' batches after the
     other. The factors are trained in float32, rounded to the dtype that they are stored in whenever the block runs, and
-    kept as they were after the best epoch; before the first counts as one. Returns the options and, under `blocks`,
-    layer -> the relative error ‖block(X) − block′(X′)‖² / ‖block(X)‖² at the `start` and at the end (`error`), and the
-    `epoch` that was kept, 0 for the start.
+    kept as they were after the best epoch, where epoch 0 is the unrefined block. Returns the options and, under
+    `blocks`, layer -> the relative error ‖block(X) − block′(X′)‖² / ‖block(X)‖² at the `start` and at the end
+    (`error`), and the `epoch` that was kept.
     """
     spec = factored.spec
     require_refinable(factored.plan.edits)

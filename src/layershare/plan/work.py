@@ -1,0 +1,145 @@
+"""How long a run will take: its multiplications, counted, and the speed of this machine, measured in half a second."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from layershare.calibrate.stats import Kind
+from layershare.model.arch import Spec
+from layershare.plan.edits import Delta, Share, sharing, sliced_width, widths
+from layershare.plan.plan import Plan
+
+HANDLING = 1.4
+"""For what a block does beside its products: norms, softmax, rounding, copies."""
+START = 3.0
+"""Seconds to open the model and the text, and to write the result."""
+_ROWS = 1024
+_WIDEST = 1024
+_ENOUGH = 0.08
+"""Seconds that each kind of product is measured."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Multiplications per second: through a model in its dtype, of Grams in float32, in float64; `eigen`: d³ of them.
+
+    `place`: where it was measured, in words.
+    """
+
+    model: float
+    single: float
+    double: float
+    eigen: float
+    place: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications of a run, by the kinds that `Speed` tells apart; `eigen` is Σd³ over the eigenproblems."""
+
+    model: int = 0
+    single: int = 0
+    double: int = 0
+    eigen: int = 0
+
+    def seconds(self, speed: Speed) -> float:
+        """How long that takes, roughly."""
+        products = HANDLING * self.model / speed.model + self.single / speed.single + self.double / speed.double
+        return START + products + self.eigen / speed.eigen
+
+
+def count_work(
+    spec: Spec,
+    plan: Plan | None,
+    *,
+    blocks: int,
+    length: int,
+    kinds: Collection[Kind],
+    refits: bool,
+    epochs: int,
+    runs: int,
+) -> Work:
+    """The work of a run, without evaluation, of which nothing is done yet.
+
+    It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit, and to refine in so
+    many `epochs`, and while it plans, `runs` × `length` tokens. Without a plan, every matrix counts as solved at its
+    full rank, if the method solves anything.
+    """
+    tokens = blocks * length
+    sites = {linear.site: linear.d_in for linear in spec.linears}.values()
+    attention = 2 * length * sum(linear.d_in for linear in spec.linears if linear.role == "o")
+    forward = sum(linear.parameters for linear in spec.linears) + attention
+    whole = forward + spec.head_multiplications
+    grams = tokens * sum(d * d for d in sites)
+    passes = single = 0
+    if "inputs" in kinds or "blocks" in kinds:
+        passes, single = 1, grams if "inputs" in kinds else 0
+    if plan is not None and sliced_width(plan.edits):
+        width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
+        turned = 2 * spec.n_layers * width**3 + width * sum(linear.parameters for linear in spec.linears)
+        return Work(2 * tokens * forward, 2 * tokens * spec.n_layers * width**2, turned, 2 * spec.n_layers * width**3)
+    if refits:
+        passes, single = passes + 2, single + grams
+    if epochs:
+        passes += 3 + 4 * epochs  # original, compressed, start; then forward, backward (twice a forward) and error
+    model = tokens * passes * forward + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
+    if plan is not None:
+        edits = list(dict.fromkeys(sharing(plan.edits).values()))
+    elif kinds == {"blocks"} or (runs and not kinds):
+        edits = []
+    else:
+        edits = [Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears]
+    double = eigen = 0
+    for edit in edits:
+        linear = spec.linear(edit.role, edit.layers[0])
+        d_in, d_out, n = linear.d_in, linear.d_out, len(edit.layers)
+        if isinstance(edit, Delta):
+            side, rounds = min(d_in, d_out), n
+        else:
+            side, rounds = widths(linear, edit.side)[0] if n > 1 else min(d_in, d_out), 1
+        eigen += rounds * side**3
+        double += n * (max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)) + rounds * side**3
+        if refits:
+            double += n * edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
+    return Work(model, single, double, eigen)
+
+
+@cache
+def measure_speed(device: str, dtype: torch.dtype, width: int) -> Speed:
+    """Measure the speed of products of matrices `width` wide, where that is not very wide, on a device."""
+    width = min(width, _WIDEST)
+
+    def matrix(rows: int, kind: torch.dtype) -> Tensor:
+        return torch.randn(rows, width, device=device).to(kind)
+
+    x, w = matrix(_ROWS, dtype), matrix(2 * width, dtype)
+    single, double = matrix(256, torch.float32), matrix(width, torch.float64)
+    symmetric = double @ double.T
+    place = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
+    return Speed(
+        model=_per_second(lambda: torch.nn.functional.silu(x @ w.T), _ROWS * 2 * width**2),
+        single=_per_second(lambda: single.T @ single, 256 * width**2),
+        double=_per_second(lambda: double @ double, width**3),
+        eigen=_per_second(lambda: torch.linalg.eigh(symmetric), width**3),
+        place=place.replace("1 threads", "1 thread"),
+    )
+
+
+def _per_second(product: Callable[[], object], multiplications: int) -> float:
+    """Multiplications per second, after a first time that does not count."""
+
+    def once() -> None:
+        product()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    once()
+    times, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < _ENOUGH:
+        once()
+        times += 1
+    return times * multiplications / passed

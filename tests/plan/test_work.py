@@ -1,0 +1,43 @@
+"""How long a run takes: what is counted, and that the machine's speed makes seconds of it."""
+
+import pytest
+import torch
+
+from layershare.model.arch import describe
+from layershare.plan.work import START, Speed, Work, count_work, measure_speed
+from tests.families import tiny_model
+
+SPEC = describe(tiny_model("llama"))
+NOTHING = {"blocks": 2, "length": 8, "kinds": frozenset(), "refits": False, "epochs": 0, "runs": 0}
+
+
+def work(**changes) -> Work:
+    return count_work(SPEC, None, **{**NOTHING, **changes})
+
+
+def test_a_pass_of_the_text_goes_once_through_every_matrix_and_makes_a_gram_at_every_site():
+    matrices = sum(linear.parameters for linear in SPEC.linears)
+    scores = 2 * 8 * sum(linear.d_in for linear in SPEC.linears if linear.role == "o")
+    measured = work(kinds=frozenset({"inputs"}))
+    assert measured.model == 2 * 8 * (matrices + scores)
+    assert measured.single == 2 * 8 * 4 * (3 * 32**2 + 56**2)
+    assert measured.eigen == sum(min(linear.d_in, linear.d_out) ** 3 for linear in SPEC.linears)
+    assert work(kinds=frozenset({"inputs"}), refits=True).model == 3 * measured.model
+    assert work(kinds=frozenset({"inputs"}), epochs=10).model == 44 * measured.model
+    assert work(kinds=frozenset({"inputs"}), blocks=20).model == 10 * measured.model
+    head = 2 * 8 * SPEC.head_multiplications
+    assert work(kinds=frozenset({"fisher"})).model == 3 * (measured.model + head)
+    assert work(runs=6).model == 3 * (measured.model + head)
+
+
+def test_methods_that_leave_out_or_merge_layers_solve_nothing():
+    assert work(kinds=frozenset({"blocks"})).eigen == work(runs=6).eigen == 0
+    assert work().eigen > 0
+
+
+def test_speed_makes_seconds_of_it():
+    speed = measure_speed("cpu", torch.bfloat16, 32)
+    assert min(speed.model, speed.single, speed.double, speed.eigen) > 0
+    assert speed.place == "cpu, 1 thread"
+    assert Work().seconds(speed) == START
+    assert Work(single=6, double=4, eigen=3).seconds(Speed(1, 2, 2, 1, "")) == pytest.approx(START + 3 + 2 + 3)
