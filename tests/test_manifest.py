@@ -196,7 +196,7 @@ def test_export_and_heal_leave_manifests(layershare, here, small):  # noqa: F811
     code, _, err = layershare(*heal, "--set", "text.held_out=4")
     assert (code, "'tokenizer.json' has changed; delete the folder" in err) == (2, True)
     code, _, err = layershare("heal", "small", "-o", "other", *TEXT, "--loss", "distill", "--teacher", "out")
-    assert (code, "'out' is not as it was written: 'tokenizer.json' has changed" in err) == (2, True)
+    assert (code, "out' is not as it was written: 'tokenizer.json' has changed" in err) == (2, True), err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

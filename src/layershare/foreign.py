@@ -11,6 +11,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from layershare.disk import FULL, trouble
 from layershare.errors import LayershareError, short
 
 DEPTH = 64
@@ -34,6 +35,11 @@ def reading(what: str, advice: str) -> Iterator[None]:
     except LayershareError:
         raise
     except Exception as error:  # whatever a parser, a library or a model's own code raises
+        if (found := trouble(error)) is not None and found[0] in FULL:  # what is fetched or converted is also written
+            raise LayershareError(
+                f"{short(what)} cannot be read without room on the disk ({found[1]}); make some, and run the command "
+                "again."
+            ) from error
         raise LayershareError(f"{short(what)} cannot be used ({reason(error)}): {advice}.") from error
 
 
