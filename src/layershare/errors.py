@@ -36,7 +36,9 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> LayershareError:
     """
     names = sorted(known)
     near = get_close_matches(short(word), names, n=1, cutoff=0.5)
-    hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
+    every = ", ".join(names)
+    every = every if len(every) <= 2 * LONGEST else f"{every[: 2 * LONGEST].rpartition(', ')[0]} …"
+    hint = f"Did you mean '{near[0]}'?" if near else f"Known: {every}."
     return LayershareError(f"Unknown {kind} '{short(word)}'. {hint}")
 
 
