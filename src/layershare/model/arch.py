@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -367,7 +367,7 @@ def _refuse_blocks(kind: str, blocks: nn.ModuleList) -> None:
             )
 
 
-def _hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _hollow(config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     """A model that computes with real activations, but whose weights are one zero each and whose linears multiply
     nothing: it takes no memory and next to no time whatever its size."""
     with init_empty_weights(include_buffers=False):
@@ -378,9 +378,14 @@ def _hollow(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             setattr(module, name, nn.Parameter(zeros, requires_grad=False))
         if isinstance(module, nn.Linear | Conv1D):
             width = module.nf if isinstance(module, Conv1D) else module.out_features
-            module.forward = lambda x, width=width: x.new_zeros(*x.shape[:-1], width)
+            linear: Any = module
+            linear.forward = partial(_zeros, width)
     model.tie_weights()
     return model
+
+
+def _zeros(width: int, input: torch.Tensor) -> torch.Tensor:
+    return input.new_zeros(*input.shape[:-1], width)
 
 
 def _watch(
