@@ -605,7 +605,10 @@ def export(
 
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare wrote.")]) -> None:
-    """Check that a finished folder is as layershare wrote it, every tensor of it."""
+    """Check that a folder is as it was written.
+
+    Every file and every tensor that layershare wrote there is compared with its checksum in manifest.json.
+    """
     from layershare.manifest import verify
 
     say(console, str(verify(folder)))
