@@ -73,6 +73,7 @@ def test_help_does_not_import_torch():
         "bench",
         "report",
         "export",
+        "verify",
         "ls",
         "generate",
     ]:

@@ -605,9 +605,9 @@ def export(
 
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare wrote.")]) -> None:
-    """Check that a result is undamaged.
+    """Check that a folder is as it was written.
 
-    Every file and every tensor must be as layershare wrote it.
+    Every file and every tensor that layershare wrote there is compared with its checksum in manifest.json.
     """
     from layershare.manifest import verify
 
