@@ -23,6 +23,7 @@ from layershare.healing.settings import make_healing
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
+from layershare.model.given import require_model, require_runnable
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
@@ -65,6 +66,7 @@ def compress(
 
     Raises `LayershareError` for what cannot be done, before anything is computed.
     """
+    require_model(model)
     recipe = make_recipe(
         {
             "model": model.name_or_path or model.config.model_type,
@@ -120,6 +122,9 @@ def heal(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
+    require_model(model)
+    if teacher is not None and not isinstance(teacher, str | Path):
+        require_model(teacher, what="teacher")
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
         "model": model.name_or_path or model.config.model_type,
@@ -159,8 +164,8 @@ def make_plan(
     Raises `LayershareError` as `compress` does, and for methods that plan by what they measure on a text.
     """
     spec, chosen = describe(model), make_method(method, options)
-    evidence = None
-    if isinstance(model, PreTrainedModel) and not (chosen.uses or chosen.searches):
+    evidence, readable = None, isinstance(model, PreTrainedModel) and not any(p.is_meta for p in model.parameters())
+    if readable and not (chosen.uses or chosen.searches):
         evidence = Evidence(spec, Weights.of(model))
     return plan_with(spec, method, chosen, keep, of, evidence)
 
@@ -179,6 +184,9 @@ def measure(
 
     Raises `LayershareError` for texts that cannot be read, and for models of different vocabularies.
     """
+    require_runnable(model)
+    if original is not None:
+        require_runnable(original, what="original")
     tokens = load_text(text, tokenizer, split="test", blocks=blocks, length=block_length(model, length))
     return evaluate(model, tokens, original, batch_size=batch_size)
 

@@ -1,7 +1,7 @@
 """Describe a causal language model: its blocks, its linears, who reads what. No weights, no per-family code."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layershare.errors import UnsupportedModelError
+from layershare.errors import LayershareError, UnsupportedModelError
+from layershare.model.given import require_model
 from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
@@ -219,7 +220,7 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
     `UnsupportedModelError`, with the reason, for models that are not dense decoders (encoder-decoder,
     mixture-of-experts, state-space and convolutional ones), and for already compressed models.
     """
-    config = model.config if isinstance(model, PreTrainedModel) else model
+    config = model if isinstance(model, PreTrainedConfig) else require_model(model, weights=False).config
     _refuse_config(config)
     made_in = dtype or config.dtype or torch.float32
     try:
@@ -242,8 +243,9 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
             seen.add(id(value))
             tensors[name] = (tuple(value.shape), value.dtype)
     if isinstance(model, PreTrainedModel):
-        real = model.state_dict()
-        tensors = {name: (shape, real[name].dtype) for name, (shape, _) in tensors.items()}
+        real = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+        _require_as_configured(real, skeleton.state_dict())
+        tensors = {name: real[name] for name in tensors}
     head = skeleton.get_output_embeddings()
     prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model is not skeleton else ""
     linears = _linears(config.model_type, blocks, stack, sites)
@@ -320,6 +322,24 @@ def _refuse_config(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"'{kind}' is not a causal language model that transformers can build.")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModelError(f"'{kind}' is a multimodal model; give its text model alone.")
+
+
+def _require_as_configured(
+    real: Mapping[str, tuple[tuple[int, ...], torch.dtype]], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise `LayershareError` where a model in memory has other tensors than its config makes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    for name in sorted(real.keys() | shapes.keys()):
+        ours, theirs = real[name][0] if name in real else None, shapes.get(name)
+        if ours != theirs:
+            raise LayershareError(
+                f"'{name}' is {_shape(ours)} in memory, but {_shape(theirs)} by the model's config: its modules were "
+                "changed after loading; give the model as it was loaded."
+            )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "not there" if shape is None else str([*shape])
 
 
 def _refuse_blocks(kind: str, blocks: nn.ModuleList) -> None:

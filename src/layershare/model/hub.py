@@ -29,6 +29,7 @@ from layershare.autoload import when_imported
 from layershare.errors import LayershareError, incomplete
 from layershare.model import adapters
 from layershare.model.dropped import DroppedAttention, DroppedLinear
+from layershare.model.given import require_model
 from layershare.model.layers import ComposedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
@@ -224,7 +225,11 @@ def load(folder: str | Path, *, dense: bool = False, **options: Any) -> PreTrain
 
 
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """`save_pretrained` with the shim of `write_shim`, and the tokenizer."""
+    """`save_pretrained` with the shim of `write_shim`, and the tokenizer.
+
+    Raises `LayershareError` for a model that is wrapped, adapted, quantized or not in memory.
+    """
+    require_model(model)
     model.save_pretrained(folder)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text("utf-8"))
