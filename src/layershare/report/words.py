@@ -170,7 +170,10 @@ def loading(run: Run) -> str:
     """What it takes to load the result, and what becomes of programs that cannot."""
     if run.ordinary:
         return "It is an ordinary checkpoint, which loads without layershare, too."
-    needed = "layershare must be installed, not imported."
+    needed = (
+        "layershare must be installed, not imported. It trains like any model; PEFT takes the usual or its default\n"
+        "`target_modules`, and puts the adapter of a layer on the part that is its own, such as its coefficients."
+    )
     if run.sliced:
         return f"{needed} Its hidden states are narrower than an ordinary model's: it cannot be made one."
     return f"{needed} `layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for other programs."
