@@ -22,6 +22,7 @@ from layershare.healing.settings import make_healing
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
+from layershare.model.given import require_model, require_runnable
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.model.original import copy_side_files, files_of, source_of
@@ -68,6 +69,7 @@ def compress(
     Raises `LayershareError` for what cannot be done, before anything is computed.
     """
     text = as_source(text)
+    require_model(model)
     recipe = make_recipe(
         {
             "model": source_of(model) or model.name_or_path or model.config.model_type,
@@ -125,6 +127,9 @@ def heal(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LayershareError("Several processes train a model in a folder: save it, and call `layershare heal`.")
     text = as_source(text)
+    require_model(model)
+    if teacher is not None and not isinstance(teacher, str | Path):
+        require_model(teacher, what="teacher")
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
         "model": source_of(model) or model.name_or_path or model.config.model_type,
@@ -167,8 +172,8 @@ def make_plan(
     Raises `LayershareError` as `compress` does, and for methods that plan by what they measure on a text.
     """
     spec, chosen = describe(model), make_method(method, options)
-    evidence = None
-    if isinstance(model, PreTrainedModel) and not (chosen.uses or chosen.searches):
+    evidence, readable = None, isinstance(model, PreTrainedModel) and not any(p.is_meta for p in model.parameters())
+    if readable and not (chosen.uses or chosen.searches):
         evidence = Evidence(spec, Weights.of(model))
     return plan_with(spec, method, chosen, keep, of, evidence)
 
@@ -190,9 +195,11 @@ def measure(
     it (`None`: in a terminal). Raises `LayershareError` for texts that cannot be read or used with the model, and for
     models of different vocabularies.
     """
+    require_runnable(model)
     text = as_source(text)
     options = make_as(Test, {"text": name_of(text), "blocks": blocks, "length": length, "batch_size": batch_size})
     if original is not None:
+        require_runnable(original, what="original")
         require_same_vocabulary("original", original, model.config)
     tokens = load_text(
         text,

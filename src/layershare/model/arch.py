@@ -2,29 +2,24 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import UnsupportedModelError, quantized_with
 from layershare.model.checked import FLOATS, no_weights, quantized_by
 from layershare.model.composition import Member
+from layershare.model.given import require_model
 from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
+from layershare.model.skeleton import run_skeleton
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
 """Roles that read the residual stream; their natural shared side is the input."""
@@ -48,7 +43,6 @@ _ROLE_NAMES = {
     "gate_up": ("gate_up_proj",),
     "down": ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"),
 }
-_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 _ROLE_OF_NAME = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 
 
@@ -234,27 +228,21 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
     `UnsupportedModelError`, with the reason, for models that are not dense decoders (encoder-decoder,
     mixture-of-experts, state-space and convolutional ones), and for already compressed models.
     """
-    config = model.config if isinstance(model, PreTrainedModel) else model
+    config = model if isinstance(model, PreTrainedConfig) else require_model(model, weights=False).config
     _refuse_config(config)
-    made_in = dtype or config.dtype or torch.float32
     try:
-        try:
-            with FakeTensorMode() as fake:
-                skeleton = AutoModelForCausalLM.from_config(config, dtype=made_in, trust_remote_code=False).eval()
-            stack, blocks, flow, sites = _watch(skeleton, fake)
-        except _NEEDS_VALUES:
-            skeleton = _hollow(config, made_in)
-            stack, blocks, flow, sites = _watch(skeleton, nullcontext())
+        skeleton, seen = run_skeleton(config, dtype or config.dtype or torch.float32, _watch)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code raises
         raise UnsupportedModelError(
             f"A '{config.model_type}' model of this config cannot be run on token ids alone ({type(error).__name__})."
         ) from error
-    tensors, seen = {}, set()
+    stack, blocks, flow, sites = seen
+    tensors, counted = {}, set()
     for name, value in skeleton.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
-            seen.add(id(value))
+        if id(value) not in counted:
+            counted.add(id(value))
             tensors[name] = (tuple(value.shape), value.dtype)
     if isinstance(model, PreTrainedModel):
         real = model.state_dict()
@@ -279,13 +267,19 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
 
 def _require_same(model: PreTrainedModel, real: Mapping[str, torch.Tensor], skeleton: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` if a model in memory is not the language model that its config makes."""
-    names = skeleton.state_dict().keys()
-    if other := sorted(real.keys() ^ names):
+    expected = skeleton.state_dict()
+    if other := sorted(real.keys() ^ expected.keys()):
         whose = "has" if other[0] in real else "lacks"
         raise UnsupportedModelError(
             f"This {type(model).__name__} is not the {type(skeleton).__name__} that its config makes, for it {whose} "
             f"'{other[0]}' ({len(other)} such tensors); give that model, as AutoModelForCausalLM loads it."
         )
+    for name, tensor in real.items():
+        if tensor.shape != expected[name].shape:
+            raise UnsupportedModelError(
+                f"'{name}' is {list(tensor.shape)} in memory, but {list(expected[name].shape)} by the model's config: "
+                "its modules were changed after loading; give the model as it was loaded."
+            )
 
 
 def _require_floats(model: PreTrainedModel) -> None:
@@ -365,27 +359,6 @@ def _refuse_blocks(kind: str, blocks: nn.ModuleList) -> None:
             raise UnsupportedModelError(
                 f"'{kind}' is a mixture-of-experts model ('{name}' holds the experts); only dense models are supported."
             )
-
-
-def _hollow(config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A model that computes with real activations, but whose weights are one zero each and whose linears multiply
-    nothing: it takes no memory and next to no time whatever its size."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
-        if isinstance(module, nn.Linear | Conv1D):
-            width = module.nf if isinstance(module, Conv1D) else module.out_features
-            linear: Any = module
-            linear.forward = partial(_zeros, width)
-    model.tie_weights()
-    return model
-
-
-def _zeros(width: int, input: torch.Tensor) -> torch.Tensor:
-    return input.new_zeros(*input.shape[:-1], width)
 
 
 def _watch(

@@ -34,6 +34,7 @@ from layershare.model import adapters
 from layershare.model.checked import AGAIN
 from layershare.model.composition import Composition
 from layershare.model.dropped import DroppedAttention, DroppedLinear
+from layershare.model.given import require_model
 from layershare.model.layers import ComposedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
@@ -209,8 +210,10 @@ def load(
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """`save_pretrained` with the shim of `write_shim`, the tokenizer and a manifest for `verify`.
 
-    All of it appears or nothing. Raises `LayershareError` if it cannot be written.
+    All of it appears or nothing. Raises `LayershareError` if it cannot be written, and for a model that is wrapped,
+    adapted, quantized or not in memory.
     """
+    require_model(model)
     with staged(Path(folder), sum(each.nbytes for each in model.state_dict().values())) as staging:
         write_folder(model, staging, tokenizer)
 

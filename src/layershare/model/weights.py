@@ -116,6 +116,9 @@ class Weights:
                 raise LayershareError(
                     f"The config ties '{name}' to '{source}', but the checkpoint stores two different tensors; "
                     "set tie_word_embeddings to false in its config.json."
+                    if self._stored is not None
+                    else f"The model's config ties '{name}' to '{source}', but in memory they are two different "
+                    "tensors: set model.config.tie_word_embeddings = False, save the model and load it again."
                 )
         require_finite((name, self.tensor(name)) for name in self.names())
 
