@@ -8,7 +8,7 @@ products only the lower triangle is computed, which is all that Cholesky and `ei
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy.linalg import qr
@@ -125,8 +125,9 @@ def pivoted(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for a B of lower rank, too. `basis`: d × k, k < d.
     """
     wide, rank = basis.double().cpu(), basis.shape[1]
-    upper, order = qr(torch.linalg.qr(wide).Q.T.numpy(), mode="r", pivoting=True)
-    upper, order = torch.from_numpy(upper), torch.from_numpy(order).long()
+    decomposed: Any = qr(torch.linalg.qr(wide).Q.T.numpy(), mode="r", pivoting=True)  # R and the order of columns
+    upper, order = (torch.from_numpy(each) for each in decomposed)
+    order = order.long()
     rest = torch.linalg.solve_triangular(upper[:, :rank], upper[:, rank:], upper=True).T
     return rest.to(basis.device), order.to(basis.device), wide[order[:rank]].to(basis.device)
 
