@@ -235,12 +235,12 @@ def test_what_others_quantized(spoilt, originals, quantization, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"groups": lambda groups: groups[:1] * 2000}, "is listed twice"),
-        ({"groups": lambda groups: groups[:1] * 30_000}, "values, which no model's does"),
-        ({"groups": 5}, "not iterable"),
-        ({"groups": [5]}, "argument after .* must be a mapping"),
-        ({"groups": lambda groups: [{**groups[0], "members": 5}]}, "not iterable"),
-        ({"groups": lambda groups: [{**groups[0], "side": ["input"]}]}, "Unknown side"),
+        ({"compositions": lambda found: found[:1] * 2000}, "is listed twice"),
+        ({"compositions": lambda found: found[:1] * 30_000}, "values, which no model's does"),
+        ({"compositions": 5}, "not iterable"),
+        ({"compositions": [5]}, "quantization_config of config.json cannot be used"),
+        ({"compositions": lambda found: [{**found[0], "members": 5}]}, "not iterable"),
+        ({"compositions": lambda found: [{**found[0], "terms": []}]}, "do not make its matrices"),
         ({"version": "../../x"}, "has version '../../x'"),
         ({"version": True}, "has version True"),
         ({"version": -1}, "has version -1"),

@@ -129,12 +129,15 @@ def test_what_cannot_be_taken(kind, tokenizer, words, tmp_path):
 
 
 def test_modules_that_the_config_does_not_make(tokenizer, words):
-    for layer in (nn.Sequential(nn.Linear(32, 56, bias=False)), nn.Linear(32, 48, bias=False)):
-        with pytest.raises(LayershareError, match="changed after loading"):
+    wrapped, narrow = nn.Sequential(nn.Linear(32, 56, bias=False)), nn.Linear(32, 48, bias=False)
+    for layer, said in ((wrapped, "that its config makes"), (narrow, "changed after loading")):
+        with pytest.raises(LayershareError, match=said):
             layershare.compress(with_up_proj(layer), tokenizer, text=words)
     model: Any = tiny_model("llama")
     del model.model.layers[3]
-    with pytest.raises(LayershareError, match=r"layers.3.* is not there in memory, but \[32\] by the model's config"):
+    with pytest.raises(
+        LayershareError, match=r"it lacks 'model.layers.3.*give that model, as AutoModelForCausalLM loads it"
+    ):
         layershare.describe(model)
 
 

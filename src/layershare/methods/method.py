@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from layershare.calibrate.stats import Kind
@@ -70,12 +71,15 @@ class Method(ABC):
         return False
 
 
+_PIVOT = "Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."
+
+
 @dataclass(frozen=True)
 class LowRank(Method):
     """A method whose edits are `Share`s."""
 
-    pivot: Flag = False
-    """Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."""
+    # Attribute docstrings of a base class are not found.
+    pivot: Annotated[Flag, Field(description=_PIVOT)] = False
 
 
 def solve_group(share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
