@@ -135,9 +135,7 @@ def test_modules_that_the_config_does_not_make(tokenizer, words):
             layershare.compress(with_up_proj(layer), tokenizer, text=words)
     model: Any = tiny_model("llama")
     del model.model.layers[3]
-    with pytest.raises(
-        LayershareError, match=r"it lacks 'model.layers.3.*give that model, as AutoModelForCausalLM loads it"
-    ):
+    with pytest.raises(LayershareError, match=r"it lacks 'model.layers.3.*give that model"):
         layershare.describe(model)
 
 
