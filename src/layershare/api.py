@@ -172,9 +172,10 @@ def make_plan(
     Raises `LayershareError` as `compress` does, and for methods that plan by what they measure on a text.
     """
     spec, chosen = describe(model), make_method(method, options)
-    evidence, readable = None, isinstance(model, PreTrainedModel) and not any(p.is_meta for p in model.parameters())
-    if readable and not (chosen.uses or chosen.searches):
-        evidence = Evidence(spec, Weights.of(model))
+    evidence = None
+    if isinstance(model, PreTrainedModel) and not (chosen.uses or chosen.searches):
+        in_memory = not any(parameter.is_meta for parameter in model.parameters())
+        evidence = Evidence(spec, Weights.of(model)) if in_memory else None
     return plan_with(spec, method, chosen, keep, of, evidence)
 
 

@@ -141,7 +141,8 @@ def test_modules_that_the_config_does_not_make(tokenizer, words):
 
 def test_adapted_and_compiled_models_are_measured(tokenizer, words):
     model = tiny_model("llama")
-    for wrapped in (get_peft_model(tiny_model("llama"), lora()), torch.compile(model, backend="eager")):
+    every: list[Any] = [get_peft_model(tiny_model("llama"), lora()), torch.compile(model, backend="eager")]
+    for wrapped in every:
         options = {"text": words, "blocks": 1, "length": 16, "original": model}
         assert layershare.measure(wrapped, tokenizer, **options).kl == pytest.approx(0, abs=1e-6)
 
