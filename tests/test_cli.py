@@ -386,6 +386,7 @@ def test_mistakes_with_models(layershare, here):
         ("generate", "dense", "x", "--tokens", "128"): "1 + 128 tokens do not fit: this model takes 128",
         ("plan", "dense", "-o", "no/plan.json"): "There is no folder 'no'",
         ("calibrate", "dense", "-o", "text.txt/stats"): "'text.txt' is a file; name a folder",
+        ("calibrate", "dense", "-o", "dense"): "'dense' is the folder of a model",
         ("export", "dense", "-o", "text.txt/wide", "--dense"): "'text.txt' is a file; name a folder",
         ("eval", "dense", "-o", "dense"): "'dense' is a directory",
         ("bench", "dense", "-o", "dense"): "'dense' is a directory",

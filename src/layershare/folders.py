@@ -77,6 +77,13 @@ def require_folder(path: Path) -> Path:
     return path
 
 
+def require_stats_folder(path: Path) -> Path:
+    """The path, as `require_folder`, for statistics. Raises `LayershareError`, too, if a model is there."""
+    if (require_folder(path) / "config.json").exists():
+        raise LayershareError(f"'{path}' is the folder of a model; name another one for the statistics.")
+    return path
+
+
 @contextmanager
 def work_folder(out: Path, recipe: str, name: str = RECIPE, needed: int = 0) -> Iterator[Path]:
     """The folder in `out` for an unfinished run, which is gone after it; `name` is that of its recipe's file.

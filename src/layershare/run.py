@@ -24,7 +24,7 @@ from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError, short
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
-from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, work_folder
+from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, require_stats_folder, work_folder
 from layershare.foreign import read_mapping, reading
 from layershare.methods import make_method, plan_with
 from layershare.methods.evidence import Evidence
@@ -233,7 +233,7 @@ def run(
         test = load_trial(recipe.evaluation, tokenizer, source)
         if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
-    stats = out if recipe.calibration.stats is None else require_folder(Path(recipe.calibration.stats))
+    stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
     require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
     with work_folder(out, recipe.to_yaml(), needed=job.needs.output) as work:
@@ -387,7 +387,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     """
     options = recipe.calibration
     assert options.stats is not None
-    folder = require_folder(Path(options.stats))
+    folder = require_stats_folder(Path(options.stats))
     device = device_of(recipe.device)
     config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     spec = describe(config)
