@@ -193,8 +193,8 @@ def run(
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
     changed. `announce` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
-    page to read. The same call continues an interrupted run, and returns at
-    once if the run is finished. Raises `LayershareError` for bad input, before anything is written.
+    page to read. The same call continues an interrupted run, and returns at once if the run is finished. Raises
+    `LayershareError` for bad input, before anything is written.
     """
     out = Path(out)
     if model is None:
