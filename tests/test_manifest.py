@@ -146,6 +146,12 @@ def test_a_manifest_that_is_damaged_foreign_or_absent(small):
                 use(small)
     for foreign in ('{"version": 1}', '{"files": ["a"]}'):
         file.write_text(foreign)
+        with pytest.raises(LayershareError, match=r"manifest\.json of .* cannot be used"):  # beside our plan
+            api.verify(small)
+    for ours in ("plan.json", "recipe.yaml"):
+        (small / ours).unlink()
+    for foreign in ('{"version": 1}', '{"files": ["a"]}'):
+        file.write_text(foreign)
         assert "there is nothing to check it against" in str(api.verify(small))
     file.unlink()
     assert "layershare writes one, save_pretrained does not" in str(api.verify(small))

@@ -15,6 +15,9 @@ from layershare.methods import METHODS
 from layershare.methods.laco import LaCo
 from layershare.methods.mka import Mka
 from layershare.methods.shortgpt import DropParts
+from layershare.model.hub import load
+from layershare.recipe import make_recipe
+from layershare.run import run
 from tests.families import CONFIGS, NOT_SLICED, OPTIONS, tiny_model, tokens
 
 WHOLE_LAYERS = (DropParts, LaCo, Mka)
@@ -35,19 +38,18 @@ def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
     whole_layers = issubclass(METHODS[method], WHOLE_LAYERS)
     # No family is all attention; deltas of MLPs leave the attentions as they are.
     keep = 0.85 if whole_layers or method == "delta" else 0.6
-    small = layershare.compress(
-        model,
-        tokenizer,
-        method=method,
-        keep=keep,
-        of="targets",
-        text=words,
-        blocks=24,
-        length=32,
-        folder=tmp_path / "small",
-        **OPTIONS.get(method, {}),
+    recipe = make_recipe(
+        {
+            "model": family,
+            "method": method,
+            "options": OPTIONS.get(method, {}),
+            "keep": keep,
+            "of": "targets",
+            "calibration": {"blocks": 24, "length": 32},
+        }
     )
-    assert not small.training
+    run(recipe, tmp_path / "small", model=model, tokenizer=tokenizer, text=words, pages=False)
+    small = load(tmp_path / "small")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
     plan = json.loads((tmp_path / "small" / "plan.json").read_text())

@@ -132,8 +132,10 @@ def make_models(shape: str, work: Path) -> None:
 def prepare(name: str, setting: Values, work: Path) -> HealJob:
     """A training by its name."""
     model, settings = TRAININGS[name]
-    values = common(setting["length"], setting["steps"], setting["rows"]) | settings
-    return prepare_healing(make_as(Healing, values | {"model": str(work / model), "teacher": str(work / "dense")}))
+    values = common(setting["length"], setting["steps"], setting["rows"]) | settings | {"model": str(work / model)}
+    if "loss" in settings:
+        values["teacher"] = str(work / "dense")
+    return prepare_healing(make_as(Healing, values))
 
 
 def measure(name: str, setting: Values, work: Path) -> Values:

@@ -1,12 +1,23 @@
 """Errors that a person can act on: one sentence that says what is wrong and what to do."""
 
+import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+LONGEST = 200
+"""Characters of a name that are shown."""
+_TOO_LONG = re.compile(rf"(\S{{{LONGEST - 20}}})\S+(\S{{20}})")
+
 
 class LayershareError(Exception):
-    """Something the user can mend. The command line prints the message and exits with code 2."""
+    """Something the user can mend. The command line prints the message and exits with code 2.
+
+    Names in the message that are too long to be read, such as a file's content in place of its name, are cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_TOO_LONG.sub(r"\1…\2", message))
 
 
 class UnsupportedModelError(LayershareError):
@@ -17,10 +28,6 @@ def how_to_install(extra: str = "") -> str:
     """What to do to get layershare, or one of its extras: nobody has published it yet."""
     what = f"'.[{extra}]'" if extra else "."
     return f"`pip install {what}` in a checkout of layershare"
-
-
-LONGEST = 200
-"""Characters of a name that are shown."""
 
 
 def short(words: str) -> str:

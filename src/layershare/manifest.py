@@ -24,6 +24,8 @@ FREE = (
 )
 """Files that people may change, in lower case; the model does not depend on them."""
 _MEND = "make or fetch it again, or delete its manifest.json if it was changed on purpose"
+_OURS = ("plan.json", "recipe.yaml", "heal.yaml")
+"""Files beside which a manifest is ours, whatever has become of it."""
 _NAMED = 3
 """How many faults, and tensors of one file, a sentence names."""
 
@@ -174,7 +176,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]] | None:
         entries = manifest.get("files")
         if _well_formed(entries):
             return entries
-        if manifest.get("format") == FORMAT:
+        if manifest.get("format") == FORMAT or any((folder / name).is_file() for name in _OURS):
             raise ValueError("it is damaged")
         return None  # another program's
 

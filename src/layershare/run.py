@@ -34,7 +34,7 @@ from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.checkpoint import Tensors
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
-from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of, values_of
+from layershare.model.source import read_config, read_tokenizer, require_same_model, resolve, tokenizer_of, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Share, sharing, sliced_width
@@ -138,6 +138,8 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
     method = make_method(recipe.method, recipe.options)
     source, checkpoint = _described(recipe, model)
     spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    if checkpoint:
+        require_same_model(recipe.model, spec, checkpoint)
     computed = spec.tensors
     if recipe.store_dtype != "auto":
         spec = spec.stored_as({}, getattr(torch, recipe.store_dtype))
@@ -241,10 +243,10 @@ def run(
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
             weights = _open(recipe, scratch, device)
+            job = prepare(recipe, weights)  # with the dtypes that the weights really have
         else:
             weights = Weights.of(model)
         weights.require_sound()
-        job = prepare(recipe, weights)  # with the dtypes that the weights really have
         announce(job)
         return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, Clock(report), pages)
 

@@ -40,3 +40,6 @@ def test_what_cannot_be_generated_is_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(LayershareError, match=r"1 \+ 1000000000 tokens do not fit"):
         continue_text(tmp_path, "a", tokens=10**9)
+    (tmp_path / "generation_config.json").write_text('{"bad_words_ids": 5}')
+    with pytest.raises(LayershareError, match=r"generation_config\.json cannot be used .*repair or delete"):
+        continue_text(tmp_path, "a", tokens=2)

@@ -405,6 +405,16 @@ def test_what_would_be_lost_is_named(spoilt, spoil, of, said):
     refused(spoilt(spoil, of), said)
 
 
+@pytest.mark.parametrize(("of", "layers"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_a_plan_is_of_the_model_that_the_weights_are_of(spoilt, of, layers):
+    folder = spoilt(config(**{layers: 3}), of)
+    with pytest.raises(LayershareError, match=r"tensors that its language model does not, among them '.*3\."):
+        prepare(make_recipe({"model": str(folder)}))
+    config(**{layers: 4, "vocab_size": 70})(folder)
+    with pytest.raises(LayershareError, match=r"but config.json makes it"):
+        prepare(make_recipe({"model": str(folder)}))
+
+
 def test_buffers_of_older_checkpoints_are_passed_over(spoilt):
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool) for i in range(4)}
     scales = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(4)}

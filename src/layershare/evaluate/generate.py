@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError, unknown
+from layershare.foreign import reading
 from layershare.model.hub import load
 from layershare.model.source import read_tokenizer
 from layershare.recipe import Dtype
@@ -81,9 +82,13 @@ def require_context(model: PreTrainedModel, prompt: int, new: int) -> None:
 def continue_tokens(
     model: PreTrainedModel, prompts: Tensor, new: int, tokenizer: PreTrainedTokenizerBase, **sampling: Any
 ) -> Tensor:
-    """Prompts [rows, length] with at most `new` tokens added to each; rows that end earlier are padded."""
+    """Prompts [rows, length] with at most `new` tokens added to each; rows that end earlier are padded.
+
+    Raises `LayershareError` if the model cannot generate, as with settings of its own that make no sense.
+    """
     prompts = prompts.to(model.device)
-    with evaluating(model), torch.no_grad():
+    unusable = reading("The model with its generation_config.json", "repair or delete that file, or ask for less")
+    with evaluating(model), torch.no_grad(), unusable:
         return model.generate(  # pyright: ignore[reportCallIssue]
             prompts,
             attention_mask=torch.ones_like(prompts),

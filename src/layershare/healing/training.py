@@ -268,9 +268,9 @@ def train(
     original = teacher if isinstance(teacher, PreTrainedModel) else None
     if original is not None:
         original.to(options.device)  # pyright: ignore[reportArgumentType]
-    if job.device == "cpu":
-        torch.set_flush_denormal(True)
     with ExitStack() as stack:
+        if job.device == "cpu":
+            stack.enter_context(_no_denormals())
         if healing.compile:
             stack.enter_context(compiled(model, original))
         trainer = HealTrainer(student, Objective(healing.loss, model, teacher), args=options, train_dataset=data)
@@ -288,6 +288,17 @@ def train(
     trained = merge(_whole(job, trainer, student))
     trained.config.use_cache = job.config.use_cache
     return Trained(trained.requires_grad_(True).cpu(), trainer.state.log_history, watch.speed)
+
+
+@contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Count numbers below the normal ones as zero, since a CPU multiplies them slowly; afterwards as before."""
+    before = bool(torch.tensor(1e-310, dtype=torch.float64) * 1 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:

@@ -1,12 +1,14 @@
 """From a model's name to config and tokenizer. A name is a folder, a hub id, or `sample`, the model that we ship."""
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import (
@@ -24,8 +26,10 @@ from layershare.connection import asking_hub
 from layershare.errors import LayershareError, incomplete, mismatched, quantized_with, unknown
 from layershare.foreign import reading
 from layershare.manifest import require_whole
+from layershare.model.arch import Spec
 from layershare.model.checked import (
     AGAIN,
+    FLOATS,
     config_values,
     may_run_code,
     needs_trust,
@@ -138,6 +142,17 @@ def read_model(
     if not run_code:
         vars(model.config).pop("auto_map", None)  # it names files that are not written with the model
     return model, stored
+
+
+def require_same_model(source: str, spec: Spec, stored: Mapping[str, Tensor]) -> None:
+    """Raise `LayershareError` if a checkpoint has other shapes than the model of its config, or more layers."""
+    for name, (shape, _) in spec.tensors.items():
+        found = stored.get(name, stored.get(name.removeprefix(spec.base_prefix)))
+        if found is not None and found.dtype in FLOATS and found.shape != torch.Size(shape):
+            raise mismatched(name, found.shape, shape)
+    layer = re.compile(rf"(?:{re.escape(spec.base_prefix)})?{re.escape(spec.blocks)}\.(\d+)\.")
+    beyond = {name for name in stored if (found := layer.match(name)) and int(found[1]) >= spec.n_layers}
+    require_all_used(source, beyond)
 
 
 @contextmanager

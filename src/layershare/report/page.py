@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,28 @@ def page(runs: Sequence[Run], *, interactive: bool = True) -> str:
 
     Raises `LayershareError` if there is something in a run's files that cannot be shown.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
+
+    charts = []
+    for run in runs:
+        with reading(f"The results of '{run.name}'", AGAIN):
+            charts.append((run, _figures(run)))
+    names = "', '".join(run.name for run in runs)
+    with reading(f"The results of '{names}'", AGAIN):
+        return _template().render(
+            title=_title(runs),
+            runs=charts,
+            together=_together(runs),
+            rows=_rows(runs),
+            speed_file=SPEED,
+            plotly=get_plotlyjs() if interactive else None,
+        )
+
+
+@cache
+def _template() -> Any:
+    """The page's template, which takes longer to compile than to fill in."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from layershare.report.svg import draw
 
@@ -83,20 +104,7 @@ def page(runs: Sequence[Run], *, interactive: bool = True) -> str:
         *(made_in, options, percent, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}
-    charts = []
-    for run in runs:
-        with reading(f"The results of '{run.name}'", AGAIN):
-            charts.append((run, _figures(run)))
-    names = "', '".join(run.name for run in runs)
-    with reading(f"The results of '{names}'", AGAIN):
-        return environment.get_template("page.html").render(
-            title=_title(runs),
-            runs=charts,
-            together=_together(runs),
-            rows=_rows(runs),
-            speed_file=SPEED,
-            plotly=get_plotlyjs() if interactive else None,
-        )
+    return environment.get_template("page.html")
 
 
 def _installed() -> bool:
