@@ -91,7 +91,7 @@ def test_full_rank_and_keep_1_reproduce_the_model(family, tmp_path, tokenizer, w
     plan = json.loads(layershare.make_plan(model, method="svd", keep=0.5, of="targets").to_json())
     spec = layershare.describe(model)
     for edit in plan["edits"]:
-        linear = spec.linear(edit["role"], edit["layers"][0])
+        linear = spec.linear(*edit["places"][0])
         edit["rank"] = min(linear.d_in, linear.d_out)
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     full = layershare.compress(model, method="svd", plan=tmp_path / "plan.json")

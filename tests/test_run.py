@@ -246,9 +246,9 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     model = tiny_model("llama")
     plan = json.loads(layershare.make_plan(model, keep=0.5, of="targets").to_json())
     plan["edits"] = [
-        {"role": "o", "layers": [0, 2, 3], "rank": 20, "side": "output"},
-        {"role": "q", "layers": [1], "rank": 9, "side": "output"},
-        {"role": "gate", "layers": [0, 1, 2, 3], "rank": 20, "side": "input"},
+        {"places": [["o", 0], ["o", 2], ["o", 3]], "rank": 20, "side": "output"},
+        {"places": [["q", 1]], "rank": 9, "side": "output"},
+        {"places": [["gate", 0], ["gate", 1], ["gate", 2], ["gate", 3]], "rank": 20, "side": "input"},
     ]
     plan["options"]["refit"] = True
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -262,15 +262,12 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
         assert small(tokens()).logits.isfinite().all()
 
 
-def test_a_refit_beside_deltas_is_refused(folder, tmp_path):
+def test_a_refit_beside_deltas_leaves_these_as_they_are(folder, tmp_path):
     plan = json.loads(layershare.make_plan(tiny_model("llama"), keep=0.5, of="targets").to_json())
-    share = {"kind": "share", "role": "q", "layers": [0, 1], "rank": 9, "side": "input"}
+    share = {"kind": "share", "places": [["q", 0], ["q", 1]], "rank": 9, "side": "input"}
     plan["edits"] = [share, {"kind": "delta", "role": "up", "anchor": 0, "layers": [1], "rank": 4}]
-    plan["options"]["refit"] = True
+    plan["method"], plan["options"] = "delta", {}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(LayershareError, match="beside deltas; set the option refit to false"):
-        run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_path):

@@ -37,7 +37,7 @@ from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, require_same_model, resolve, tokenizer_of, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Delta, Share, sharing, sliced_width
+from layershare.plan.edits import Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed, measure_speed
@@ -159,8 +159,6 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
     else:
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
-    if plan is not None and refits(plan, method) and any(isinstance(edit, Delta) for edit in plan.edits):
-        raise LayershareError("Coefficients cannot be fitted again beside deltas; set the option refit to false.")
     if recipe.refine is not None and plan is not None:
         require_refinable(plan.edits)
     config = source.config if isinstance(source, PreTrainedModel) else source

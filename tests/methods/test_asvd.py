@@ -7,7 +7,7 @@ from layershare.methods.asvd import Asvd, Truncation, search
 from layershare.methods.trial import Trial
 from layershare.model.arch import describe
 from layershare.plan.budget import Budget, allowed, measure, parse_keep
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, places
 from tests.families import CONFIGS, tiny_model
 from tests.methods.known import edits_of, silence
 
@@ -28,7 +28,7 @@ def test_factors_are_the_svd_of_the_scaled_weight(family, role, evidence):
     scale = inputs.magnitude.double().sqrt()
     u, sigma, v = torch.linalg.svd(scale[:, None] * weight, full_matrices=False)
     expected = (u[:, :9] * sigma[:9]) @ v[:9] / scale[:, None]
-    factors = Asvd().solve(Share(role, (1,), 9, "input"), [weight], [inputs])
+    factors = Asvd().solve(Share(places(role, (1,)), 9, "input"), [weight], [inputs])
     torch.testing.assert_close(factors.basis @ factors.coefs[0], expected, rtol=1e-6, atol=1e-8)
     assert factors.error == pytest.approx(float(sigma[9:].square().sum() / sigma.square().sum()))
 
@@ -59,7 +59,7 @@ def test_the_search_meets_the_budget_with_the_least_harmful_truncations(keep):
     thresholds = sorted(t.loss for t in tried)
     lowest = next(t for t in thresholds if parameters(carried_out(t)) <= budget(keep).parameters)
     expected = carried_out(lowest)
-    found = {SPEC.linear(share.role, share.layers[0]): share.rank for share in shares}
+    found = {SPEC.linear(*share.places[0]): share.rank for share in shares}
     assert found.keys() == expected.keys()
     larger = [x for x in found if found[x] > expected[x]]
     assert all(found[x] >= expected[x] for x in found)
@@ -106,7 +106,7 @@ def test_sensitivities_are_the_losses_of_truncated_models(evidence):
     found = list(method._truncations(linear, measured, trial))
     assert [each.rank for each in found] == [6, 12, 19]  # of 32 × 128 weights ¼, ½ and ¾
     for each in found:
-        share = Share("up", (3,), each.rank, "input")
+        share = Share(places("up", (3,)), each.rank, "input")
         weight = measured.weight(linear)
         factors = method.solve(share, [weight], [measured.inputs(linear)])
         product = (factors.basis @ factors.coefs[0]).to(weight.dtype)

@@ -36,9 +36,9 @@ def test_an_allocation_uses_the_budget_and_leaves_v_dense(keep):
     wanted = {x: 0.2 if x.role == "o" else 1.0 for x in SPEC.linears if x.role != "v"}
     shares = at_ratios(SPEC, budget, wanted)
     assert 0.995 * budget.parameters <= measure(SPEC, shares).targets.parameters <= budget.parameters
-    assert "v" not in {share.role for share in shares}
-    ratio = {share.role: share.rank * (x.d_in + x.d_out) / x.parameters for share in shares
-             for x in [SPEC.linear(share.role, share.layers[0])]}  # fmt: skip
+    assert "v" not in {share.roles[0] for share in shares}
+    ratio = {share.roles[0]: share.rank * (x.d_in + x.d_out) / x.parameters for share in shares
+             for x in [SPEC.linear(*share.places[0])]}  # fmt: skip
     assert ratio["o"] < 0.6 * ratio.get("q", 1)
 
 
@@ -58,7 +58,7 @@ def test_the_search_repeats_and_is_no_worse_than_equal_ratios(evidence):
         replaced = {}
         for edit in edits:
             assert isinstance(edit, Share)
-            linear = SPEC.linear(edit.role, edit.layers[0])
+            linear = SPEC.linear(*edit.places[0])
             inputs = measured.inputs(linear)
             assert inputs is not None
             weight, gram = measured.weight(linear).double(), inputs.gram.double()

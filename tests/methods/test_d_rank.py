@@ -7,8 +7,8 @@ import torch
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.methods.d_rank import effective_rank, in_proportion, to_v
-from layershare.plan.edits import Share, composition
-from layershare.plan.ranks import LayerGroup
+from layershare.plan.edits import Share, composition, places
+from layershare.plan.ranks import Group
 from tests.families import WIDTH, tiny_model
 from tests.methods.evidence import measured, set_spectrum, unmeasured
 
@@ -20,7 +20,7 @@ def planned(evidence, keep, of="targets", **options):
 
 
 def ranks_of(plan, role):
-    return [edit.rank for edit in plan.edits if isinstance(edit, Share) and edit.role == role]
+    return [edit.rank for edit in plan.edits if isinstance(edit, Share) and edit.roles == (role,)]
 
 
 def test_effective_rank_is_the_exponential_of_the_spectral_entropy():
@@ -44,7 +44,7 @@ def test_parameters_within_a_role_follow_equation_7_and_stop_at_the_dense_matric
 
 
 def test_v_gets_equal_parts_from_q_and_k_by_layers_and_no_more_than_it_can_use():
-    groups = [LayerGroup(role, layers, "input") for role in "qkv" for layers in ((0, 1), (2,))]
+    groups = [Group(places(role, layers), "input") for role in "qkv" for layers in ((0, 1), (2,))]
     sizes = dict(zip(groups, map(Fraction, (40, 20, 30, 10, 50, 25)), strict=True))
     moved = to_v(sizes, dict.fromkeys(groups, 1000), Fraction(3, 10))
     assert list(moved.values()) == [28, 14, 21, 7, 70, 35]  # equations 9 to 12, t = 10 per layer
@@ -59,7 +59,7 @@ def test_v_gets_equal_parts_from_q_and_k_by_layers_and_no_more_than_it_can_use()
 def test_the_ranks_of_a_plan_are_those_of_the_paper_s_formula(tmp_path, tokenizer, words):
     evidence = measured(tiny_model("gpt2"), tmp_path, tokenizer, words, "inputs")
     plan = planned(evidence, 0.6)
-    up = [edit for edit in plan.edits if isinstance(edit, Share) and edit.role == "up"]
+    up = [edit for edit in plan.edits if isinstance(edit, Share) and edit.roles == ("up",)]
     assert [edit.layers for edit in up] == [(0, 1), (2, 3)]
     effective, omega = [], 32 + 2 * 128
     for edit in up:
@@ -100,7 +100,7 @@ def test_groups_of_one_with_grouped_query_attention_unless_asked_otherwise(tmp_p
     plan = planned(evidence, 0.5)
     assert {len(edit.layers) for edit in plan.edits if isinstance(edit, Share)} == {1}
     grouped = [edit for edit in planned(evidence, 0.5, group_size=4).edits if isinstance(edit, Share)]
-    assert {edit.layers for edit in grouped if edit.role == "q"} == {(0, 1, 2, 3)}
+    assert {edit.layers for edit in grouped if edit.roles == ("q",)} == {(0, 1, 2, 3)}
     # v is a quarter of q and k: more than it can hold is offered, so that it stays dense
     assert not ranks_of(planned(evidence, 0.8, beta=0.9), "v")
 
@@ -119,7 +119,7 @@ def test_plans_use_their_budget_up_to_half_a_percent(family, tmp_path, tokenizer
         assert 0.995 * keep <= kept <= keep
         for edit in plan.edits:
             assert isinstance(edit, Share)
-            linear = evidence.spec.linear(edit.role, edit.layers[0])
+            linear = evidence.spec.linear(*edit.places[0])
             assert composition(evidence.spec, edit).parameters < len(edit.layers) * linear.parameters
 
 

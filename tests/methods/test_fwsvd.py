@@ -3,7 +3,7 @@ import torch
 
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
-from layershare.plan.edits import Share
+from layershare.plan.edits import Share, places
 from tests.families import tiny_model
 from tests.methods.evidence import measured, unmeasured
 
@@ -23,7 +23,7 @@ def test_every_matrix_is_the_svd_with_rows_weighted_by_the_root_of_their_fisher_
     u, s, vh = torch.linalg.svd(importance * weight.double(), full_matrices=False)
     published = (u[:, :5] * s[:5]) @ vh[:5] / importance
     for side in ("input", "output"):
-        factors = method.solve(Share(role, (1,), 5, side), [weight], [inputs])
+        factors = method.solve(Share(places(role, (1,)), 5, side), [weight], [inputs])
         pair = (factors.basis, factors.coefs[0]) if side == "input" else (factors.coefs[0], factors.basis)
         assert (pair[0] @ pair[1] - published).norm() / published.norm() < 1e-8
     assert factors.error == pytest.approx(float(s[5:].square().sum() / s.square().sum()), rel=1e-6)
@@ -37,7 +37,9 @@ def test_rows_that_no_gradient_reached_do_no_harm(tmp_path, tokenizer, words):
     evidence = measured(model, tmp_path, tokenizer, words, "fisher")
     for role in ("up", "down"):
         linear = evidence.spec.linear(role, 1)
-        factors = method.solve(Share(role, (1,), 5, "input"), [evidence.weight(linear)], [evidence.inputs(linear)])
+        factors = method.solve(
+            Share(places(role, (1,)), 5, "input"), [evidence.weight(linear)], [evidence.inputs(linear)]
+        )
         assert factors.basis.isfinite().all()
         assert factors.coefs[0].isfinite().all()
 

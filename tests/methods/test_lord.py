@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from layershare.methods import make_method
-from layershare.plan.edits import Share, Side
+from layershare.plan.edits import Share, Side, places
 from tests.families import tiny_model
 from tests.methods.evidence import measured
 
@@ -20,7 +20,7 @@ def test_every_matrix_is_projected_onto_the_main_directions_of_its_outputs(
     wide, gram = weight.double(), inputs.gram.double()
     projector = torch.linalg.eigh(wide.T @ gram @ wide).eigenvectors[:, -6:]
     expected = wide @ projector @ projector.T
-    share = Share(role, (2,), 6, side)
+    share = Share(places(role, (2,)), 6, side)
     products = []
     for name in ("lord", "svd-llm"):
         factors = make_method(name).solve(share, [weight], [inputs])

@@ -35,7 +35,7 @@ def test_the_refit_changes_second_factors_alone_and_is_off_by_default(tmp_path, 
 
 
 def plan_name(model, edit: Share) -> str:
-    return f"model.{layershare.describe(model).linear(edit.role, edit.layers[0]).name}"
+    return f"model.{layershare.describe(model).linear(*edit.places[0]).name}"
 
 
 def test_bad_options_are_refused_in_one_sentence():

@@ -16,7 +16,7 @@ def planned(evidence, keep, of="targets"):
 
 
 def ranks_of(plan):
-    return {(edit.role, edit.layers[0]): edit.rank for edit in plan.edits if isinstance(edit, Share)}
+    return {edit.places[0]: edit.rank for edit in plan.edits if isinstance(edit, Share)}
 
 
 def test_one_threshold_on_normalised_values_keeps_to_the_budget():
@@ -73,7 +73,7 @@ def test_a_rank_that_would_not_pay_is_never_given():
     evidence = unmeasured(tiny_model("llama"))
     for edit in planned(evidence, 0.9).edits:
         assert isinstance(edit, Share)
-        assert composition(evidence.spec, edit).parameters < evidence.spec.linear(edit.role, edit.layers[0]).parameters
+        assert composition(evidence.spec, edit).parameters < evidence.spec.linear(*edit.places[0]).parameters
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "falcon"])

@@ -20,15 +20,16 @@ def some_shares(model: PreTrainedModel) -> list[Composition]:
     """Shared bases over linears of the 4 blocks: both sides, members that are not neighbours, some layers left dense.
 
     Of every third linear of a block from the first, layers 0 and 2 share the input side, 1 and 3 the output side; from
-    the second, layers 0 to 2 share the output side and layer 3 stays dense. Some bases are pivoted.
+    the second, layers 0 to 2 share the output side and layer 3 stays dense. Some bases are pivoted, and some layers
+    have private directions.
     """
     found = []
     for index, layers in enumerate(_by_role(model)):
         if index % 3 == 0:
-            found.append(shared(layers[::2], RANK, "input", pivot=True))
+            found.append(shared(layers[::2], RANK, "input", private_rank=2, pivot=True))
             found.append(shared(layers[1::2], RANK, "output"))
         elif index % 3 == 1:
-            found.append(shared(layers[:3], RANK, "output", pivot=index % 2 == 1))
+            found.append(shared(layers[:3], RANK, "output", private_rank=3 * (index % 2), pivot=index % 2 == 1))
     return found
 
 

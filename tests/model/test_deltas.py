@@ -17,7 +17,7 @@ from layershare.model.composition import Composition
 from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
 from layershare.plan.budget import measure
-from layershare.plan.edits import Delta, Drop, Edit, Share
+from layershare.plan.edits import Delta, Drop, Edit, Share, places
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe
 from layershare.solve.apply import Factored, names, unit_name
@@ -36,8 +36,8 @@ def solved(factored: Factored, edit: Delta) -> dict[str, Tensor]:
     """The tensors of a `Delta`: the best approximation of the differences in the Euclidean norm."""
     spec = factored.spec
     dense = {}
-    for layer in edit.users:
-        linear = spec.linear(edit.role, layer)
+    for role, layer in edit.places:
+        linear = spec.linear(role, layer)
         dense[layer] = row_convention(factored.weights.tensor(spec.weight_name(linear)), linear)
     shared = dense[edit.anchor]
     if edit.anchor in edit.layers:
@@ -118,7 +118,7 @@ def test_multiplications_and_parameters_are_those_that_the_model_has(family, tmp
 
 def test_deltas_beside_groups_and_dropped_parts(tmp_path):
     model = tiny_model("llama")
-    share, delta, drop = Share("q", (0, 1), 5, "input"), Delta("up", 0, (1, 2), 4), Drop("mlp", (3,))
+    share, delta, drop = Share(places("q", (0, 1)), 5, "input"), Delta("up", 0, (1, 2), 4), Drop("mlp", (3,))
     factored = planned(model, (delta, drop, share), tmp_path / "work")
     basis, *coefs = names(factored.spec, share)
     tensors = {basis: torch.randn(5, 32)} | {name: torch.randn(32, 5) for name in coefs}

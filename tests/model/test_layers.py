@@ -37,8 +37,10 @@ def members_of(count: int, conv1d: bool) -> list[Member]:
     return [Member(f"layers.{i}.up", D_IN, D_OUT, conv1d) for i in range(count)]
 
 
-def group(side: Side, *, conv1d: bool = False, members: int = 2, pivot: bool = False, **options: Any) -> list[Any]:
-    return layers_of(shared(members_of(members, conv1d), RANK, side, pivot), **options)
+def group(
+    side: Side, *, conv1d: bool = False, members: int = 2, private: int = 0, pivot: bool = False, **options: Any
+) -> list[Any]:
+    return layers_of(shared(members_of(members, conv1d), RANK, side, private, pivot), **options)
 
 
 def anchored(*, conv1d: bool = False, mean: bool = False, **options: Any) -> list[Any]:
@@ -66,10 +68,10 @@ def check_forward_weight_and_dense(layer: ComposedLinear, bias: bool, conv1d: bo
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conv1d", [True, False])
-@pytest.mark.parametrize("pivot", [True, False])
+@pytest.mark.parametrize(("pivot", "private"), [(False, 0), (True, 0), (False, 3), (True, 3)])
 @pytest.mark.parametrize("side", SIDES)
-def test_forward_weight_and_dense_agree(side, pivot, conv1d, bias):
-    for layer in group(side, bias=bias, conv1d=conv1d, pivot=pivot):
+def test_forward_weight_and_dense_agree(side, pivot, private, conv1d, bias):
+    for layer in group(side, bias=bias, conv1d=conv1d, pivot=pivot, private=private):
         check_forward_weight_and_dense(layer, bias, conv1d)
 
 
@@ -112,6 +114,16 @@ def test_owner_layout(side):
     assert owner.basis in member.parts()
     assert f"12 -> 20, {'coef(basis(x))' if side == 'input' else 'basis(coef(x))'}" in repr(owner)
     assert "layers.0.up.basis(" in repr(member)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_private_directions_are_each_layers_own(side):
+    owner, member = group(side, private=3)
+    assert set(owner.state_dict()) == {"bias", "coef.weight", "basis.weight", "own.weight", "private.weight"}
+    assert set(member.state_dict()) == {"bias", "coef.weight", "own.weight", "private.weight"}
+    assert (member.own.weight.shape, member.private.weight.shape) == ((3, D_IN), (D_OUT, 3))
+    assert repr(member).startswith("ComposedLinear(\n  12 -> 20, ")
+    assert " + private(own(x))" in repr(member)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -8,7 +8,7 @@ from layershare.methods import METHODS, make_method, plan_with
 from layershare.methods.slicegpt import SliceGpt
 from layershare.model.arch import describe
 from layershare.plan.budget import Keep, measure, parse_keep
-from layershare.plan.edits import Delta, Share
+from layershare.plan.edits import Delta, Share, places
 from layershare.plan.ranks import uniform_rank
 from tests.families import CONFIGS
 
@@ -55,7 +55,7 @@ def test_a_plan_for_llama_7b_has_the_published_ranks():
     plan = plan_with(
         describe(AutoConfig.for_model("llama")), "basis-sharing", make_method("basis-sharing"), 0.8, "targets"
     )
-    ranks = {(edit.role, len(edit.layers)): edit.rank for edit in plan.edits if isinstance(edit, Share)}
+    ranks = {(edit.roles[0], len(edit.layers)): edit.rank for edit in plan.edits if isinstance(edit, Share)}
     assert ranks == {
         **{(role, 2): 2184 for role in "qkv"},
         **{(role, 2): 2762 for role in ("gate", "up")},
@@ -86,7 +86,7 @@ def test_remainder_groups_stay_in_the_budget_in_models_of_real_size():
     for size in (3, 5, 6, 7):
         plan = plan_with(spec, "basis-sharing", make_method("basis-sharing", {"group_size": size}), 0.8, "targets")
         assert 0.796 <= plan.after.targets.parameters / plan.before.targets.parameters <= 0.8
-        assert {len(edit.layers) for edit in plan.edits if isinstance(edit, Share) and edit.role == "q"} == {
+        assert {len(edit.layers) for edit in plan.edits if isinstance(edit, Share) and edit.roles == ("q",)} == {
             size,
             32 % size,
         }
@@ -127,14 +127,14 @@ def test_counts_of_one_group_by_hand():
     spec = describe(CONFIGS["llama"]())
     gate = spec.linear("gate", 0)
     before = measure(spec, ())
-    shared = measure(spec, [Share("gate", (0, 1, 2), 5, "input")])
+    shared = measure(spec, [Share(places("gate", (0, 1, 2)), 5, "input")])
     assert before.targets.parameters - shared.targets.parameters == (
         3 * gate.d_in * gate.d_out - 5 * (gate.d_in + 3 * gate.d_out)
     )
     assert before.all.multiplications - shared.all.multiplications == (
         3 * gate.d_in * gate.d_out - 3 * 5 * (gate.d_in + gate.d_out)
     )
-    written = measure(spec, [Share("gate", (0, 1, 2), 5, "output")])
+    written = measure(spec, [Share(places("gate", (0, 1, 2)), 5, "output")])
     assert before.all.parameters - written.all.parameters == (
         3 * gate.d_in * gate.d_out - 5 * (3 * gate.d_in + gate.d_out)
     )

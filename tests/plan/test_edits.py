@@ -14,7 +14,7 @@ from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.plan.budget import measure
-from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check
+from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check, places
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import plan_table
@@ -30,7 +30,7 @@ def test_a_plan_survives_json():
 
 def test_a_plan_edited_by_hand_is_measured_again(tmp_path):
     values = json.loads(PLAN.to_json())
-    values["edits"] = [{"role": "o", "layers": [0, 1, 2, 3], "rank": 7, "side": "output"}]
+    values["edits"] = [{"places": [["o", 0], ["o", 1], ["o", 2], ["o", 3]], "rank": 7, "side": "output"}]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(values))
     plan = Plan.read(path, SPEC)
@@ -41,14 +41,14 @@ def test_a_plan_edited_by_hand_is_measured_again(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"role": "q", "layers": [9], "rank": 2, "side": "input"}, "q of layer 9, which this model does not have"),
-        ({"role": "x", "layers": [0], "rank": 2, "side": "input"}, "x of layer 0"),
-        ({"role": "q", "layers": [0, 0], "rank": 2, "side": "input"}, "twice"),
-        ({"role": "q", "layers": [0], "rank": 33, "side": "input"}, "rank 33"),
-        ({"role": "down", "layers": [0, 1], "rank": 33, "side": "output"}, "rank 33"),
-        ({"role": "q", "layers": [0], "rank": 0, "side": "input"}, "rank 0"),
-        ({"role": "q", "layers": [0], "rank": 2, "side": "left"}, "side"),
-        ({"role": "q", "layers": [], "rank": 2, "side": "input"}, "no layers"),
+        ({"places": [["q", 9]], "rank": 2, "side": "input"}, "q of layer 9, which this model does not have"),
+        ({"places": [["x", 0]], "rank": 2, "side": "input"}, "x of layer 0"),
+        ({"places": [["q", 0], ["q", 0]], "rank": 2, "side": "input"}, "twice"),
+        ({"places": [["q", 0]], "rank": 33, "side": "input"}, "rank 33"),
+        ({"places": [["down", 0], ["down", 1]], "rank": 33, "side": "output"}, "rank 33"),
+        ({"places": [["q", 0]], "rank": 0, "side": "input"}, "rank 0"),
+        ({"places": [["q", 0]], "rank": 2, "side": "left"}, "side"),
+        ({"places": [], "rank": 2, "side": "input"}, "no layers"),
         ({"role": "up", "anchor": 9, "layers": [1], "rank": 2}, "up of layer 9, which this model does not have"),
         ({"role": "up", "anchor": 0, "layers": [1, 9], "rank": 2}, "up of layer 9, which this model does not have"),
         ({"role": "x", "anchor": 0, "layers": [1], "rank": 2}, "x of layer 0"),
@@ -74,14 +74,14 @@ UP = Delta("up", 0, (1, 3), 2)
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Share("up", (0, 2), 2, "input"), "names up of layer 0 twice"),
-        (Share("up", (2, 3), 2, "input"), "names up of layer 3 twice"),
+        (Share(places("up", (0, 2)), 2, "input"), "names up of layer 0 twice"),
+        (Share(places("up", (2, 3)), 2, "input"), "names up of layer 3 twice"),
         (Delta("up", 2, (0,), 2), "names up of layer 0 twice"),
         (Drop("mlp", (1,)), "names up of layer 1 twice"),
         (Drop("block", (2,)), "cannot share weights as well"),
         (Merge(2, (2, 3), (0.5, 0.5)), "names up of layer 3 twice"),
         (Slice(16), "can have no other edits"),
-        (Share("up", (2,), 2, "input"), None),
+        (Share(places("up", (2,)), 2, "input"), None),
         (Delta("gate", 0, (1, 3), 2), None),
         (Drop("attention", (0, 1)), None),
     ],
@@ -102,9 +102,9 @@ def test_a_delta_joins_only_layers_of_one_shape():
 
 
 def test_ids_and_users_of_deltas():
-    assert (UP.id, UP.users) == ("up.00+01-03", (0, 1, 3))
+    assert (UP.id, UP.places) == ("up.00+01-03", places("up", (0, 1, 3)))
     mean = Delta("up", 0, (0, 1), 2)
-    assert (mean.id, mean.users) == ("up.00+00-01", (0, 1))
+    assert (mean.id, mean.places) == ("up.00+00-01", places("up", (0, 1)))
     values = json.loads(PLAN.to_json()) | {"edits": [vars(UP), vars(mean), vars(UP) | {"kind": "delta"}]}
     assert Plan.from_json(json.dumps(values)).edits == (UP, mean, UP)
 
@@ -137,7 +137,7 @@ def test_what_is_no_plan_is_refused(tmp_path):
         ({"edits": [{"kind": "slice", "width": True}]}, "width: Input should be a whole number"),
         ({"edits": [vars(Merge(0, (0, 1), (0.5, math.nan)))]}, "coefficients.1: Input should be a finite number"),
         ({"edits": [vars(Merge(0, (0, 1), (0.5, 1e300)))]}, "Input should be at most"),
-        ({"edits": [{}] * 100_001}, "edits.0.share.role: it is missing"),
+        ({"edits": [{}] * 100_001}, "edits.0.share.places: it is missing"),
         ({"edits": [vars(UP) | {"layers": [0] * 100_001}]}, "there are too many entries"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

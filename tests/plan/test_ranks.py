@@ -5,8 +5,8 @@ import pytest
 from layershare.errors import LayershareError
 from layershare.model.arch import describe
 from layershare.plan.budget import measure
-from layershare.plan.edits import Share, composition
-from layershare.plan.ranks import TOLERANCE, LayerGroup, allocate, group_cost, private_groups
+from layershare.plan.edits import Share, composition, places
+from layershare.plan.ranks import TOLERANCE, Group, allocate, group_cost, private_groups
 from tests.families import CONFIGS
 
 SPEC = describe(CONFIGS["llama"]())
@@ -24,8 +24,8 @@ def test_ranks_that_use_the_budget_stand_as_they_are():
     exact = [rank * Fraction(7, 10) for rank in PAYING]
     whole = sum(cost.size(int(rank)) for rank, cost in zip(exact, COSTS, strict=True))
     shares = allocate(SPEC, GROUPS, exact, whole + int(whole * TOLERANCE))
-    given = {(share.role, share.layers): share.rank for share in shares}
-    assert given == {(group.role, group.layers): int(rank) for rank, group in zip(exact, GROUPS, strict=True)}
+    given = {share.places: share.rank for share in shares}
+    assert given == {group.places: int(rank) for rank, group in zip(exact, GROUPS, strict=True)}
 
 
 def test_single_ranks_go_first_to_groups_that_gain_most():
@@ -34,8 +34,8 @@ def test_single_ranks_go_first_to_groups_that_gain_most():
     spare = COSTS[-1].linear + int(whole * TOLERANCE)
     for gains, winner in ((None, len(GROUPS) - 1), ([float(-i) for i in range(len(GROUPS))], 0)):
         shares = allocate(SPEC, GROUPS, exact, whole + spare, gains)
-        ranks = {(share.role, share.layers): share.rank for share in shares}
-        assert ranks[GROUPS[winner].role, GROUPS[winner].layers] > int(exact[winner])
+        ranks = {share.places: share.rank for share in shares}
+        assert ranks[GROUPS[winner].places] > int(exact[winner])
         assert whole < size(shares) <= whole + spare
 
 
@@ -44,8 +44,8 @@ def test_a_group_whose_rank_does_not_pay_stays_dense():
     exact[3], exact[5] = PAYING[3], PAYING[5] + 100
     parameters = sum(cost.size(int(rank)) for rank, cost in zip(exact, COSTS, strict=True))
     shares = allocate(SPEC, GROUPS, exact, parameters + COSTS[3].whole)
-    shared = {(share.role, share.layers) for share in shares}
-    assert not shared & {(GROUPS[i].role, GROUPS[i].layers) for i in (3, 5)}
+    shared = {share.places for share in shares}
+    assert not shared & {GROUPS[i].places for i in (3, 5)}
     assert size(shares) <= parameters + COSTS[3].whole
 
 
@@ -54,7 +54,7 @@ def test_what_is_left_makes_groups_dense_before_their_factors_outgrow_them():
     shares = allocate(SPEC, GROUPS, [1] * len(GROUPS), parameters)
     assert parameters * (1 - TOLERANCE) <= size(shares) <= parameters
     for share in shares:
-        assert composition(SPEC, share).parameters < SPEC.linear(share.role, share.layers[0]).parameters
+        assert composition(SPEC, share).parameters < SPEC.linear(*share.places[0]).parameters
     assert allocate(SPEC, GROUPS, PAYING, size(())) == ()
 
 
@@ -66,19 +66,22 @@ def test_a_group_without_rank_is_refused():
 def test_shares_come_in_the_order_of_the_layers():
     shares = allocate(SPEC, GROUPS[::-1], [2] * len(GROUPS), 10**4)
     assert [share.layers[0] for share in shares] == sorted(share.layers[0] for share in shares)
-    assert [share.role for share in shares if share.layers == (0,)] == list(SPEC.roles)
+    assert [share.roles[0] for share in shares if share.layers == (0,)] == list(SPEC.roles)
     assert all(isinstance(share, Share) for share in shares)
 
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
 @pytest.mark.parametrize("role", SPEC.roles)
 def test_a_pivoted_basis_costs_the_square_of_its_rank_less(role, layers):
-    plain, pivoted = (group_cost(SPEC, LayerGroup(role, layers, "input", pivot)) for pivot in (False, True))
+    plain, pivoted = (group_cost(SPEC, Group(places(role, layers), "input", pivot)) for pivot in (False, True))
     for rank in range(1, 60):
         assert pivoted.size(rank) <= plain.size(rank)
         if pivoted.size(rank) < pivoted.whole:
             assert pivoted.size(rank) == rank * plain.linear - rank**2
-            assert pivoted.size(rank) == composition(SPEC, Share(role, layers, rank, "input", True)).parameters
+            assert (
+                pivoted.size(rank)
+                == composition(SPEC, Share(places(role, layers), rank, "input", pivot=True)).parameters
+            )
             assert pivoted.rank(Fraction(pivoted.size(rank))) == rank
     assert pivoted.size(pivoted.rank(pivoted.whole)) == pivoted.whole
 

@@ -6,20 +6,20 @@ from typing import Any
 
 import yaml
 
+from layershare.plan.edits import Place, Share
 from layershare.report.results import environment
 
 ROLES = {"q": (16, 16), "k": (16, 8), "o": (16, 16), "up": (16, 24), "down": (24, 16)}
 LAYERS = 6
 SHARED = [
-    {"kind": "share", "role": "q", "layers": [0, 2], "rank": 6, "side": "input"},
-    {"kind": "share", "role": "q", "layers": [1, 3], "rank": 5, "side": "input"},
-    {"kind": "share", "role": "down", "layers": [4], "rank": 3, "side": "output"},
+    {"kind": "share", "places": [["q", 0], ["q", 2]], "rank": 6, "side": "input"},
+    {"kind": "share", "places": [["q", 1], ["q", 3]], "rank": 5, "side": "input"},
+    {"kind": "share", "places": [["down", 4]], "rank": 3, "side": "output"},
 ]
 OTHER = [
     {"kind": "drop", "part": "attention", "layers": [1]},
     {"kind": "drop", "part": "block", "layers": [2]},
     {"kind": "merge", "into": 3, "layers": [3, 4], "coefficients": [0.5, 0.5]},
-    {"kind": "novelty", "role": "up", "layers": [5]},
 ]
 
 DELTAS = [
@@ -57,7 +57,7 @@ def make_run(
         "calibration": {"source": "<books> & more", "blocks": 4, "length": 32, "seed": 1},
         "refit": False,
         "groups": {
-            f"{edit['role']}.{'-'.join(f'{layer:02d}' for layer in edit['layers'])}": {
+            Share(tuple(Place(*place) for place in edit["places"]), edit["rank"], edit["side"]).id: {
                 "error": 0.01 * edit["rank"],
                 "rank": edit["rank"],
                 "parameters": edit["rank"] * 40,
@@ -86,7 +86,8 @@ def make_run(
         results.setdefault("evaluation", {})["tasks"] = {"arc_easy": {"rows": 400, "scores": {"acc": guessed}}}
         better = {"value": 0.5, "stderr": 0.025, "near_chance": False}
         results["evaluation"]["original_tasks"] = {"arc_easy": {"rows": 400, "scores": {"acc": better}}}
-    plan = {"model_type": "llama", "method": method, "edits": edits}
+    plan = {"model_type": "llama", "method": method, "options": {}, "keep": keep, "of": "all", "edits": edits}
+    plan |= {when: results[when] for when in ("before", "after")}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": model, "keep": keep}))

@@ -120,7 +120,7 @@ def test_the_map_shows_whose_weight_is_shared_and_where_a_delta_is_added(tmp_pat
     assert "weight shared by layers 1, 2, 4, and a delta of its own" in describe_cell(run.cells["up", 2])
     text = page([run])
     assert "or one weight, to which those with δ add a delta of their own" in text
-    assert "shared by 1, 2, 4, with a delta" in text
+    assert "shared by layers 1, 2, 4, with a delta" in text
     assert "with δ" not in page([Run.read(make_run(tmp_path / "other"), "run")])
 
 

@@ -49,11 +49,21 @@ def test_edits_of_other_kinds(tmp_path):
     assert {kinds[role, 2] for role in run.roles} == {("drop", 0)}
     assert {kinds[role, 3] for role in run.roles} == {("merge", 1)}
     assert {kinds[role, 4] for role in run.roles} == {("merge", 0)}
-    assert kinds["up", 5] == ("novelty", None)
     assert edits(run) == (
-        "1 matrix changed by novelty; 11 matrices unchanged; attention of layer 1 dropped; layer 2 dropped; "
-        "layers 3, 4 merged into layer 3"
+        "12 matrices unchanged; attention of layer 1 dropped; layer 2 dropped; layers 3, 4 merged into layer 3"
     )
+
+
+def test_joint_bases_and_private_directions(tmp_path):
+    joint = {"kind": "share", "places": [["q", 0], ["k", 0]], "rank": 4, "side": "input", "private_rank": 2}
+    mixed = {"kind": "share", "places": [["q", 1], ["k", 1], ["q", 2], ["k", 2]], "rank": 5, "side": "input"}
+    run = Run.read(make_run(tmp_path / "run", edits=[joint, mixed]), "run")
+    cells = [run.cells[role, layer] for role in ("q", "k") for layer in range(3)]
+    assert [cell.together for cell in cells] == ["q and k of layer 0", *["q and k of layers 1, 2"] * 2] * 2
+    assert [cell.rank for cell in cells] == [6, 5, 5] * 2
+    assert [cell.group for cell in cells] == [0, 1, 1] * 2
+    assert run.cells["k", 0].kept == pytest.approx((4 * (16 / 2 + 8) + 2 * (16 + 8)) / (16 * 8))
+    assert edits(run).startswith("1 basis shared by 2 matrices; 1 basis shared by 4 matrices; ")
 
 
 def test_edits_in_words(tmp_path):
@@ -147,10 +157,17 @@ def test_odd_values_in_results_are_one_sentence(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "edit", [5, {"layers": ["q"]}, {"role": "zz", "layers": [0], "rank": 1}, {"role": "q"}, {"kind": "drop"}], ids=str
+    "edit",
+    [
+        *(5, {"places": ["q"]}, {"places": [["q"]]}, {"places": [["q", 0]], "rank": 1}, {"kind": "drop"}),
+        *({"places": [["zz", 0]], "rank": 1, "side": "input"}, {"places": [["q", 9]], "rank": 1, "side": "input"}),
+        {"kind": "novelty", "role": "up", "layers": [5]},
+    ],
+    ids=str,
 )
 def test_odd_edits_in_a_plan_are_one_sentence(edit, tmp_path):
     folder = make_run(tmp_path / "run")
-    (folder / "plan.json").write_text(json.dumps({"edits": [edit]}))
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"edits": [edit]}))
     with pytest.raises(LayershareError, match=r"cannot be used \(.*\): .*\.$"):
         page([Run.read(folder, "x")])

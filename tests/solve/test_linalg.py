@@ -5,6 +5,7 @@ from layershare.solve.linalg import (
     energy,
     low_rank,
     refit,
+    share_and_own,
     share_input,
     share_output,
     spectrum,
@@ -223,3 +224,39 @@ def test_energy_is_that_of_the_outputs():
     weight = torch.randn(20, 7, dtype=torch.float64)
     assert energy(weight, gram) == pytest.approx(float((x @ weight).square().sum()))
     assert energy(weight, None) == pytest.approx(float(weight.square().sum()))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("with_grams", [True, False])
+def test_shared_and_private_directions_beat_either_alone(side, with_grams):
+    n, d_in, d_out, rank, private = 3, 24, 20, 5, 3
+    inputs, grams = random_inputs(n, d_in)
+    if not with_grams:
+        inputs, grams = [torch.eye(d_in, dtype=torch.float64)] * n, [None] * n
+    common = torch.randn(d_in, rank, dtype=torch.float64), torch.randn(rank, d_out, dtype=torch.float64)
+    weights = []
+    for _ in range(n):
+        shared = common[0] @ torch.randn(rank, d_out, dtype=torch.float64)
+        if side == "output":
+            shared = torch.randn(d_in, rank, dtype=torch.float64) @ common[1]
+        own = torch.randn(d_in, private, dtype=torch.float64) @ torch.randn(private, d_out, dtype=torch.float64)
+        weights.append(shared + own + 0.1 * torch.randn(d_in, d_out, dtype=torch.float64))
+    factors = share_and_own(weights, grams, rank, private, side)
+    assert [tuple(part.shape for part in pair) for pair in factors.own] == [((d_in, private), (private, d_out))] * n
+    made = [a + down @ up for a, (down, up) in zip(products(factors, side), factors.own, strict=True)]
+    measured = loss(inputs, weights, made) / loss(inputs, weights, [torch.zeros_like(w) for w in weights])
+    assert factors.error == pytest.approx(measured, rel=1e-6)
+    share = share_input if side == "input" else share_output
+    assert factors.error < 0.2 * share(weights, grams, rank).error
+    alone = [low_rank(weight, gram, rank) for weight, gram in zip(weights, grams, strict=True)]
+    assert loss(inputs, weights, made) < 0.5 * loss(inputs, weights, [left @ right for left, right, *_ in alone])
+    again = share_and_own(weights, grams, rank, private, side)
+    assert torch.equal(factors.basis, again.basis)
+
+
+def test_a_joint_basis_is_that_of_the_matrices_side_by_side():
+    x = torch.randn(200, 24, dtype=torch.float64)
+    gate, up = (torch.randn(24, width, dtype=torch.float64) for width in (40, 16))
+    joint, both = share_input([gate, up], [x.T @ x] * 2, 9), share_input([torch.cat((gate, up), 1)], [x.T @ x], 9)
+    torch.testing.assert_close(torch.cat(products(joint, "input"), 1), *products(both, "input"))
+    assert joint.error == pytest.approx(both.error)

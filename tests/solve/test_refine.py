@@ -15,7 +15,7 @@ from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
 from layershare.model.arch import describe, find_blocks
 from layershare.model.weights import Weights
-from layershare.plan.edits import Delta, Drop, Edit, Share
+from layershare.plan.edits import Delta, Drop, Edit, Share, places
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, Refine, make_recipe
 from layershare.run import run
@@ -54,10 +54,10 @@ def test_errors_fall_and_only_private_factors_change(folder, tmp_path, tokenizer
         results[bool(refine)] = run(recipe, tmp_path / str(bool(refine)))
         models[bool(refine)] = AutoModelForCausalLM.from_pretrained(tmp_path / str(bool(refine)))
     edits = json.loads((tmp_path / "True" / "plan.json").read_text())["edits"]
-    parts = [(edit, part) for edit in edits for part in ("coef", "basis") if part == "coef" or len(edit["layers"]) == 1]
+    parts = [(edit, part) for edit in edits for part in ("coef", "basis") if part == "coef" or len(edit["places"]) == 1]
     assert len(parts) < 2 * len(edits)  # some bases are shared
     spec = describe(tiny_model("llama"))
-    linears = [(spec.linear(edit["role"], layer), part) for edit, part in parts for layer in edit["layers"]]
+    linears = [(spec.linear(*place), part) for edit, part in parts for place in edit["places"]]
     assert changed(models[False], models[True]) == {f"model.{x.name}.{part}.weight" for x, part in linears}
 
     assert results[False]["refine"] is None
@@ -153,7 +153,7 @@ def factored_by_hand(model: PreTrainedModel, folder: Path, edits: tuple[Edit, ..
 
 EDITS: tuple[Edit, ...] = (
     *(Delta(role, 1, (2, 3), 3) for role in ("gate", "up", "down")),
-    Share("q", (0, 2), 8, "input"),
+    Share(places("q", (0, 2)), 8, "input"),
     Drop("attention", (3,)),
 )
 

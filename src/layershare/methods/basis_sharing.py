@@ -20,18 +20,21 @@ Where this differs
 - the defaults follow the code where the paper is silent: with grouped-query attention k and v are private too (its
   Mistral setting), and GPT-2 shares c_attn, c_fc and attn.c_proj (its GPT-2 setting, though the paper keeps W_O
   private).
+- `joint` is ours: one basis for all roles that read the same input, in all layers of a group, W⁽ⁱ⁾ being the matrices
+  of these roles side by side.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.evidence import Evidence
 from layershare.methods.method import LowRank
 from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
-from layershare.plan.edits import Share
-from layershare.plan.ranks import LayerGroup, consecutive, natural_side, uniform
+from layershare.plan.edits import Place, Share
+from layershare.plan.ranks import Group, consecutive, natural_side, uniform
 from layershare.values import Count, Flag, Names
 
 REFIT_AT = 0.6
@@ -46,44 +49,67 @@ class BasisSharing(LowRank):
     """Layers per group (n)."""
     shared: Names | None = None
     """Roles whose basis is shared; without, the authors' choice for the model's family."""
+    joint: Flag = False
+    """Roles that read the same input share one basis, too: gate and up; q, k and v."""
     refit: Flag | None = None
     """Fit the coefficients again to deviated inputs; without, from 40 % removed on."""
 
+    def groups(self, spec: Spec) -> list[Group]:
+        """The groups of linears. Raises `LayershareError` for roles that the model does not have."""
+        return sharing_groups(spec, self.shared, self.group_size, self.pivot, self.joint)
+
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles that the model does not have."""
-        sharing_groups(spec, self.shared, self.group_size)
+        self.groups(spec)
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
         """The same ratio for every group."""
-        return uniform(spec, sharing_groups(spec, self.shared, self.group_size, self.pivot), budget)
+        return uniform(spec, self.groups(spec), budget)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on, unless the option says otherwise."""
         return fraction <= REFIT_AT if self.refit is None else self.refit
 
 
-def sharing_groups(spec: Spec, shared: Sequence[str] | None, size: int, pivot: bool = False) -> list[LayerGroup]:
+def sharing_groups(
+    spec: Spec, shared: Sequence[str] | None, size: int, pivot: bool = False, joint: bool = False
+) -> list[Group]:
     """Groups of `size` consecutive layers for the `shared` roles, groups of one for the others.
 
-    `None` shares the authors' choice. Raises `LayershareError` for a role that the model does not have.
+    `None` shares the authors' choice. `joint`: those of the shared roles that read the same input are in one group.
+    Raises `LayershareError` for a role that the model does not have.
     """
     for role in shared or ():
         if role not in ROLES:
             raise unknown("role", role, ROLES)
         if role not in spec.roles:
             raise LayershareError(f"A '{spec.model_type}' model has no role '{role}'; it has {', '.join(spec.roles)}.")
-    chosen = default_shared_roles(spec) if shared is None else shared
+    chosen = default_shared_roles(spec, joint) if shared is None else shared
     groups = []
-    for role, linears in spec.by_role.items():
-        sharing = role in chosen and size > 1
-        side = "input" if sharing else natural_side(role)
-        groups += [LayerGroup(role, layers, side, pivot) for layers in consecutive(linears, size if sharing else 1)]
+    for roles in _reading_together(spec, chosen if joint else ()):
+        sharing = roles[0] in chosen and size * len(roles) > 1
+        side = "input" if sharing else natural_side(roles[0])
+        for layers in consecutive(spec.by_role[roles[0]], size if sharing else 1):
+            together = tuple(Place(role, layer) for layer in layers for role in roles)
+            groups.append(Group(together, side, pivot))
     return groups
 
 
-def default_shared_roles(spec: Spec) -> tuple[str, ...]:
-    """The authors' choice: the readers; without k and v under grouped-query attention; GPT-2 with c_proj."""
+def _reading_together(spec: Spec, chosen: Sequence[str]) -> list[tuple[str, ...]]:
+    """All roles, those of the chosen ones together that read the same inputs in the same layers."""
+    found: dict[Any, list[str]] = {}
+    for role, linears in spec.by_role.items():
+        inputs = tuple((linear.layer, linear.site) for linear in linears)
+        found.setdefault(inputs if role in chosen else role, []).append(role)
+    return [tuple(roles) for roles in found.values()]
+
+
+def default_shared_roles(spec: Spec, joint: bool = False) -> tuple[str, ...]:
+    """The authors' choice: the readers; without k and v under grouped-query attention; GPT-2 with c_proj.
+
+    Where roles are joint, k and v share with q under grouped-query attention, too.
+    """
     if spec.model_type == "gpt2":
         return ("qkv", "up", "o")
-    private = ("k", "v") if spec.grouped_query else ()
+    private = ("k", "v") if spec.grouped_query and not joint else ()
     return tuple(role for role in spec.roles if role in READERS and role not in private)

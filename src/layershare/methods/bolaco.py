@@ -103,7 +103,7 @@ class Bolaco(LowRank):
             wanted = {name: proposal.suggest_float(name, LOWEST, 1) for name in dict.fromkeys(names.values())}
             replaced = {}
             for share in shares(wanted):
-                x = spec.linear(share.role, share.layers[0])
+                x = spec.linear(*share.places[0])
                 replaced[spec.weight_name(x)] = truncated(x, factors[x], share.rank)
             return trial.loss(replaced)
 

@@ -35,7 +35,7 @@ from layershare.methods.method import LowRank
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
-from layershare.plan.ranks import LayerGroup, allocate, group_cost
+from layershare.plan.ranks import Group, allocate, group_cost
 from layershare.values import Below1, Count, Flag, Names
 
 
@@ -54,7 +54,7 @@ class DRank(LowRank):
     refit: Flag | None = None
     """Fit the coefficients again to deviated inputs; without, from 40 % removed on."""
 
-    def groups(self, spec: Spec) -> list[LayerGroup]:
+    def groups(self, spec: Spec) -> list[Group]:
         """The groups of layers. Raises `LayershareError` for roles that the model does not have."""
         return sharing_groups(spec, self.shared, self.group_size or (1 if spec.grouped_query else 2), self.pivot)
 
@@ -68,10 +68,10 @@ class DRank(LowRank):
         groups = self.groups(spec)
         costs = {group: group_cost(spec, group) for group in groups}
         limits = {group: cost.whole for group, cost in costs.items()}
-        sizes: dict[LayerGroup, Fraction] = {}
+        sizes: dict[Group, Fraction] = {}
         for done, role in enumerate(spec.roles):
             evidence.progress(done, len(spec.roles))
-            own = [group for group in groups if group.role == role]
+            own = [group for group in groups if group.places[0].role == role]
             ranks = [effective_rank(evidence.spectrum(group, weighted=True)) for group in own]
             weights = [(rank * costs[group].linear) ** 0.5 for group, rank in zip(own, ranks, strict=True)]
             limit = [limits[group] for group in own]
@@ -104,15 +104,13 @@ def in_proportion(total: Fraction, weights: Sequence[float], limits: Sequence[in
     return parts
 
 
-def to_v(
-    sizes: dict[LayerGroup, Fraction], limits: dict[LayerGroup, int], beta: Fraction
-) -> dict[LayerGroup, Fraction]:
+def to_v(sizes: dict[Group, Fraction], limits: dict[Group, int], beta: Fraction) -> dict[Group, Fraction]:
     """Parameters after V has got the fraction β of Q's and K's (Eq. 8 to 12), as far as its limits allow."""
-    giving = [group for group in sizes if group.role in ("q", "k")]
-    taking = [group for group in sizes if group.role == "v"]
+    giving = [group for group in sizes if group.places[0].role in ("q", "k")]
+    taking = [group for group in sizes if group.places[0].role == "v"]
     offered = beta * sum(sizes[group] for group in giving)
-    layers = sum(len(group.layers) for group in taking)
-    taken = {group: min(offered * len(group.layers) / layers, limits[group] - sizes[group]) for group in taking}
+    layers = sum(len(group.places) for group in taking)
+    taken = {group: min(offered * len(group.places) / layers, limits[group] - sizes[group]) for group in taking}
     moved = beta * sum(taken.values()) / offered if offered else Fraction(0)
     return (
         sizes

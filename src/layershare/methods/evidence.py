@@ -11,7 +11,7 @@ from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import Linear, Spec
 from layershare.model.weights import Weights, require_finite
-from layershare.plan.ranks import LayerGroup
+from layershare.plan.ranks import Group
 from layershare.solve.linalg import spectrum
 
 
@@ -73,13 +73,13 @@ class Evidence:
         """What was measured at a linear, `None` in a run without statistics."""
         return None if self.measured is None else Inputs(linear, self.weights.device, self.measured)
 
-    def spectrum(self, group: LayerGroup, *, weighted: bool) -> Tensor:
+    def spectrum(self, group: Group, *, weighted: bool) -> Tensor:
         """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.
 
         See `layershare.solve.linalg.spectrum`. Raises `LayershareError` if the Grams were not measured.
         """
         if (group, weighted) not in self._spectra:
-            linears = [self.spec.linear(group.role, layer) for layer in group.layers]
+            linears = [self.spec.linear(*place) for place in group.places]
             weights = [self.weight(linear) for linear in linears]
             inputs = [Inputs(linear, self.weights.device, self.stats) if weighted else None for linear in linears]
             grams = [None if each is None else each.gram for each in inputs]
@@ -87,7 +87,7 @@ class Evidence:
         return self._spectra[group, weighted]
 
     @cached_property
-    def _spectra(self) -> dict[tuple[LayerGroup, bool], Tensor]:
+    def _spectra(self) -> dict[tuple[Group, bool], Tensor]:
         return {}
 
 

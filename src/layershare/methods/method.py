@@ -13,7 +13,7 @@ from layershare.methods.evidence import Evidence, Inputs
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Share
-from layershare.solve.linalg import Factors, low_rank, share_input, share_output
+from layershare.solve.linalg import Factors, low_rank, share_and_own, share_input, share_output
 from layershare.values import STRICT, Flag
 
 
@@ -83,7 +83,12 @@ class LowRank(Method):
 
 
 def solve_group(share: Share, weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Factors:
-    """The optimum for a group under its Grams (`None`: every input direction counts the same)."""
+    """The optimum for a group under its Grams (`None`: every input direction counts the same).
+
+    With private directions beside, the best that alternating finds.
+    """
+    if share.private_rank:
+        return share_and_own(weights, grams, share.rank, share.private_rank, share.side)
     if len(weights) > 1:
         solve = share_input if share.side == "input" else share_output
         return solve(weights, grams, share.rank)

@@ -80,7 +80,7 @@ def _own(name: str, layer: nn.Module) -> str | None:
     """The name of the part of a layer that takes its adapter, `None` for a dropped one."""
     if not isinstance(layer, ComposedLinear):
         return None
-    return next(f"{name}.{child}" for child, part in layer.named_children() if part is layer.own)
+    return next(f"{name}.{child}" for child, part in layer.named_children() if part is layer.coefficient)
 
 
 def _is_forward(words: str | Collection[str], name: str) -> bool:

@@ -4,6 +4,7 @@ y = Σ_terms f_m(… f_1(x)) + b. Names, shapes, sizes and owners of factors are
 out, counts, swaps modules, splits them, trains or shows them loops over factors. No torch.
 
     shared basis      (basis*, coef), or (coef, basis*) on the output side
+    hybrid            as shared, + (own, private): directions of each member's own
     deltas            (base*) + (down, up)
     pivoted basis     as shared, of another form
 
@@ -182,10 +183,11 @@ class Composition:
         return cls(**{**values, "members": tuple(Member(**each) for each in values["members"]), "terms": tuple(terms)})
 
 
-def shared(members: Sequence[Member], rank: int, side: Side, pivot: bool = False) -> Composition:
+def shared(members: Sequence[Member], rank: int, side: Side, private_rank: int = 0, pivot: bool = False) -> Composition:
     """Members with one basis on a side, pivoted or dense, and own coefficients; a single one is plain low rank.
 
-    Raises `LayershareError` as `Composition`, and for an unknown side.
+    With a private rank each has a product of that rank beside, which is its own. Raises `LayershareError` as
+    `Composition`, and for an unknown side.
     """
     if side not in SIDES:
         raise unknown("side", str(side), SIDES)
@@ -194,7 +196,8 @@ def shared(members: Sequence[Member], rank: int, side: Side, pivot: bool = False
         factors = Factor("basis", outward=rank, home=home, form=form), Factor("coef", inward=rank)
     else:
         factors = Factor("coef", outward=rank), Factor("basis", inward=rank, home=home, form=form)
-    return Composition(tuple(members), (Term(factors),))
+    own = Factor("own", outward=private_rank), Factor("private", inward=private_rank)
+    return Composition(tuple(members), (Term(factors), Term(own)) if private_rank else (Term(factors),))
 
 
 def deltas(members: Sequence[Member], rank: int, names: Sequence[str]) -> Composition:

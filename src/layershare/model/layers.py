@@ -75,9 +75,9 @@ class ComposedLinear(nn.Module):
         return tuple(factors[-1] for factors in own) or self.factors[-1:]
 
     @property
-    def own(self) -> nn.Linear:
+    def coefficient(self) -> nn.Linear:
         """One of the parts that it registers: where the layer is, and in what dtype."""
-        return self.part(self.coefficients[-1])
+        return self.part(self.coefficients[0])
 
     def part(self, factor: Factor) -> nn.Linear:
         """The linear that a factor is."""
@@ -119,8 +119,8 @@ class ComposedLinear(nn.Module):
         return torch.cat((x, part(x).to(x.device)), -1).index_select(-1, order)
 
     def product(self, factors: tuple[Factor, ...], *, wide: bool) -> torch.Tensor:
-        """The matrix of a product of factors, `[out, in]`, on `own`'s device; `wide`: float32 or better."""
-        place, dtype = self.own.weight.device, self.own.weight.dtype
+        """The matrix of a product of factors, `[out, in]`, on `coefficient`'s device; `wide`: float32 or better."""
+        place, dtype = self.coefficient.weight.device, self.coefficient.weight.dtype
         dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
         weights = []
         for factor in factors:
@@ -167,7 +167,7 @@ class ComposedLinear(nn.Module):
         Raises as `require_plain_parts`.
         """
         self.require_plain_parts()
-        own, matrix = self.own.weight, self.matrix(wide=True)
+        own, matrix = self.coefficient.weight, self.matrix(wide=True)
         with torch.device("meta"):
             if self.member.conv1d:
                 dense = Conv1D(self.out_features, self.in_features)

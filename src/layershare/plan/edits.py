@@ -1,8 +1,9 @@
 """What can be done to a model: the edits, and whether they fit it and each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from itertools import product
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, FailFast, Field
 
@@ -11,34 +12,55 @@ from layershare.model.arch import PARTS, Part, Spec
 from layershare.model.composition import Composition, Member, Side, deltas, shared
 from layershare.values import STRICT, Flag, Number, Whole, Word
 
-Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=100_000)]
+_MOST_LAYERS = 100_000
+Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=_MOST_LAYERS)]
+
+
+class Place(NamedTuple):
+    """Where a linear is: its role, and the number of its block."""
+
+    role: Word
+    layer: Whole
+
+
+def places(role: str, layers: Iterable[int]) -> tuple[Place, ...]:
+    """The linears of one role in some layers."""
+    return tuple(Place(role, layer) for layer in layers)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Layers that share one basis of rank k for one role; a single layer is plain low rank.
+    """Linears that share one basis of rank k: those of a role in several layers, of several roles in one, or both.
 
-    `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared. `pivot`:
-    B in pivoted form, which has k² numbers less.
+    `side="input"`: Wᵢ ≈ B Cᵢ with B: d_in × k shared. `side="output"`: Wᵢ ≈ Aᵢ B with B: k × d_out shared. A place
+    alone is plain low rank. `private_rank` r: each has r directions of its own beside, Wᵢ ≈ B Cᵢ + Dᵢ Eᵢ. `pivot`: B in
+    pivoted form, which has k² numbers less.
     """
 
     __pydantic_config__ = STRICT
-    role: Word
-    layers: Layers
+    places: Annotated[tuple[Place, ...], FailFast(), Field(max_length=_MOST_LAYERS)]
     rank: Whole
     side: Side
+    private_rank: Annotated[Whole, Field(ge=0)] = 0
     pivot: Flag = False
     kind: Literal["share"] = "share"
 
     @property
-    def id(self) -> str:
-        """A name for files and tables: `q.00-01`."""
-        return f"{self.role}.{'-'.join(f'{layer:02d}' for layer in self.layers)}"
+    def roles(self) -> tuple[str, ...]:
+        """The roles of its places, each once."""
+        return tuple(dict.fromkeys(place.role for place in self.places))
 
     @property
-    def users(self) -> tuple[int, ...]:
-        """All layers that use the shared basis."""
-        return self.layers
+    def layers(self) -> tuple[int, ...]:
+        """The layers of its places, each once."""
+        return tuple(dict.fromkeys(place.layer for place in self.places))
+
+    @property
+    def id(self) -> str:
+        """A name for files and tables: `q.00-01`, `gate+up.03`."""
+        if set(self.places) == set(product(self.roles, self.layers)):
+            return f"{'+'.join(self.roles)}.{_numbers(self.layers)}"
+        return "+".join(f"{role}.{layer:02d}" for role, layer in self.places)
 
 
 @dataclass(frozen=True)
@@ -59,12 +81,21 @@ class Delta:
     @property
     def id(self) -> str:
         """A name for files and tables, the anchor first: `up.02+03-04`."""
-        return f"{self.role}.{self.anchor:02d}+{'-'.join(f'{layer:02d}' for layer in self.layers)}"
+        return f"{self.role}.{self.anchor:02d}+{_numbers(self.layers)}"
 
     @property
-    def users(self) -> tuple[int, ...]:
-        """All layers that use the shared weight, the anchor among them."""
-        return self.layers if self.anchor in self.layers else (self.anchor, *self.layers)
+    def roles(self) -> tuple[str, ...]:
+        """Its role."""
+        return (self.role,)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All linears that use the shared weight, the anchor's among them."""
+        return places(self.role, self.layers if self.anchor in self.layers else (self.anchor, *self.layers))
+
+
+def _numbers(layers: Iterable[int]) -> str:
+    return "-".join(f"{layer:02d}" for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -121,12 +152,12 @@ def sliced_width(edits: Sequence[Edit]) -> int | None:
     return next((edit.width for edit in edits if isinstance(edit, Slice)), None)
 
 
-def sharing(edits: Sequence[Edit]) -> dict[tuple[str, int], Share | Delta]:
-    """(role, layer) -> the edit that replaces that linear's weight by something that it shares."""
-    found: dict[tuple[str, int], Share | Delta] = {}
+def sharing(edits: Sequence[Edit]) -> dict[Place, Share | Delta]:
+    """Place -> the edit that replaces that linear's weight by something that it shares."""
+    found: dict[Place, Share | Delta] = {}
     for edit in edits:
         if isinstance(edit, Share | Delta):
-            found.update(dict.fromkeys(((edit.role, layer) for layer in edit.users), edit))
+            found.update(dict.fromkeys(edit.places, edit))
     return found
 
 
@@ -135,18 +166,21 @@ def composition(spec: Spec, edit: Share | Delta) -> Composition:
 
     Raises `LayershareError` if the model lacks one of them, or if they cannot share.
     """
-    there = {linear.layer: linear.member for linear in spec.by_role.get(edit.role, ())}
-    if missing := [layer for layer in edit.users if layer not in there]:
-        raise LayershareError(f"The plan names {edit.role} of layer {missing[0]}, which this model does not have.")
+    there = {Place(linear.role, linear.layer): linear.member for linear in spec.linears}
+    if missing := [place for place in edit.places if place not in there]:
+        role, layer = missing[0]
+        raise LayershareError(f"The plan names {role} of layer {layer}, which this model does not have.")
     return composed(edit, there)
 
 
-def composed(edit: Share | Delta, members: Mapping[int, Member]) -> Composition:
-    """The same, of the members by their layers; see `composition`."""
+def composed(edit: Share | Delta, members: Mapping[Place, Member]) -> Composition:
+    """The same, of the members by their places; see `composition`."""
     if isinstance(edit, Share):
-        return shared([members[layer] for layer in edit.layers], edit.rank, edit.side, edit.pivot)
-    first, *others = sorted(edit.users, key=lambda layer: layer != edit.anchor)
-    return deltas([members[first], *(members[i] for i in others)], edit.rank, [members[i].name for i in edit.layers])
+        own = [members[place] for place in edit.places]
+        return shared(own, edit.rank, edit.side, edit.private_rank, edit.pivot)
+    first, *others = sorted(edit.places, key=lambda place: place.layer != edit.anchor)
+    changed = [members[place].name for place in places(edit.role, edit.layers)]
+    return deltas([members[first], *(members[place] for place in others)], edit.rank, changed)
 
 
 def kept_layers(n_layers: int, edits: Sequence[Edit]) -> list[int]:
@@ -172,7 +206,7 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
     if any(isinstance(edit, Slice) for edit in edits):
         _check_slice(spec, edits)
         return
-    seen: set[tuple[str, int]] = set()
+    seen: set[Place] = set()
     for edit in edits:
         assert not isinstance(edit, Slice)
         if not edit.layers:
@@ -211,12 +245,12 @@ def _check_slice(spec: Spec, edits: Sequence[Edit]) -> None:
         raise LayershareError(f"The plan slices to width {width}; this model's hidden states have {dense}.")
 
 
-def _claims(spec: Spec, edit: Share | Delta | Drop | Merge) -> list[tuple[str, int]]:
-    """The (role, layer) pairs that an edit changes."""
+def _claims(spec: Spec, edit: Share | Delta | Drop | Merge) -> Sequence[Place]:
+    """The linears that an edit changes."""
     if isinstance(edit, Share | Delta):
-        return [(edit.role, layer) for layer in edit.users]
+        return edit.places
     parts = (edit.part,) if isinstance(edit, Drop) and edit.part != "block" else PARTS
-    return [(linear.role, layer) for layer in edit.layers for part in parts for linear in spec.part(layer, part)]
+    return [Place(x.role, x.layer) for layer in edit.layers for part in parts for x in spec.part(layer, part)]
 
 
 def _check_merge(edit: Merge) -> None:

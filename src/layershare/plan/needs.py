@@ -8,7 +8,7 @@ from layershare.calibrate.stats import Kind
 from layershare.model.arch import Spec
 from layershare.model.composition import Composition
 from layershare.plan.budget import measure
-from layershare.plan.edits import Share, sliced_width
+from layershare.plan.edits import Share, places, sliced_width
 from layershare.plan.layout import compositions
 from layershare.plan.plan import Plan
 from layershare.plan.work import Work, count_work
@@ -79,7 +79,7 @@ def estimate_needs(
             work=work,
         )
     if plan is None:
-        full = [Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears]
+        full = [Share(places(x.role, [x.layer]), min(x.d_in, x.d_out), "input") for x in spec.linears]
         composed, after = compositions(spec, full), measure(spec, ())
     else:
         composed, after = compositions(spec, plan.edits), plan.after
@@ -111,7 +111,8 @@ def estimate_needs(
 def _solving(composition: Composition) -> int:
     """Float64 matrices while a composition is solved: the eigenproblem and its work space, weights, the factors.
 
-    Beside a whole weight, which is among the factors, these are its target's weight and the difference of the two.
+    Beside a whole weight, which is among the factors, these are its target's weight and the difference of the two; for
+    private directions, what is left of every weight without the shared ones, and without those.
     """
     first, (product, *_) = composition.members[0], [t for t in composition.terms if len(t.factors) > 1]
     ends = [(product.factors[0], first.d_in), (product.factors[-1], first.d_out)]
@@ -119,9 +120,11 @@ def _solving(composition: Composition) -> int:
         width, weights = first.d_in, 2
     else:
         shared = [width for factor, width in ends if factor.home]
-        width, weights = shared[0] if len(composition.members) > 1 else min(first.d_in, first.d_out), 1
+        width = shared[0] if len(composition.members) > 1 else min(first.d_in, first.d_out)
+        weights = 1 if len(composition.terms) == 1 else 2 * len(composition.members)
     dense = sum((factor.outward or factor.inward or 0) ** 2 for factor in composition.factors if factor.pivots)
-    return _eigenproblem(width) + 8 * (weights * first.d_in * first.d_out + composition.parameters + dense)
+    largest = max(member.d_in * member.d_out for member in composition.members)
+    return _eigenproblem(width) + 8 * (weights * largest + composition.parameters + dense)
 
 
 def _eigenproblem(width: int) -> int:

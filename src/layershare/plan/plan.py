@@ -37,20 +37,13 @@ class Plan:
     def from_json(cls, text: str) -> "Plan":
         """Read a plan. Raises `LayershareError` if the text is not one."""
         with reading("The plan", "mend it, or let `layershare plan` write one"):
-            values = parse_json(text)
-        try:
-            plan = checked(cls, values)
-        except ValidationError as error:
-            path, said, _ = first_fault(error)
-            raise LayershareError(f"This is not a plan: {'.'.join(path) or 'the text'}: {said}.") from error
-        parse_keep(plan.keep)
-        return plan
+            return parse_plan(text)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Plan":
         """Read a plan as it stands in a file. Raises `LayershareError` if the file is missing or is no plan."""
-        with reading(f"The plan '{path}'", "mend it, or name another file"):
-            return cls.from_json(read_text(Path(path)))
+        with reading(f"The plan '{path}'", "mend it, name another file, or let `layershare plan` write one"):
+            return parse_plan(read_text(Path(path)))
 
     @classmethod
     def read(cls, path: str | Path, spec: Spec) -> "Plan":
@@ -65,3 +58,14 @@ class Plan:
             )
         check(spec, plan.edits)
         return replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))
+
+
+def parse_plan(text: str) -> Plan:
+    """The plan that a JSON text is. Raises `ValueError` if it is none; see `foreign.reading`."""
+    try:
+        plan = checked(Plan, parse_json(text))
+    except ValidationError as error:
+        path, said, _ = first_fault(error)
+        raise ValueError(f"it is not a plan: {'.'.join(path) or 'the text'}: {said}") from error
+    parse_keep(plan.keep)
+    return plan

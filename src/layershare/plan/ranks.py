@@ -11,24 +11,23 @@ from layershare.errors import LayershareError
 from layershare.model.arch import WRITERS, Linear, Spec
 from layershare.model.composition import Composition, Side, shared
 from layershare.plan.budget import Budget
-from layershare.plan.edits import Share, composition
+from layershare.plan.edits import Place, Share, composition, places
 
 TOLERANCE = Fraction(1, 200)
 """A plan lands within this fraction under its budget."""
 
 
 @dataclass(frozen=True)
-class LayerGroup:
-    """Layers that will share a basis for a role, before a rank is chosen."""
+class Group:
+    """Linears that will share a basis, before a rank is chosen."""
 
-    role: str
-    layers: tuple[int, ...]
+    places: tuple[Place, ...]
     side: Side
     pivot: bool = False
 
     def share(self, rank: int) -> Share:
         """The edit of this rank."""
-        return Share(self.role, self.layers, rank, self.side, self.pivot)
+        return Share(self.places, rank, self.side, pivot=self.pivot)
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,19 @@ def natural_side(role: str) -> Side:
     return "output" if role in WRITERS else "input"
 
 
-def private_groups(linears: Iterable[Linear], pivot: bool = False) -> list[LayerGroup]:
+def private_groups(linears: Iterable[Linear], pivot: bool = False) -> list[Group]:
     """Every linear in a group of its own."""
-    return [LayerGroup(linear.role, (linear.layer,), natural_side(linear.role), pivot) for linear in linears]
+    return [Group(places(linear.role, [linear.layer]), natural_side(linear.role), pivot) for linear in linears]
 
 
-def group_cost(spec: Spec, group: LayerGroup) -> Cost:
+def group_cost(spec: Spec, group: Group) -> Cost:
     """Parameters of a group by rank."""
     return _cost(composition(spec, group.share(1)), group.pivot)
 
 
 def matrix_cost(linear: Linear, pivot: bool = False) -> Cost:
     """The same of a matrix for itself."""
-    return _cost(shared([linear.member], 1, natural_side(linear.role), pivot), pivot)
+    return _cost(shared([linear.member], 1, natural_side(linear.role), pivot=pivot), pivot)
 
 
 def _cost(one: Composition, pivot: bool) -> Cost:
@@ -101,10 +100,10 @@ def _cost(one: Composition, pivot: bool) -> Cost:
 def in_order(spec: Spec, shares: Iterable[Share]) -> tuple[Share, ...]:
     """Shares by their first layer, then in the order in which data flows through a block."""
     order = {role: position for position, role in enumerate(spec.roles)}
-    return tuple(sorted(shares, key=lambda share: (share.layers[0], order[share.role])))
+    return tuple(sorted(shares, key=lambda share: (share.layers[0], order[share.roles[0]])))
 
 
-def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[Share, ...]:
+def uniform(spec: Spec, groups: Sequence[Group], budget: Budget) -> tuple[Share, ...]:
     """Give every group the published rank for its own size; the groups cover all targets.
 
     Raises `LayershareError` if a group would get no rank at all.
@@ -115,7 +114,7 @@ def uniform(spec: Spec, groups: Sequence[LayerGroup], budget: Budget) -> tuple[S
 
 def allocate(
     spec: Spec,
-    groups: Sequence[LayerGroup],
+    groups: Sequence[Group],
     exact: Sequence[Fraction | float],
     parameters: int,
     gains: Sequence[float] | None = None,
@@ -140,8 +139,10 @@ def allocate(
     shares = []
     for group, rank, size, cost in zip(groups, ranks, sizes, costs, strict=True):
         if rank < 1:
+            share = group.share(rank)
             raise LayershareError(
-                f"keep leaves no rank for {group.role} of layers {group.layers[0]}–{group.layers[-1]}; keep more."
+                f"keep leaves no rank for {' and '.join(share.roles)} of layers {share.layers[0]}–{share.layers[-1]}; "
+                "keep more."
             )
         if size < cost.whole:
             shares.append(group.share(rank))

@@ -28,8 +28,8 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
     sliced = sliced_width(plan.edits)
     kept, dropped = set(kept_layers(spec.n_layers, plan.edits)), set(dropped_parts(plan.edits))
     for role, linears in spec.by_role.items():
-        edits = [edit for edit in dict.fromkeys(shared.values()) if edit.role == role]
-        for _, run in groupby(edits, key=lambda edit: (len(edit.users), len(edit.layers), _how(edit), edit.rank)):
+        edits = [edit for edit in dict.fromkeys(shared.values()) if edit.roles[0] == role]
+        for _, run in groupby(edits, key=lambda edit: (edit.roles, len(edit.places), _how(edit), edit.rank)):
             _add_groups(groups, spec, list(run))
         stays = [x for x in linears if x.layer in kept and (x.layer, x.part) not in dropped]
         if gone := [x for x in linears if x not in stays]:
@@ -86,17 +86,17 @@ def _table(title: str | None = None) -> Table:
 
 
 def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
-    linear = spec.linear(edits[0].role, edits[0].layers[0])
-    before = sum(spec.linear(edit.role, layer).parameters for edit in edits for layer in edit.users)
+    linears = [spec.linear(*place) for edit in edits for place in edit.places]
     after = sum(composition(spec, edit).parameters for edit in edits)
-    n = len(edits[0].users)
+    n, shapes = len(edits[0].places), dict.fromkeys(f"{x.d_in} × {x.d_out}" for x in linears)
+    private = edits[0].private_rank if isinstance(edits[0], Share) else 0
     table.add_row(
-        edits[0].role,
-        _range([layer for edit in edits for layer in edit.users]),
-        f"{linear.d_in} × {linear.d_out}",
+        "+".join(edits[0].roles),
+        _range(list(dict.fromkeys(linear.layer for linear in linears))),
+        ", ".join(shapes),
         f"{len(edits)} × {n} ({_how(edits[0])})" if n > 1 else f"{len(edits)} × 1",
-        f"{edits[0].rank:,}",
-        *_kept(before, after),
+        f"{edits[0].rank:,}" + (f" + {private:,}" if private else ""),
+        *_kept(sum(linear.parameters for linear in linears), after),
     )
 
 
@@ -104,7 +104,7 @@ def _how(edit: Share | Delta) -> str:
     """The side that a group shares, or that its layers have deltas: all of them, or all but the anchor."""
     if isinstance(edit, Share):
         return f"{edit.side}, pivoted" if edit.pivot else edit.side
-    return "delta" if len(edit.layers) < len(edit.users) else "mean, delta"
+    return "delta" if len(edit.layers) < len(edit.places) else "mean, delta"
 
 
 def _add_sliced(table: Table, linears: Sequence[Linear], width: int) -> None:

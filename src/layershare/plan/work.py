@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layershare.calibrate.stats import Kind
 from layershare.model.arch import Spec
-from layershare.plan.edits import Delta, Share, sharing, sliced_width
+from layershare.plan.edits import Delta, Share, places, sharing, sliced_width
 from layershare.plan.plan import Plan
 
 HANDLING = 1.4
@@ -92,19 +92,22 @@ def count_work(
     elif kinds == {"blocks"} or (runs and not kinds):
         edits = []
     else:
-        edits = [Share(x.role, (x.layer,), min(x.d_in, x.d_out), "input") for x in spec.linears]
+        edits = [Share(places(x.role, [x.layer]), min(x.d_in, x.d_out), "input") for x in spec.linears]
     double = eigen = 0
     for edit in edits:
-        linear = spec.linear(edit.role, edit.layers[0])
-        d_in, d_out, n = linear.d_in, linear.d_out, len(edit.layers)
+        shapes = [(linear.d_in, linear.d_out) for linear in (spec.linear(*place) for place in edit.places)]
         if isinstance(edit, Delta):
-            side, rounds = min(d_in, d_out), n
+            shapes = shapes[-len(edit.layers) :]
+            side, rounds = min(shapes[0]), len(shapes)
         else:
-            side, rounds = (d_in if edit.side == "input" else d_out) if n > 1 else min(d_in, d_out), 1
+            side = shapes[0][edit.side == "output"] if len(shapes) > 1 else min(shapes[0])
+            rounds = 1
         eigen += rounds * side**3
-        double += n * (max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)) + rounds * side**3
-        if refits:
-            double += n * edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
+        double += rounds * side**3
+        for d_in, d_out in shapes:
+            double += max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)
+            if refits:
+                double += edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
     return Work(model, single, double, eigen)
 
 

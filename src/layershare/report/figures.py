@@ -136,7 +136,7 @@ def sharing(run: Run) -> go.Figure:
             kind = cell.kind if cell.kind in kinds else "other"
             return kinds.index(kind if cell.kept != 0 else "gone")
         assert cell.group is not None
-        return len(kinds) + (cell.group + 2 * run.roles.index(cell.role)) % len(PALETTE)
+        return len(kinds) + (cell.group + 2 * run.roles.index(cell.places[0].role)) % len(PALETTE)
 
     def word(cell: Cell) -> str:
         if cell.shares:
@@ -185,7 +185,7 @@ def spectra(run: Run) -> dict[str, go.Figure]:
     """Role -> the spectra of its groups with the cuts, for the roles that have any."""
     figures = {}
     for role in run.roles:
-        groups = {cell.layers: cell for cell in run.cells.values() if cell.role == role and cell.spectrum}
+        groups = {cell.places: cell for cell in run.cells.values() if cell.role == role and cell.spectrum}
         if groups:
             figures[role] = _spectrum(run, list(groups.values()))
     return figures
@@ -211,7 +211,7 @@ def _spectrum(run: Run, groups: Sequence[Cell]) -> go.Figure:
             mode="lines+markers",
             line={"color": colour, "width": 1.5},
             marker={"size": [0] * (len(before) - 1) + [7], "opacity": 1, "line": {"width": 0}},
-            hovertemplate=f"{_layers(cell)}, component %{{x}}: %{{y:.3%}}<extra></extra>",
+            hovertemplate=f"{cell.together}, component %{{x}}: %{{y:.3%}}<extra></extra>",
         )
     figure.add_scatter(
         **rest, mode="lines", line={"color": "rgba(128,128,128,0.5)", "width": 1}, hoverinfo="skip", connectgaps=False
@@ -267,10 +267,10 @@ def describe_cell(cell: Cell) -> str:
     words = {
         "dense": "unchanged",
         "own": "own factors",
-        "share": f"basis shared by {_layers(cell)} ({cell.side} side)",
-        "anchor": f"weight shared by {_layers(cell)}",
-        "delta": f"weight shared by {_layers(cell)}, and a delta of its own",
-        "merge": f"merged with {_layers(cell)}",
+        "share": f"basis shared by {cell.together} ({cell.side} side)",
+        "anchor": f"weight shared by {cell.together}",
+        "delta": f"weight shared by {cell.together}, and a delta of its own",
+        "merge": f"merged with {cell.together}",
         "drop": "dropped",
     }
     lines = [f"<b>{cell.role}, layer {cell.layer}</b>", words.get(cell.kind, cell.kind)]
@@ -281,10 +281,6 @@ def describe_cell(cell: Cell) -> str:
     if cell.error is not None:
         lines.append(f"relative error {percent(cell.error, 2)}")
     return "<br>".join(lines)
-
-
-def _layers(cell: Cell) -> str:
-    return f"layer{'s' * (len(cell.layers) > 1)} {', '.join(map(str, cell.layers))}"
 
 
 def _label(name: str) -> str:

@@ -131,23 +131,6 @@ class Results(Listed):
     samples: NotRequired[list[dict[str, str]]]
 
 
-class _Edit(TypedDict, total=False):
-    kind: str
-    role: str
-    part: str
-    side: str
-    layers: list[int]
-    rank: int
-    into: int
-    anchor: int
-
-
-class Planned(TypedDict):
-    """What card and page need of `plan.json`."""
-
-    edits: list[_Edit]
-
-
 class Rate(TypedDict):
     """Tokens per second in one phase."""
 

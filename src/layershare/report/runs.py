@@ -10,8 +10,9 @@ from layershare.folders import RECIPE
 from layershare.foreign import read_text, reading
 from layershare.model.arch import part_of
 from layershare.model.composition import Member
-from layershare.plan.edits import Delta, Share, composed
-from layershare.report.results import RESULTS, Planned, Results, Speed, read_as
+from layershare.plan.edits import Delta, Drop, Edit, Merge, Place, Share, composed, sliced_width
+from layershare.plan.plan import parse_plan
+from layershare.report.results import RESULTS, Results, Speed, read_as
 
 PLAN = "plan.json"
 SPEED = "speed.json"
@@ -24,16 +25,18 @@ AGAIN = "run its recipe.yaml again with this version of layershare"
 @dataclass(frozen=True)
 class Cell:
     """What became of one linear: `kind` is dense, own (own factors), share, anchor (its weight is shared), delta (to a
-    shared weight), drop, merge, or the name of another edit.
+    shared weight), drop, merge or slice.
 
-    `layers` are those that share, or go together. `group` numbers the groups of a role in the order of the plan. `kept`
-    is the fraction of parameters that is left (`None`: not known), what is shared being split evenly among its users.
+    `places` are those that share; `layers`, those that share or go together. `group` numbers the groups of a role in
+    the order of the plan; of several roles, those of the first. `kept` is the fraction of parameters that is left
+    (`None`: not known), what is shared being split evenly among its users.
     """
 
     role: str
     layer: int
     kind: str = "dense"
     layers: tuple[int, ...] = ()
+    places: tuple[Place, ...] = ()
     group: int | None = None
     side: str | None = None
     rank: int | None = None
@@ -43,8 +46,15 @@ class Cell:
 
     @property
     def shares(self) -> bool:
-        """Whether it uses weights together with other layers."""
+        """Whether it uses weights together with other linears."""
         return self.kind in SHARING
+
+    @property
+    def together(self) -> str:
+        """What shares or goes together, in words: `layers 2, 3`, `gate and up of layer 2`."""
+        roles = list(dict.fromkeys(place.role for place in self.places))
+        layers = f"layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))}"
+        return f"{', '.join(roles[:-1])} and {roles[-1]} of {layers}" if len(roles) > 1 else layers
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Run:
 
     name: str
     results: dict[str, Any]
-    plan: dict[str, Any]
+    edits: tuple[Edit, ...]
     recipe: str
     speed: dict[str, Any] | None
 
@@ -71,13 +81,13 @@ class Run:
         with reading(f"The {RESULTS} of '{folder}'", AGAIN):
             results = read_as(Results, folder / RESULTS)
         with reading(f"The {PLAN} of '{folder}'", AGAIN):
-            plan = read_as(Planned, folder / PLAN)
+            edits = parse_plan(read_text(folder / PLAN)).edits
         with reading(f"The {RECIPE} of '{folder}'", AGAIN):
             recipe = read_text(folder / RECIPE)
         if (folder / SPEED).exists():
             with reading(f"The {SPEED} of '{folder}'", "delete it, or measure it again"):
                 speed = read_as(Speed, folder / SPEED)
-        return cls(printable(name), results, plan, recipe, speed)
+        return cls(printable(name), results, edits, recipe, speed)
 
     @property
     def model(self) -> str:
@@ -120,13 +130,12 @@ class Run:
     @property
     def ordinary(self) -> bool:
         """Whether the result is an ordinary checkpoint, with no more than whole layers gone or merged."""
-        edits = self.plan["edits"]
-        return all(e.get("kind") == "merge" or (e.get("kind") == "drop" and e["part"] == "block") for e in edits)
+        return all(isinstance(e, Merge) or (isinstance(e, Drop) and e.part == "block") for e in self.edits)
 
     @property
     def sliced(self) -> bool:
         """Whether hidden states were sliced."""
-        return any(edit.get("kind") == "slice" for edit in self.plan["edits"])
+        return sliced_width(self.edits) is not None
 
     @property
     def roles(self) -> list[str]:
@@ -148,42 +157,40 @@ class Run:
             if shape
         }
         counts = dict.fromkeys(self.roles, 0)
-        for edit in self.plan["edits"]:
+        for edit in self.edits:
             for cell in self._edited(edit, cells, counts):
                 cells[cell.role, cell.layer] = cell
         return cells
 
-    def _edited(self, edit: dict[str, Any], cells: dict[tuple[str, int], Cell], counts: dict[str, int]) -> list[Cell]:
+    def _edited(self, edit: Edit, cells: dict[tuple[str, int], Cell], counts: dict[str, int]) -> list[Cell]:
         """The cells that one edit of the plan changes."""
-        kind, layers = edit.get("kind", "share"), tuple(edit.get("layers", ()))
-        if kind in ("share", "delta"):
-            made = (Share if kind == "share" else Delta)(**{**edit, "layers": layers})
-            return self._composed(made, counts)
-        if kind == "drop":
-            gone = [(r, layer) for r, layer in cells if layer in layers and edit["part"] in ("block", part_of(r))]
-            return [Cell(r, layer, kind, layers, kept=0.0) for r, layer in gone]
-        if kind == "merge":
-            gone = dict.fromkeys(layers, 0.0) | {edit["into"]: 1.0}
-            return [Cell(r, layer, kind, layers, kept=gone[layer]) for r, layer in cells if layer in gone]
-        touched = [key for key in cells if edit.get("role", key[0]) == key[0] and (not layers or key[1] in layers)]
-        return [Cell(*key, kind, layers, rank=edit.get("rank"), kept=None) for key in touched]
+        if isinstance(edit, Share | Delta):
+            return self._composed(edit, counts)
+        if isinstance(edit, Drop):
+            gone = [(r, layer) for r, layer in cells if layer in edit.layers and edit.part in ("block", part_of(r))]
+            return [Cell(r, layer, edit.kind, edit.layers, kept=0.0) for r, layer in gone]
+        if isinstance(edit, Merge):
+            left = dict.fromkeys(edit.layers, 0.0) | {edit.into: 1.0}
+            return [Cell(r, layer, edit.kind, edit.layers, kept=left[layer]) for r, layer in cells if layer in left]
+        return [Cell(*place, edit.kind, kept=None) for place in cells]
 
     def _composed(self, edit: Share | Delta, counts: dict[str, int]) -> list[Cell]:
-        """The cells of layers that an edit factors or lets share."""
-        role, users, number = edit.role, edit.users, counts[edit.role]
-        counts[role] += 1
-        members = {layer: Member(f"{layer}", *self.results["shapes"][role][layer]) for layer in users}
+        """The cells of linears that an edit factors or lets share."""
+        places, number = edit.places, counts[edit.roles[0]]
+        counts[edit.roles[0]] += 1
+        shapes = self.results["shapes"]
+        members = {place: Member(str(place), *shapes[place.role][place.layer]) for place in places}
         composition, facts = composed(edit, members), self.results["groups"].get(edit.id, {})
-        side = edit.side if isinstance(edit, Share) else None
+        side, private = (edit.side, edit.private_rank) if isinstance(edit, Share) else (None, 0)
+        layers = tuple(dict.fromkeys(place.layer for place in places))
         cells = []
-        for layer, member in members.items():
+        for place, member in members.items():
             products = any(len(term.factors) > 1 for term in composition.terms_of(member.name))
-            what = (
-                {"rank": edit.rank, "error": facts.get("error"), "spectrum": facts.get("spectrum")} if products else {}
-            )
-            kind = edit.kind if products and len(users) > 1 else "anchor" if len(users) > 1 else "own"
+            what = {"error": facts.get("error"), "spectrum": facts.get("spectrum")} if products else {}
+            rank = edit.rank + private if products else None
+            kind = edit.kind if products and len(places) > 1 else "anchor" if len(places) > 1 else "own"
             kept = composition.parameters_of(member) / (member.d_in * member.d_out)
-            cells.append(Cell(role, layer, kind, users, number, side=side, kept=kept, **what))
+            cells.append(Cell(*place, kind, layers, places, number, side=side, rank=rank, kept=kept, **what))
         return cells
 
 

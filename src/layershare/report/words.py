@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any
 
 from layershare.disk import size
+from layershare.plan.edits import Drop, Merge, Slice
 from layershare.plan.table import duration
-from layershare.report.runs import SHARING, Run
+from layershare.report.runs import Run
 
 _UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
 
@@ -123,29 +124,31 @@ def edits(run: Run) -> str:
     parts = _shared(run, ("share",), "basis", "bases")
     parts += [f"{part}, with deltas" for part in _shared(run, ("anchor", "delta"), "weight", "weights")]
     kinds = Counter(cell.kind for cell in run.cells.values())
-    for kind in sorted(kinds.keys() - {*SHARING, "drop", "merge", "slice"}, key=lambda kind: (kind == "dense", kind)):
-        words = {"own": "with own factors", "dense": "unchanged"}.get(kind, f"changed by {kind}")
-        parts.append(f"{kinds[kind]} {'matrices' if kinds[kind] > 1 else 'matrix'} {words}")
-    for edit in run.plan["edits"]:
-        if edit.get("kind") == "slice":
-            parts.append(f"all hidden states sliced to {edit['width']:,} components")
+    if own := kinds["own"]:
+        parts.append(f"{own} {'matrices' if own > 1 else 'matrix'} with own factors")
+    if dense := kinds["dense"]:
+        parts.append(f"{dense} {'matrices' if dense > 1 else 'matrix'} unchanged")
+    for edit in run.edits:
+        if isinstance(edit, Slice):
+            parts.append(f"all hidden states sliced to {edit.width:,} components")
             continue
-        layers = f"layer{'s' * (len(edit['layers']) > 1)} {', '.join(map(str, edit['layers']))}"
-        if edit.get("kind") == "drop":
-            parts.append(f"{layers} dropped" if edit["part"] == "block" else f"{edit['part']} of {layers} dropped")
-        elif edit.get("kind") == "merge":
-            parts.append(f"{layers} merged into layer {edit['into']}")
+        layers = f"layer{'s' * (len(edit.layers) > 1)} {', '.join(map(str, edit.layers))}"
+        if isinstance(edit, Drop):
+            parts.append(f"{layers} dropped" if edit.part == "block" else f"{edit.part} of {layers} dropped")
+        elif isinstance(edit, Merge):
+            parts.append(f"{layers} merged into layer {edit.into}")
     return "; ".join(parts) or "nothing was changed"
 
 
 def _shared(run: Run, kinds: tuple[str, ...], one: str, many: str) -> list[str]:
-    """How many layers share one of these, for each number of layers."""
-    groups = {(cell.role, cell.layers) for cell in run.cells.values() if cell.kind in kinds}
-    parts = []
-    for n in sorted({len(layers) for _, layers in groups}):
-        number = sum(len(layers) == n for _, layers in groups)
-        parts.append(f"{number} {many if number > 1 else one} shared by {n} layers{' each' * (number > 1)}")
-    return parts
+    """How many layers, or matrices of several roles, share one of these, for each number of them."""
+    groups = {cell.places for cell in run.cells.values() if cell.kind in kinds}
+    counts = Counter((len(places), len({place.role for place in places}) > 1) for places in groups)
+    return [
+        f"{number} {many if number > 1 else one} shared by {n} {'matrices' if mixed else 'layers'}"
+        f"{' each' * (number > 1)}"
+        for (n, mixed), number in sorted(counts.items())
+    ]
 
 
 def calibration(run: Run) -> str:

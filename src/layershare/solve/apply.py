@@ -17,7 +17,7 @@ from layershare.errors import LayershareError
 from layershare.methods.evidence import Evidence, row_convention
 from layershare.methods.method import Method
 from layershare.model.arch import Linear, Spec, common_parent
-from layershare.model.composition import Composition
+from layershare.model.composition import Composition, Factor, Term
 from layershare.model.dropped import DroppedAttention, drop_mlp
 from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
@@ -137,7 +137,7 @@ def solve(
     Raises `LayershareError` if a weight or a factor is not finite, naming the place.
     """
     spec = factored.spec
-    total = sum(spec.linear(edit.role, edit.layers[0]).parameters * len(edit.layers) for edit in factored.shares)
+    total = sum(linear.parameters for edit in factored.shares for linear in members(spec, edit))
     done = 0
     for edit in factored.shares:
         progress(done, total)
@@ -150,7 +150,8 @@ def solve(
             if edit.pivot:
                 factors = pivot_factors(factors, edit.side)
                 facts["largest"] = float(factors.basis.abs().max())
-            own = {linear.name: [coef] for linear, coef in zip(linears, factors.coefs, strict=True)}
+            private = factors.own or [()] * len(linears)
+            own = {x.name: [c, *pair] for x, c, pair in zip(linears, factors.coefs, private, strict=True)}
             named = named_tensors(spec, edit, factors.basis, own, dense[0].dtype, factors.order)
             factored.groups.write(unit_name(edit), named, facts)
         done += sum(linear.parameters for linear in linears)
@@ -192,25 +193,39 @@ def _refit_layer(
 ) -> dict[str, Tensor]:
     """Run the compressed block, set the second factors that are its own and return them by name."""
     spec = factored.spec
-    fitted = [x for x in modules.values() if not x.composition.joins(x.module.factors[-1])]
-    needed = {x.linear.site for x in fitted}
+    fitted = {name: x for name, x in modules.items() if not x.composition.whole and _fitted(x)}
+    needed = {x.linear.site for x in fitted.values()}
     with measuring(block, {site: name for site, name in site_modules(spec, layer).items() if site in needed}) as grams:
         stream.run()
     new = {}
-    for x in fitted:
-        (first, second), module = x.module.factors, x.module
-        dense = row_convention(x.weight.to(module.own.weight.device), x.linear)
-        fit = refit(module.product((first,), wide=False).T, grams[x.linear.site], dense)
-        changed = [second]
-        if second.pivots:
-            rest, order, mixing = pivoted(fit.T)
-            module.part(first).weight.copy_(mixing @ module.part(first).weight.double())
-            module.order(second).copy_(order.argsort())
-            fit, changed = rest.T, [first, second]
-        module.part(second).weight.copy_(fit.T)
-        for key in (key for factor in changed for key in factor.keys):
-            new[f"{spec.base_prefix}{x.linear.name}.{key}"] = module.state_dict()[key]
+    for name, x in fitted.items():
+        module, terms = x.module, _fitted(x)
+        dense = row_convention(x.weight.to(module.coefficient.weight.device), x.linear)
+        for term in (term for term in module.terms if term not in terms):
+            dense = dense.double() - module.product(term.factors, wide=True).T
+        bases = [module.product(term.factors[:1], wide=False) for term in terms]
+        fit = refit(torch.cat(bases).T, grams[x.linear.site], dense)
+        for term, coef in zip(terms, fit.split([len(basis) for basis in bases]), strict=True):
+            for factor, weight in _exchanged(module, term, coef).items():
+                module.part(factor).weight.copy_(weight)
+                for key in factor.keys:
+                    new[f"{spec.base_prefix}{name}.{key}"] = module.state_dict()[key]
     return new
+
+
+def _fitted(x: Replaced) -> list[Term]:
+    """The products whose last factor is the layer's own."""
+    return [term for term in x.module.terms if not x.composition.joins(term.factors[-1])]
+
+
+def _exchanged(module: ComposedLinear, term: Term, coef: Tensor) -> dict[Factor, Tensor]:
+    """The weights of a pair of factors whose second one becomes `coef` (k × d_out), with its pivots chosen anew."""
+    first, second = term.factors
+    if not second.pivots:
+        return {second: coef.T}
+    rest, order, mixing = pivoted(coef.T)
+    module.order(second).copy_(order.argsort())
+    return {first: mixing @ module.part(first).weight.double(), second: rest}
 
 
 def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
@@ -229,7 +244,7 @@ def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
 
 def members(spec: Spec, edit: Share) -> list[Linear]:
     """The linears of a group, its owner first."""
-    return [spec.linear(edit.role, layer) for layer in edit.layers]
+    return [spec.linear(*place) for place in edit.places]
 
 
 def names(spec: Spec, edit: Share | Delta) -> list[str]:
@@ -271,7 +286,8 @@ def require_fitting(tensors: Mapping[str, Tensor]) -> None:
 
 def unit_name(edit: Share) -> str:
     """The name of a solved group's file."""
-    return f"{edit.id}.{edit.side}.{edit.rank}{'.pivoted' if edit.pivot else ''}"
+    private = f"+{edit.private_rank}" if edit.private_rank else ""
+    return f"{edit.id}.{edit.side}.{edit.rank}{private}{'.pivoted' if edit.pivot else ''}"
 
 
 @contextmanager

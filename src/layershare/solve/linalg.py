@@ -20,6 +20,8 @@ REFIT_RIDGE = 1e-8
 """The same for a refit, where nothing frees the matrix of negative eigenvalues from the rounding of float32 Grams."""
 MEAN_RIDGE = 1e-6
 """The same for a mean of weights, where the Grams' rounding errors would be divided by each other."""
+SETTLED = 1e-3
+"""Alternating forms have settled when a round takes less than this part off the error."""
 _PANEL = 256
 """Rows or columns of a matrix that are widened to float64 at once."""
 _BLOCK = 256
@@ -33,7 +35,7 @@ class Factors:
     Input side: `basis` d_in × k, `coefs` k × d_out, Ŵᵢ = B Cᵢ. Output side: `basis` k × d_out, `coefs` d_in × k,
     Ŵᵢ = Aᵢ B. `error` is Σᵢ‖Xᵢ(Wᵢ − Ŵᵢ)‖² / Σᵢ‖XᵢWᵢ‖², `spectrum` all eigenvalues in falling order: what each further
     rank takes off the error, where the method has such a list. With `order` the basis is in pivoted form: see
-    `pivot_factors`.
+    `pivot_factors`. `own`: private directions beside, Dᵢ (d_in × r) and Eᵢ (r × d_out) per layer, Ŵᵢ = … + DᵢEᵢ.
     """
 
     basis: Tensor
@@ -41,6 +43,7 @@ class Factors:
     error: float
     spectrum: Tensor | None = None
     order: Tensor | None = None
+    own: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank: int) -> Factors:
@@ -86,6 +89,46 @@ def low_rank(weight: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Te
         return factors.basis, factors.coefs[0], factors.error, factors.spectrum
     factors = share_output([weight], [gram], rank)
     return factors.coefs[0], factors.basis, factors.error, factors.spectrum
+
+
+def share_and_own(
+    weights: Sequence[Tensor],
+    grams: Sequence[Tensor | None],
+    rank: int,
+    private_rank: int,
+    side: Literal["input", "output"],
+) -> Factors:
+    """A shared basis and private directions, Ŵᵢ = BCᵢ + DᵢEᵢ (or AᵢB + DᵢEᵢ on the output side).
+
+    The two closed forms take turns until the error falls by less than `SETTLED` of itself: the shared basis of what the
+    private directions leave, Wᵢ − DᵢEᵢ, with coefficients under each layer's own Gram; then the best DᵢEᵢ of what that
+    leaves. The best round counts. Weights and Grams as for `share_input`.
+    """
+    whole = sum(energy(weight, gram) for weight, gram in zip(weights, grams, strict=True))
+    left, best = list(weights), None
+    while True:
+        if side == "input":
+            made = share_input(left, grams, rank)
+            fitted = (
+                coef if gram is None else refit(made.basis, gram, target)
+                for coef, gram, target in zip(made.coefs, grams, left, strict=True)
+            )
+            made = replace(made, coefs=tuple(fitted))
+            shared = [made.basis @ coef for coef in made.coefs]
+        else:
+            made = share_output(left, grams, rank)
+            shared = [coef @ made.basis for coef in made.coefs]
+        rests = [weight.double() - product for weight, product in zip(weights, shared, strict=True)]
+        own, lost = [], 0.0
+        for rest, gram in zip(rests, grams, strict=True):
+            down, up, error, _ = low_rank(rest, gram, private_rank)
+            own.append((down, up))
+            lost += error * energy(rest, gram)
+        error = lost / whole if whole else 0.0
+        if best is not None and error > best.error * (1 - SETTLED):
+            return best if best.error <= error else replace(made, error=error, spectrum=None, own=tuple(own))
+        best = replace(made, error=error, spectrum=None, own=tuple(own))
+        left = [weight.double() - down @ up for weight, (down, up) in zip(weights, own, strict=True)]
 
 
 def spectrum(weights: Sequence[Tensor], grams: Sequence[Tensor | None], side: Literal["input", "output"]) -> Tensor:
