@@ -5,7 +5,7 @@ BIN = .venv/bin
 .PHONY: test demo bench check tables clean
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo.run

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layershare
 from layershare.calibrate.text import load_text
+from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
 from layershare.methods.trial import Trial
 from layershare.recipe import Recipe, make_recipe
-from layershare.run import device_of, run
+from layershare.run import run
 from layershare.store import MANIFEST, Store
 from tests.families import tiny_model, tokens
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
+from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
@@ -33,7 +34,7 @@ from layershare.plan.plan import Plan
 from layershare.progress import shown
 from layershare.recipe import Recipe, Test, make_as, make_recipe
 from layershare.report.results import environment
-from layershare.run import Report, device_of, run, silent
+from layershare.run import Report, run, silent
 
 
 def compress(
@@ -226,8 +227,9 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     if original is not None:
         require_same_vocabulary("original", original, config, tokenizer, **trust)
     trial = load_trial(options, tokenizer, config)
-    model = load(folder, dtype=options.dtype, device_map=device, **trust)
-    reference = None if original is None else load(original, dtype=options.dtype, device_map=device, **trust)
+    dtype = dtype_of(options.dtype, device, config)
+    model = load(folder, dtype=dtype, device_map=device, **trust)
+    reference = None if original is None else load(original, dtype=dtype, device_map=device, **trust)
     evaluation = trial.measure(model, reference, report("evaluate"))
     return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
 

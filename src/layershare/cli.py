@@ -644,8 +644,8 @@ def generate(
     trust: Trust = False,
 ) -> None:
     """Let a model continue a prompt."""
+    from layershare.device import device_of
     from layershare.evaluate.generate import continue_text
-    from layershare.run import device_of
 
     if Path(prompt).is_dir() and not Path(folder).is_dir():
         raise LayershareError(f"'{prompt}' is a folder, '{folder}' is none: name the model first, then the prompt.")

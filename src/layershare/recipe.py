@@ -70,7 +70,7 @@ class Test:
     batch_size: Count = 4
     """Blocks of text, or rows of a task, at once."""
     dtype: Dtype = "auto"
-    """In which the models are run to be measured; `auto` for the checkpoint's."""
+    """In which the models are run to be measured; `auto` for the checkpoint's, where the machine is fast at it."""
 
     def __post_init__(self) -> None:
         """Raise `LayershareError` if there is nothing to measure, or settings of tasks without tasks."""
@@ -117,7 +117,7 @@ class Recipe:
     plan: Word | None = None
     """A plan file to carry out in place of the method's own plan."""
     dtype: Dtype = "auto"
-    """In which the model is run; `auto` for what its config or checkpoint says."""
+    """In which the model is run; `auto` for what its config or checkpoint says, where the machine is fast at it."""
     store_dtype: Dtype = "auto"
     """In which the result is stored; `auto` for each tensor as in the original."""
     device: Word = "auto"

@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, block_length, load_text
+from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, writing
-from layershare.errors import LayershareError, short
+from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, require_stats_folder, work_folder
@@ -118,7 +119,7 @@ class Job:
 def speed_for(job: Job) -> Speed:
     """The speed of the job's device at products of its model's size, measured."""
     linear = max(job.spec.linears, key=lambda linear: linear.parameters)
-    dtype = job.spec.tensors[job.spec.weight_name(linear)][1]
+    _, dtype = job.computed[job.spec.weight_name(linear)]
     return measure_speed(device_of(job.recipe.device), dtype, min(linear.d_in, linear.d_out))
 
 
@@ -137,7 +138,9 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
     """
     method = make_method(recipe.method, recipe.options)
     source, checkpoint = _described(recipe, model)
-    spec = describe(source, None if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    dtype = dtype_of(recipe.dtype, device_of(recipe.device), config)
+    spec = describe(source, None if dtype == "auto" else getattr(torch, dtype))
     if checkpoint:
         require_same_model(recipe.model, spec, checkpoint)
     computed = spec.tensors
@@ -161,7 +164,6 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
     if recipe.refine is not None and plan is not None:
         require_refinable(plan.edits)
-    config = source.config if isinstance(source, PreTrainedModel) else source
     return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
 
 
@@ -411,8 +413,9 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
 
 def _open(recipe: Recipe, scratch: Path, device: str = "cpu") -> Weights:
     """The weights of a recipe's model, left on disk."""
-    options: dict[str, Any] = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
-    return Weights.open(recipe.model, scratch, device=device, **options)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    dtype = dtype_of(recipe.dtype, device, read_config(recipe.model, **trust))
+    return Weights.open(recipe.model, scratch, dtype=dtype, device=device, **trust)
 
 
 def load_calibration(
@@ -430,28 +433,15 @@ def load_calibration(
     )
 
 
-def device_of(name: str) -> str:
-    """The device of that name, `cpu` or `cuda:1`; `auto` is the accelerator if there is one.
-
-    But not Apple's, which has no float64. Raises `LayershareError` if there is none of that name.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
-    counts = {"cpu": 1} | ({} if accelerator is None else {accelerator.type: torch.accelerator.device_count()})
-    kind, _, number = name.partition(":")
-    if kind not in counts or (number or "0") not in map(str, range(counts[kind])):
-        known = [f"{each}:{i}" if i else each for each, count in counts.items() for i in range(count)]
-        raise LayershareError(f"There is no device '{short(name)}' here, only {', '.join(known)}; name one, or auto.")
-    return kind if kind == "cpu" else name
-
-
 def _measure(
     recipe: Recipe, staging: Path, test: Trial, model: PreTrainedModel | None, progress: Progress
 ) -> dict[str, Any]:
-    dtype, device = test.test.dtype, device_of(recipe.device)
+    device = device_of(recipe.device)
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
-    original = load(recipe.model, dtype=dtype, device_map=device, **trust) if model is None else model
+    if model is None:
+        dtype = dtype_of(test.test.dtype, device, read_config(recipe.model, **trust))
+        model = load(recipe.model, dtype=dtype, device_map=device, **trust)
+    original = model
     small = load(staging, dtype=original.dtype, device_map=original.device, **trust)
     results: dict[str, Any] = {"evaluation": test.measure(small, original, progress)}
     if test.text is not None:

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
+from layershare.device import dtype_of
 from layershare.errors import LayershareError, unknown
 from layershare.foreign import reading
 from layershare.model.hub import load
-from layershare.model.source import read_tokenizer
+from layershare.model.source import read_config, read_tokenizer
 from layershare.recipe import Dtype
 
 LONGEST = 1 << 20
@@ -43,7 +44,9 @@ def continue_text(
     if temperature != 0 and not 0.01 <= temperature <= 1000:
         raise LayershareError(f"A temperature of {temperature} cannot be sampled at; give 0, or 0.01 to 1000.")
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model = load(folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    dtype = dtype_of(dtype, device, read_config(folder, **trust))
+    model = load(folder, dtype=dtype, device_map=device, **trust)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from layershare.calibrate.stats import Progress
+from layershare.device import dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import compare_samples
@@ -144,7 +145,7 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
 
 def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
     assert job.trial is not None
-    dtype = job.trial.test.dtype
+    dtype = dtype_of(job.trial.test.dtype, job.device, job.config)
     model = load(folder, dtype=dtype, device_map=job.device, **job.trust)
     original = job.teacher
     if isinstance(original, str):

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, block_length, load_text
+from layershare.device import device_of, precision_of
 from layershare.errors import LayershareError, how_to_install, short
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.foreign import read_mapping, reading
@@ -34,7 +35,6 @@ from layershare.model.source import read_config, read_tokenizer, resolve, values
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
 from layershare.report.results import RESULTS
-from layershare.run import device_of
 from layershare.store import checksum
 
 MOST_EPOCHS, MOST_BLOCKS = 10_000, 10**8
@@ -162,6 +162,7 @@ def prepare_healing(
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
     device, trust = device_of(healing.device), healing.trust_remote_code
+    healing = replace(healing, precision=precision_of(healing.precision, device))
     config = read_config(folder, trust_remote_code=trust)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust)
     require_optimizer(healing, device)

@@ -15,6 +15,7 @@ from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, write_shim
 from layershare.model.original import copy_side_files, located
+from layershare.model.source import read_config
 from layershare.model.weights import require_finite
 from layershare.plan.edits import kept_layers
 from layershare.plan.layout import checkpoint_tensors, listed
@@ -79,9 +80,11 @@ def _stored_dtype(factored: Factored, recipe: Recipe) -> torch.dtype:
     """The type in which the result says that it is to be run: as the original does, unless told to store another."""
     if recipe.store_dtype != "auto":
         return getattr(torch, recipe.store_dtype)
-    checkpoint = factored.weights.checkpoint
-    stored = None if recipe.dtype == "auto" or checkpoint is None else main_dtype(checkpoint)
-    return stored or factored.weights.model.dtype
+    model, checkpoint = factored.weights.model, factored.weights.checkpoint
+    if checkpoint is None:
+        return model.dtype
+    own = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code).dtype
+    return own if isinstance(own, torch.dtype) else main_dtype(checkpoint) or model.dtype
 
 
 def write_weights(factored: Factored, folder: Path, max_shard_size: str | int = "5GB") -> None:

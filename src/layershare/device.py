@@ -1,0 +1,47 @@
+"""Where a model runs, and in which type: what the machine has, and what it is fast at."""
+
+from functools import cache
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from layershare.errors import LayershareError, short
+
+
+def device_of(name: str) -> str:
+    """The device of that name, `cpu` or `cuda:1`; `auto` is the accelerator if there is one.
+
+    But not Apple's, which has no float64. Raises `LayershareError` if there is none of that name.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
+    counts = {"cpu": 1} | ({} if accelerator is None else {accelerator.type: torch.accelerator.device_count()})
+    kind, _, number = name.partition(":")
+    if kind not in counts or (number or "0") not in map(str, range(counts[kind])):
+        known = [f"{each}:{i}" if i else each for each, count in counts.items() for i in range(count)]
+        raise LayershareError(f"There is no device '{short(name)}' here, only {', '.join(known)}; name one, or auto.")
+    return kind if kind == "cpu" else name
+
+
+def dtype_of(wanted: str, device: str, config: PreTrainedConfig) -> str:
+    """The type in which a model is run; `auto`: that of its weights.
+
+    But for halves on a CPU that multiplies them tens of times more slowly than float32: these are run in float32.
+    """
+    slow = device == "cpu" and config.dtype != torch.float64 and not multiplies_halves()
+    return "float32" if wanted == "auto" and slow else wanted
+
+
+def precision_of(wanted: Literal["auto", "bfloat16", "float32"], device: str) -> Literal["bfloat16", "float32"]:
+    """The type in which a training multiplies; `auto`: bfloat16, but on such a CPU float32."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if device != "cpu" or multiplies_halves() else "float32"
+
+
+@cache
+def multiplies_halves() -> bool:
+    """Whether this CPU has instructions for bfloat16 (AVX-512 or newer, on x86)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
