@@ -184,7 +184,7 @@ class Healing:
     micro_batch: Count | None = None
     """Blocks at once in one process; without, as many as that gives."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """In which weights are multiplied, `auto` for bfloat16 where the machine is fast at it; they are held in float32."""
+    """In which weights are multiplied, `auto` for bfloat16 where the machine is fast at it; held in float32."""
     compile: Flag = False
     """Compile the blocks, one by one."""
     gradient_checkpointing: Flag = False
