@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from layershare.bars import shown
 from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk
@@ -31,10 +32,10 @@ from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.plan import Plan
-from layershare.progress import shown
+from layershare.progress import Report, silent
 from layershare.recipe import Recipe, Test, make_as, make_recipe
 from layershare.report.results import environment
-from layershare.run import Report, run, silent
+from layershare.run import run
 
 
 def compress(

@@ -16,7 +16,7 @@ from layershare.errors import LayershareError
 from layershare.foreign import reading
 
 if TYPE_CHECKING:
-    from layershare.progress import Steps
+    from layershare.bars import Steps
     from layershare.recipe import Recipe
     from layershare.run import Job
 
@@ -296,7 +296,8 @@ def plan(
 @app.command()
 def methods(json: Json = False) -> None:
     """Show the methods, and what each needs."""
-    from layershare.methods.catalogue import catalogue, methods_table
+    from layershare.methods.catalogue import catalogue
+    from layershare.report.listing import methods_table
 
     entries = catalogue()
     if json:
@@ -713,7 +714,7 @@ def _write(file: Path, text: str) -> None:
 
 def _progress() -> "Steps":
     """How far the steps are, on standard error; other libraries' bars are silenced."""
-    from layershare.progress import steps
+    from layershare.bars import steps
 
     _quiet()
     return steps(complaints)

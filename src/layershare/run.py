@@ -3,10 +3,8 @@
 import hashlib
 import json
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
+from layershare.calibrate.stats import STREAMED, Kind, Stats, calibrate
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.device import device_of, dtype_of
@@ -42,6 +40,7 @@ from layershare.plan.edits import Share, sharing, sliced_width
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed, measure_speed
+from layershare.progress import Clock, Progress, Report, silent
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
@@ -52,14 +51,6 @@ from layershare.solve.refine import refine_blocks, require_refinable
 from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
 from layershare.store import Store, make_folder, write_atomically, write_json
-
-Report = Callable[[str], Progress]
-"""Announces a step and gives the function that takes its progress."""
-
-
-def silent(step: str) -> Progress:
-    """Report nothing."""
-    return lambda done, total: None
 
 
 @dataclass(frozen=True)
@@ -260,7 +251,7 @@ def _carry_out(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Text | None,
     test: Trial | None,
-    clock: "Clock",
+    clock: Clock,
     pages: bool,
 ) -> dict[str, Any]:
     """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
@@ -447,18 +438,3 @@ def _measure(
     if test.text is not None:
         results["samples"] = compare_samples(small, original, test.text, test.tokenizer)
     return results
-
-
-class Clock:
-    """Announces steps and keeps their wall time in seconds."""
-
-    def __init__(self, report: Report) -> None:
-        self.seconds: dict[str, float] = {}
-        self._report = report
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Progress]:
-        """Announce and time a step; gives the function that takes its progress."""
-        start = time.perf_counter()
-        yield self._report(name)
-        self.seconds[name] = round(time.perf_counter() - start, 3)

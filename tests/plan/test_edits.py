@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from layershare.calibrate.stats import Kind
-from layershare.disk import size
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
@@ -18,6 +17,7 @@ from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check, place
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import plan_table
+from layershare.units import size
 from tests.families import CONFIGS
 
 SPEC = describe(CONFIGS["llama"]())

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from layershare.calibrate.drivers import evaluating, hidden_input, hidden_output
+from layershare.calibrate.drivers import hidden_input, hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import PARTS, Linear, Part, Spec
 from layershare.model.dropped import without_mlp
+from layershare.model.modes import evaluating
 from layershare.model.weights import Weights, require_finite
+from layershare.progress import Progress, no_progress
 from layershare.store import MANIFEST, Store, only_one, read_manifest
 
-Progress = Callable[[int, int], None]
-"""Called with the amount of work done and the amount there is."""
 _ROWS = 256
 """Tokens that are widened to float32 at once."""
 
@@ -106,7 +106,7 @@ def calibrate(
     batch_size: int,
     kinds: Collection[Kind] = STREAMED,
     scratch: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Stats:
     """Measure statistics of the asked `kinds`: the streamed ones in one pass over the text, block after block.
 

@@ -1,6 +1,5 @@
 """What a recipe's `evaluation` asks for, a text, zero-shot tasks or both: loaded before and measured after the work."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.text import Text, block_length, load_text
 from layershare.evaluate.divergence import evaluate
 from layershare.evaluate.tasks import Tasks, load_tasks, run_tasks
+from layershare.progress import Progress, no_progress
 from layershare.recipe import Test
 
 
@@ -30,7 +30,7 @@ class Trial:
         self,
         model: PreTrainedModel,
         original: PreTrainedModel | None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = no_progress,
     ) -> dict[str, Any]:
         """The fields of `Evaluation` if there is a text; `tasks` and, given an original, `original_tasks` if there are.
 

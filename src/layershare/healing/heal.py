@@ -11,7 +11,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from layershare.calibrate.stats import Progress
 from layershare.device import dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
@@ -21,21 +20,19 @@ from layershare.foreign import reading
 from layershare.healing.job import HealJob, results_of
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
-from layershare.healing.training import Say, train
+from layershare.healing.training import train
 from layershare.model.hub import QUANT_METHOD, load, write_folder
 from layershare.model.original import copy_side_files
+from layershare.progress import Clock, Progress, Report, Say, no_progress, say_nothing, silent
 from layershare.report.page import write_pages
 from layershare.report.results import environment
-from layershare.run import Clock, Report, silent
 from layershare.store import make_folder, write_atomically, write_json
 
 KEPT = ("plan.json", "recipe.yaml")
 """What is copied from the compressed folder as it is."""
 
 
-def heal_folder(
-    job: HealJob, out: str | Path, *, report: Report = silent, say: Say = lambda line: None
-) -> dict[str, Any]:
+def heal_folder(job: HealJob, out: str | Path, *, report: Report = silent, say: Say = say_nothing) -> dict[str, Any]:
     """Carry out a healing and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     The compressed folder is not changed. The same call continues an interrupted healing, and returns at once if it is
@@ -57,7 +54,7 @@ def heal_folder(
     state = PartialState()
     main = state.is_main_process
     if not main:
-        report, say = silent, _nothing
+        report, say = silent, say_nothing
     state.wait_for_everyone()
     needs = job.needs(job.student())
     say(needs.sentence())
@@ -83,7 +80,7 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
             write_json(before, measured)
         done["before"] = json.loads(before.read_text(encoding="utf-8"))
     state.wait_for_everyone()
-    with clock.step("teacher") if healing.loss.store_teacher else nullcontext(silent("")) as progress:
+    with clock.step("teacher") if healing.loss.store_teacher else nullcontext(no_progress) as progress:
         teacher = job.load_teacher(training / "teacher", progress)
     trials = None
     if healing.search is not None:
@@ -154,7 +151,3 @@ def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = 
     if samples and original is not None and job.trial.text is not None:
         measured["samples"] = compare_samples(model, original, job.trial.text, job.tokenizer)
     return measured
-
-
-def _nothing(line: str) -> None:
-    """Say nothing."""

@@ -16,7 +16,6 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.device import device_of, precision_of
 from layershare.errors import LayershareError, how_to_install, short
@@ -34,6 +33,7 @@ from layershare.model.original import located
 from layershare.model.source import read_config, read_tokenizer, resolve, values_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
+from layershare.progress import Progress
 from layershare.report.results import RESULTS
 from layershare.store import checksum
 

@@ -6,12 +6,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Progress, Stats
+from layershare.calibrate.stats import Stats
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import Linear, Spec
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.ranks import Group
+from layershare.progress import Progress, no_progress
 from layershare.solve.linalg import spectrum
 
 
@@ -50,7 +51,7 @@ class Evidence:
     weights: Weights
     measured: Stats | None = None
     text: Text | None = None
-    progress: Progress = lambda done, total: None
+    progress: Progress = no_progress
 
     @property
     def stats(self) -> Stats:

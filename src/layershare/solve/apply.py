@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershare.calibrate.stats import Progress, measuring, site_modules
+from layershare.calibrate.stats import measuring, site_modules
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
@@ -24,6 +24,7 @@ from layershare.model.weights import Weights
 from layershare.plan.edits import Delta, Share, composition, dropped_parts, sliced_width
 from layershare.plan.layout import composed_tensors, compositions, origins
 from layershare.plan.plan import Plan
+from layershare.progress import Progress, no_progress
 from layershare.solve.linalg import pivot_factors, pivoted, refit
 from layershare.store import Store
 
@@ -129,9 +130,7 @@ class Factored:
         return places | {edit.id: facts | known[edit.id] for edit, facts in edits}
 
 
-def solve(
-    factored: Factored, method: Method, evidence: Evidence, progress: Progress = lambda done, total: None
-) -> None:
+def solve(factored: Factored, method: Method, evidence: Evidence, progress: Progress = no_progress) -> None:
     """Solve every group that is not solved yet, one at a time, each stored as soon as it is done.
 
     Raises `LayershareError` if a weight or a factor is not finite, naming the place.
@@ -165,7 +164,7 @@ def refit_coefficients(
     *,
     batch_size: int,
     scratch: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Fit the coefficients of each layer again to the inputs that the compressed layers before it really produce.
 

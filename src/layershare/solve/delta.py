@@ -5,7 +5,6 @@ import zlib
 import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Progress
 from layershare.errors import LayershareError
 from layershare.methods.aligned import SubLayer, as_it_is
 from layershare.methods.delta import DeltaLlm
@@ -13,6 +12,7 @@ from layershare.methods.evidence import Evidence
 from layershare.methods.method import Method
 from layershare.model.arch import Part, part_of
 from layershare.plan.edits import Delta
+from layershare.progress import Progress, no_progress
 from layershare.solve.apply import Factored, named_tensors, require_fitting
 from layershare.solve.linalg import energy, low_rank, weighted_mean
 
@@ -20,9 +20,7 @@ Place = tuple[Part, int, tuple[int, ...]]
 """The part, the anchor and the other layers of edits that belong together."""
 
 
-def solve_deltas(
-    factored: Factored, method: Method, evidence: Evidence, progress: Progress = lambda done, total: None
-) -> None:
+def solve_deltas(factored: Factored, method: Method, evidence: Evidence, progress: Progress = no_progress) -> None:
     """Solve every sub-layer with deltas that is not solved yet, one at a time, each stored as soon as it is done.
 
     Raises `LayershareError` if a weight or a factor is not finite, naming the place, and if the method has no deltas.

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layershare.calibrate.drivers import evaluating, hidden_output
-from layershare.calibrate.stats import Progress
+from layershare.calibrate.drivers import hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
+from layershare.model.modes import evaluating
 from layershare.plan.edits import Edit, sharing
 from layershare.plan.layout import compositions
+from layershare.progress import Progress, no_progress
 from layershare.recipe import Refine
 from layershare.solve.apply import Factored, compressed
 from layershare.store import Store
@@ -39,7 +40,7 @@ def refine_blocks(
     inputs: Stream,
     options: Refine,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Refine every block that is not in `store` yet, in order; from then on `factored` has its tensors.
 

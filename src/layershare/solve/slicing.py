@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from layershare.calibrate.drivers import Call, hidden_input, with_hidden_input
-from layershare.calibrate.stats import Progress, gram_of, measuring
+from layershare.calibrate.stats import gram_of, measuring
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
 from layershare.model.prenorm import PreNorm, SubLayer, affine
 from layershare.model.sliced import sliced_sublayer, standing_in
 from layershare.plan.slices import shortcut_name, sliced_tensors
+from layershare.progress import Progress
 from layershare.solve.apply import Factored
 from layershare.solve.linalg import principal_axes
 
