@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layershare.methods.evidence import Evidence
 from layershare.model.arch import READERS, WRITERS, Linear, Part, common_parent
-from layershare.model.prenorm import affine
+from layershare.model.norms import affine
 from layershare.solve.align import assign, assign_heads, columns_apart, foldable, members_of, rows_apart
 
 

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from layershare.errors import UnsupportedModelError, quantized_with
 from layershare.model.checked import FLOATS, no_weights, quantized_by
 from layershare.model.composition import Member
+from layershare.model.flow import Flow
 from layershare.model.given import require_model
-from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
+from layershare.model.prenorm import NotPreNorm, PreNorm, find_prenorm
 from layershare.model.skeleton import run_skeleton
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")

@@ -18,6 +18,7 @@ from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.model.modes import evaluating
+from layershare.model.norms import norm_parameters
 from layershare.plan.edits import Edit, sharing
 from layershare.plan.layout import compositions
 from layershare.progress import Progress, no_progress
@@ -57,7 +58,7 @@ def refine_blocks(
     for (layer, block), (_, same) in zip(targets, inputs, strict=True):
         names = own_factors(spec, factored.plan.edits, layer)
         if names and options.norms:
-            names += norms(block)
+            names += norm_parameters(block)
         unit = f"layer-{layer:03d}"
 
         def step(epoch: int, layer: int = layer) -> None:
@@ -89,16 +90,6 @@ def own_factors(spec: Spec, edits: tuple[Edit, ...], layer: int) -> list[str]:
             if all(user.name.startswith(start) for user in users):
                 found.append(f"{member.name.removeprefix(start)}.{factor.name}.weight")
     return found
-
-
-def norms(block: nn.Module) -> list[str]:
-    """Names, relative to a block, of the parameters of its norms: of the modules whose weight is a vector."""
-    names = []
-    for module_name, module in block.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if "weight" in parameters and parameters["weight"].ndim == 1:
-            names += [f"{module_name}.{name}" for name in parameters]
-    return names
 
 
 def _fit(

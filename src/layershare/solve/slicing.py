@@ -18,7 +18,8 @@ from layershare.calibrate.drivers import Call, hidden_input, with_hidden_input
 from layershare.calibrate.stats import gram_of, measuring
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
-from layershare.model.prenorm import PreNorm, SubLayer, affine
+from layershare.model.norms import affine
+from layershare.model.prenorm import PreNorm, SubLayer
 from layershare.model.sliced import sliced_sublayer, standing_in
 from layershare.plan.slices import shortcut_name, sliced_tensors
 from layershare.progress import Progress
