@@ -43,8 +43,7 @@ def test_roles_that_read_the_same_input_are_joint():
 def test_every_family(family, tmp_path, tokenizer, words):
     """Joint bases as planned; then the same with private directions, refitted and half of them pivoted."""
     model = tiny_model(family)
-    options = {"joint": True, "refit": True}
-    plan = layershare.make_plan(model, method="basis-sharing", keep=0.6, of="targets", **options)
+    plan = layershare.make_plan(model, method="basis-sharing", keep=0.6, of="targets", joint=True)
     shares = [edit for edit in plan.edits if isinstance(edit, Share)]
     spec = describe(model)
     for share in shares:
@@ -56,7 +55,7 @@ def test_every_family(family, tmp_path, tokenizer, words):
             edit.update(private_rank=rank, pivot=number % 2 == 1)
         path, folder = tmp_path / f"{rank}.json", tmp_path / f"small-{rank}"
         path.write_text(json.dumps(values))
-        recipe = make_recipe({"model": family, "plan": str(path), "calibration": CALIBRATION})
+        recipe = make_recipe({"model": family, "plan": str(path), "refit": True, "calibration": CALIBRATION})
         results = run(recipe, folder, model=model, tokenizer=tokenizer, text=words, pages=False)
         assert results["refit"]
         auto_class: Any = AutoModelForCausalLM

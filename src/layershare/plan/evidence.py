@@ -2,55 +2,42 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from layershare.calibrate.stats import Progress, Stats
+from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
+from layershare.formulas.linalg import spectrum
 from layershare.model.arch import Linear, Spec
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.ranks import Group
-from layershare.solve.linalg import spectrum
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What was measured at one linear; every property reads from disk, in float32, onto the device of `Weights`."""
-
-    linear: Linear
-    device: torch.device
-    stats: Stats
-
-    @property
-    def gram(self) -> Tensor:
-        """G = XᵀX, d_in × d_in, summed over all tokens."""
-        return self.stats.gram(self.linear).to(self.device)
-
-    @property
-    def magnitude(self) -> Tensor:
-        """The mean of |x| over all tokens, d_in."""
-        return self.stats.magnitude(self.linear).to(self.device)
-
-    @property
-    def fisher(self) -> Tensor:
-        """Σⱼ E[(∂L/∂W)²ᵢⱼ], the Fisher information of each row of W, d_in."""
-        return self.stats.fisher(self.linear).to(self.device)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A model, its statistics and its calibration text, as far as the run has them, and who is told of progress.
+    """A model, its statistics and its calibration text, as far as they are there, and who is told of progress.
 
-    Raises `LayershareError` where a method asks for what was not measured.
+    The text passes through the model `batch_size` blocks at a time, hidden states being kept in files in `scratch` if
+    one is given. Raises `LayershareError` where a method asks for what is not there.
     """
 
     spec: Spec
-    weights: Weights
+    opened: Weights | None = None
     measured: Stats | None = None
-    text: Text | None = None
+    calibration: Text | None = None
     progress: Progress = lambda done, total: None
+    batch_size: int = 1
+    scratch: Path | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The weights."""
+        if self.opened is None:
+            raise LayershareError("This method plans by the weights; give it a model, not a config alone.")
+        return self.opened
 
     @property
     def stats(self) -> Stats:
@@ -58,6 +45,17 @@ class Evidence:
         if self.measured is None:
             raise LayershareError("This method needs measured statistics; give it a text.")
         return self.measured
+
+    @property
+    def text(self) -> Text:
+        """The calibration text."""
+        if self.calibration is None:
+            raise LayershareError("This method runs the model on a text; compress with one.")
+        return self.calibration
+
+    def stream(self) -> Stream:
+        """The model, block after block, with the text passing through."""
+        return Stream(self.weights, self.text.tokens, self.batch_size, self.scratch)
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight of a linear as W: d_in × d_out, on the device of `Weights`.
@@ -69,20 +67,27 @@ class Evidence:
         require_finite([(name, weight)])
         return row_convention(weight.to(self.weights.device), linear)
 
-    def inputs(self, linear: Linear) -> Inputs | None:
-        """What was measured at a linear, `None` in a run without statistics."""
-        return None if self.measured is None else Inputs(linear, self.weights.device, self.measured)
+    def gram(self, linear: Linear) -> Tensor:
+        """G = XᵀX of a linear's inputs, d_in × d_in, summed over all tokens."""
+        return self.stats.gram(linear).to(self.weights.device)
+
+    def magnitude(self, linear: Linear) -> Tensor:
+        """The mean of |x| of a linear's inputs over all tokens, d_in."""
+        return self.stats.magnitude(linear).to(self.weights.device)
+
+    def fisher(self, linear: Linear) -> Tensor:
+        """Σⱼ E[(∂L/∂W)²ᵢⱼ], the Fisher information of each row of a linear's W, d_in."""
+        return self.stats.fisher(linear).to(self.weights.device)
 
     def spectrum(self, group: Group, *, weighted: bool) -> Tensor:
         """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.
 
-        See `layershare.solve.linalg.spectrum`. Raises `LayershareError` if the Grams were not measured.
+        See `layershare.formulas.linalg.spectrum`.
         """
         if (group, weighted) not in self._spectra:
             linears = [self.spec.linear(*place) for place in group.places]
             weights = [self.weight(linear) for linear in linears]
-            inputs = [Inputs(linear, self.weights.device, self.stats) if weighted else None for linear in linears]
-            grams = [None if each is None else each.gram for each in inputs]
+            grams = [self.gram(linear) if weighted else None for linear in linears]
             self._spectra[group, weighted] = spectrum(weights, grams, group.side)
         return self._spectra[group, weighted]
 
