@@ -68,12 +68,12 @@ def carried_out(model: Any, edits: tuple[Edit, ...], folder: Path) -> Factored:
     factored = planned(model, edits, folder / "work")
     for unit in DeltaLlm().units(factored.spec, edits):
         tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
         for edit in unit.edits:
             assert isinstance(edit, Delta)
             tensors |= solved(factored, edit)
-        store(
-            factored, unit.name, tensors, **{edit.id: {"error": 0.5} for edit in unit.edits if isinstance(edit, Delta)}
-        )
+            facts[edit.id] = {"error": 0.5}
+        store(factored, unit.name, tensors, **facts)
     (folder / "small").mkdir()
     write_model(factored, Recipe("by-hand"), None, folder / "small")
     return factored
