@@ -3,8 +3,8 @@
     python -m benchmarks.methods.run [--path c4=FILE] [--path books-llama-11m=FOLDER …]
 
 `matrix.yaml`, or another one (--matrix), says what to run. `results.jsonl` has a line for each experiment,
-MODEL/METHOD-KEEP. It runs in a fresh process; the statistics are measured once per model. `make tables` puts the results
-into docs/.
+MODEL/METHOD-KEEP. It runs in a fresh process; the statistics are measured once per model. `make tables` puts the
+results into docs/.
 """
 
 import argparse

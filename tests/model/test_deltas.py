@@ -18,7 +18,6 @@ from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
 from layershare.plan.budget import measure
 from layershare.plan.edits import Delta, Drop, Edit, Share, composition, places
-from layershare.plan.evidence import row_convention
 from layershare.plan.layout import composed_tensors
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe
@@ -51,7 +50,7 @@ def solved(factored: Factored, edit: Delta) -> dict[str, Tensor]:
     dense = {}
     for role, layer in edit.places:
         linear = spec.linear(role, layer)
-        dense[layer] = row_convention(factored.weights.tensor(spec.weight_name(linear)), linear)
+        dense[layer] = linear.matrix(factored.weights.tensor(spec.weight_name(linear)))
     shared = dense[edit.anchor]
     if edit.anchor in edit.layers:
         shared = torch.stack(list(dense.values())).mean(0)

@@ -12,7 +12,7 @@ from layershare.model.arch import Linear, find_blocks
 from layershare.model.depth import cut_layers
 from layershare.model.weights import Weights
 from layershare.plan.edits import Drop, Merge, kept_layers
-from layershare.plan.evidence import Evidence, row_convention
+from layershare.plan.evidence import Evidence
 from layershare.plan.layout import origins
 
 
@@ -70,4 +70,4 @@ class Trial:
 def truncated(linear: Linear, factors: tuple[Tensor, Tensor], rank: int) -> Tensor:
     """The first `rank` components of a factored weight, d_in × K and K × d_out, as the state dict stores it."""
     left, right = factors
-    return row_convention(left[:, :rank] @ right[:rank], linear)
+    return linear.matrix(left[:, :rank] @ right[:rank])

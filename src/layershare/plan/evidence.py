@@ -65,7 +65,7 @@ class Evidence:
         name = self.spec.weight_name(linear)
         weight = self.weights.tensor(name)
         require_finite([(name, weight)])
-        return row_convention(weight.to(self.weights.device), linear)
+        return linear.matrix(weight.to(self.weights.device))
 
     def gram(self, linear: Linear) -> Tensor:
         """G = XᵀX of a linear's inputs, d_in × d_in, summed over all tokens."""
@@ -94,8 +94,3 @@ class Evidence:
     @cached_property
     def _spectra(self) -> dict[tuple[Group, bool], Tensor]:
         return {}
-
-
-def row_convention(weight: Tensor, linear: Linear) -> Tensor:
-    """A stored weight as W: d_in × d_out."""
-    return weight if linear.conv1d else weight.T

@@ -18,7 +18,7 @@ from layershare.model.dropped import DroppedAttention, drop_mlp
 from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
 from layershare.plan.edits import Delta, Share, composition, dropped_parts
-from layershare.plan.evidence import Evidence, row_convention
+from layershare.plan.evidence import Evidence
 from layershare.plan.layout import compositions, origins
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
@@ -137,7 +137,7 @@ def _refit_layer(
     new = {}
     for name, x in fitted.items():
         module, terms = x.module, _fitted(x)
-        dense = row_convention(x.weight.to(module.coefficient.weight.device), x.linear)
+        dense = x.linear.matrix(x.weight.to(module.coefficient.weight.device))
         for term in (term for term in module.terms if term not in terms):
             dense = dense.double() - module.product(term.factors, wide=True).T
         bases = [module.product(term.factors[:1], wide=False) for term in terms]
