@@ -88,7 +88,6 @@ NOT_SLICED = {
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "basis-sharing": {"refit": True},
     "asvd": {"ratios": 1, "samples": 1},
     "bolaco": {"trials": 3, "samples": 1},
     "delta": {"protect": 0},

@@ -33,7 +33,7 @@ assert os.waitpid(start(whole), 0)[1] == 0
 duration = time.monotonic() - begin
 
 # What shows that a child is in the middle of calibrating, of solving, of refitting, of writing.
-signs = (".run/stats/*/inputs-001*", ".run/groups/*.safetensors", ".run/refit/layer-001*", ".run/model/*.safetensors*")
+signs = (".run/stats/*/inputs-001*", ".run/units/*.safetensors", ".run/refit/layer-001*", ".run/model/*.safetensors*")
 seen = set()
 for attempt in range(kills):
     child = start(interrupted)

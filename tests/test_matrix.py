@@ -45,6 +45,7 @@ def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
             "options": OPTIONS.get(method, {}),
             "keep": keep,
             "of": "targets",
+            "refit": True if method == "basis-sharing" else "auto",
             "calibration": {"blocks": 24, "length": 32},
         }
     )

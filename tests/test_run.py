@@ -62,7 +62,7 @@ def test_from_disk_and_in_memory_give_the_same_bits(folder, tmp_path):
 def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_has(folder, tokenizer, tmp_path, words):
     models = {}
     for chosen in (False, True):
-        run(recipe_for(folder, options={"refit": chosen}), tmp_path / str(chosen))
+        run(recipe_for(folder, refit=chosen), tmp_path / str(chosen))
         models[chosen] = AutoModelForCausalLM.from_pretrained(tmp_path / str(chosen))
     before, after = (models[chosen].state_dict() for chosen in (False, True))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -237,7 +237,7 @@ def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, seed):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {"groups", "refit", "model"} <= set(done.stdout.split())  # the kills came in the middle of the work
+    assert {"units", "refit", "model"} <= set(done.stdout.split())  # the kills came in the middle of the work
     killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
     assert killed.keys() == whole.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []
@@ -251,9 +251,8 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
         {"places": [["q", 1]], "rank": 9, "side": "output"},
         {"places": [["gate", 0], ["gate", 1], ["gate", 2], ["gate", 3]], "rank": 20, "side": "input"},
     ]
-    plan["options"]["refit"] = True
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
+    results = run(recipe_for(folder, plan=str(tmp_path / "plan.json"), refit=True), tmp_path / "out")
     assert results["refit"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
@@ -269,10 +268,25 @@ def test_a_refit_beside_deltas_leaves_these_as_they_are(folder, tmp_path):
     plan["edits"] = [share, {"kind": "delta", "role": "up", "anchor": 0, "layers": [1], "rank": 4}]
     plan["method"], plan["options"] = "delta", {}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
+    made = {}
+    for refit in (False, True):
+        recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"), refit=refit)
+        assert run(recipe, tmp_path / str(refit))["refit"] == refit
+        made[refit] = AutoModelForCausalLM.from_pretrained(tmp_path / str(refit)).state_dict()
+    changed = {name for name in made[True] if not torch.equal(made[True][name], made[False][name])}
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.coef.weight" for layer in (0, 1)}
+    plan["edits"] = plan["edits"][1:]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(LayershareError, match="no low-rank factors that could be fitted again"):
+        run(recipe, tmp_path / "out")  # pyright: ignore[reportPossiblyUnboundVariable]
+    plan["method"] = "basis-sharing"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(LayershareError, match=r"The plan has deltas, .* such as 'delta'"):
+        run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
 
 
 def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_path):
-    whole = recipe_for(folder, options={"refit": True})
+    whole = recipe_for(folder, refit=True)
     run(whole, tmp_path / "whole")
 
     def stop(step: str):
@@ -364,7 +378,7 @@ def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     with pytest.warns(UserWarning, match="nothing was done"):
         run(recipe, tmp_path / "out")
     with pytest.raises(LayershareError, match="carried out with the options that it names"):
-        run(recipe_for(folder, plan=str(tmp_path / "plan.json"), options={"refit": True}), tmp_path / "other")
+        run(recipe_for(folder, plan=str(tmp_path / "plan.json"), options={"group_size": 3}), tmp_path / "other")
     (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
     with pytest.raises(LayershareError, match="has changed since the finished run"):
         run(recipe, tmp_path / "out")

@@ -91,7 +91,7 @@ def test_what_people_write_is_understood():
         ("basis-sharing", {"group_size": True}, "Option 'group_size' of basis-sharing: Input should be a whole number"),
         ("basis-sharing", {"group_size": 2.0}, "whole number"),
         ("basis-sharing", {"shared": [1]}, "'shared.0' of basis-sharing"),
-        ("basis-sharing", {"refit": 1}, "true or false"),
+        ("basis-sharing", {"joint": 1}, "true or false"),
         ("laco", {"threshold": -math.inf}, "a finite number"),
         ("asvd", {"ratios": 10**12}, "at most 1,000"),
         ("bolaco", {"seed": True}, "whole number"),

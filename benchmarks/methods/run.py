@@ -2,8 +2,9 @@
 
     python -m benchmarks.methods.run [--path c4=FILE] [--path books-llama-11m=FOLDER …]
 
-`matrix.yaml` says what to run. `results.jsonl` has a line for each experiment, MODEL/METHOD-KEEP. It runs in a fresh
-process; the statistics are measured once per model. `make tables` puts the results into docs/.
+`matrix.yaml`, or another one (--matrix), says what to run. `results.jsonl` has a line for each experiment,
+MODEL/METHOD-KEEP. It runs in a fresh process; the statistics are measured once per model. `make tables` puts the
+results into docs/.
 """
 
 import argparse
@@ -97,7 +98,7 @@ class Place:
 
 
 def experiments(matrix: Values, model: str, methods: list[str], place: Place) -> list[Experiment]:
-    """All experiments on one model, size by size."""
+    """All experiments on one model, size by size: of these methods, or of what the matrix has in their place."""
     row = matrix["models"][model]
     folder = resolve(place.paths.get(model, model))
     spec = describe(read_config(folder))
@@ -109,10 +110,10 @@ def experiments(matrix: Values, model: str, methods: list[str], place: Place) ->
         tasks = row.get("tasks")
         if tasks and keep in tasks["keeps"] and tasks["data"] in place.paths:
             first = {**first, "tasks": tasks["names"], "tasks_data": tasks["data"], "limit": tasks["limit"]}
-        for method in methods:
+        for method, settings in matrix.get("methods", {name: {"method": name} for name in methods}).items():
             recipe = {
                 "model": model,
-                "method": method,
+                **settings,
                 "keep": budget(spec, keep),
                 "of": "all",
                 "calibration": row["calibration"],

@@ -1,5 +1,6 @@
 """Tables of the experiments in benchmarks/methods: by model for docs/results.md, by method for docs/papers.md."""
 
+from math import log
 from typing import Any
 
 from benchmarks.results import Results
@@ -112,6 +113,39 @@ def _perplexity(results: list[Values], method: str, keep: float, test: int) -> s
                 return "refused"
             return f"{each['evaluations'][test]['perplexity']['value']:.4g}{' †' if off_size(each) else ''}"
     return ""
+
+
+def forms_page(every: Results, model: str) -> str:
+    """Perplexity on the first text by form of the bases and size; the part of log-perplexity that is lost beside it."""
+    found = [each for name, each in every.read().items() if name.startswith(f"{model}/")]
+    found = done([each for each in found if "method" in each["experiment"]])
+    if not found:
+        return UNMEASURED
+    require_same(
+        model,
+        "benchmarks/forms",
+        {
+            "weights": {each["experiment"]["model_fingerprint"] for each in found},
+            "test texts": {each["evaluations"][0]["text"]["tokens_sha256"] for each in found},
+        },
+    )
+    test = found[0]["evaluations"][0]
+    text, original = test["text"], test["original_perplexity"]["value"]
+    keeps = sorted({each["experiment"]["keep"] for each in found}, reverse=True)
+    cells: dict[str, dict[float, str]] = {}
+    for each in found:
+        value = each["evaluations"][0]["perplexity"]["value"]
+        mark = " †" if off_size(each) else ""
+        name, keep = each["experiment"]["method"], each["experiment"]["keep"]
+        cells.setdefault(name, {})[keep] = f"{value:.4g} (+{log(value / original):.3f}){mark}"
+    order = sorted(cells, key=lambda name: (name.partition(",")[0] != "svd-llm", len(name)))
+    rows = [[name, *(cells[name].get(keep, "") for keep in keeps)] for name in order]
+    title = (
+        f"{model}, perplexity on {text['source']}, {text['blocks']} blocks of {text['length']} tokens; original "
+        f"{original:.2f}; in brackets what is added to its logarithm"
+    )
+    header = ["kept of the targets", *(f"{keep:.0%}" for keep in keeps)]
+    return f"{title}:\n\n{markdown(header, rows)}\n\n{machine(found[0])}"
 
 
 def _everything(results: list[Values]) -> str:

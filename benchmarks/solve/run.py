@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from layershare.formulas.linalg import share_input
 from layershare.report.results import environment
-from layershare.solve.linalg import share_input
 
 LAYERS, KEEP = 2, 0.8
 SHAPES = [(width, int(width * ratio)) for width in (1024, 2048) for ratio in (1, 2.7)]

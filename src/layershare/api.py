@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +22,6 @@ from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import make_healing
 from layershare.methods import make_method, plan_with
-from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.given import require_model, require_runnable
 from layershare.model.hub import load
@@ -31,6 +30,7 @@ from layershare.model.original import copy_side_files, files_of, source_of
 from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
+from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
 from layershare.progress import Report, silent
 from layershare.recipe import Recipe, Test, make_as, make_recipe
@@ -52,6 +52,7 @@ def compress(
     batch_size: int = 4,
     stats: str | Path | None = None,
     plan: str | Path | None = None,
+    refit: Literal["auto"] | bool = "auto",
     refine: bool | dict[str, Any] = False,
     folder: str | Path | None = None,
     progress: bool | None = None,
@@ -62,10 +63,11 @@ def compress(
     `keep`: a fraction (`0.8`), parameters (`"5.4B"`) or bytes (`"11GB"`), counted `of="all"` parameters or of the
     `"targets"` alone. `text`: what to compress for, as `load_text` takes it, in `blocks` blocks of `length` tokens
     (`None`: the model's context, at most 2048). `stats`: a folder in which the measured statistics are kept for further
-    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `refine`: train
-    each block towards the original's afterwards; a dict sets `epochs`, `lr`, `batch_size`, `norms`. `folder`: where to
-    leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `progress`: show it
-    (`None`: in a terminal). `options` are the method's own, such as `group_size=4`. The result is what
+    calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `refit`: fit
+    coefficients again to what the compressed layers before really give (`"auto"`: if the method does so). `refine`:
+    train each block towards the original's afterwards; a dict sets `epochs`, `lr`, `batch_size`, `norms`. `folder`:
+    where to leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `progress`:
+    show it (`None`: in a terminal). `options` are the method's own, such as `group_size=4`. The result is what
     `from_pretrained` gives for the folder: it saves with `save_pretrained` and trains like any model.
 
     Raises `LayershareError` for what cannot be done, before anything is computed.
@@ -80,6 +82,7 @@ def compress(
             "keep": keep,
             "of": of,
             "plan": None if plan is None else str(plan),
+            "refit": refit,
             "calibration": {
                 "text": name_of(text),
                 "blocks": blocks,
@@ -174,10 +177,10 @@ def make_plan(
     Raises `LayershareError` as `compress` does, and for methods that plan by what they measure on a text.
     """
     spec, chosen = describe(model), make_method(method, options)
-    evidence = None
+    evidence = Evidence(spec)
     if isinstance(model, PreTrainedModel) and not (chosen.uses or chosen.searches):
         in_memory = not any(parameter.is_meta for parameter in model.parameters())
-        evidence = Evidence(spec, Weights.of(model)) if in_memory else None
+        evidence = Evidence(spec, Weights.of(model)) if in_memory else evidence
     return plan_with(spec, method, chosen, keep, of, evidence)
 
 

@@ -116,6 +116,8 @@ class Recipe:
     """Whether `keep` counts all parameters, or the compressed linears alone as the papers do."""
     plan: Word | None = None
     """A plan file to carry out in place of the method's own plan."""
+    refit: Literal["auto"] | Flag = "auto"
+    """Fit coefficients again to what the compressed layers before really give; `auto` for what the method does."""
     dtype: Dtype = "auto"
     """In which the model is run; `auto` for what its config or checkpoint says, where the machine is fast at it."""
     store_dtype: Dtype = "auto"

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import STREAMED, Kind, Stats, calibrate
-from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, writing
@@ -25,9 +24,8 @@ from layershare.evaluate.generate import compare_samples
 from layershare.evaluate.trial import Trial, load_trial
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, require_stats_folder, work_folder
 from layershare.foreign import read_mapping, reading
+from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
 from layershare.methods import make_method, plan_with
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
 from layershare.model.arch import Spec, describe
 from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.checkpoint import Tensors
@@ -37,6 +35,8 @@ from layershare.model.source import read_config, read_tokenizer, require_same_mo
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Share, sharing, sliced_width
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed, measure_speed
@@ -44,11 +44,8 @@ from layershare.progress import Clock, Progress, Report, silent
 from layershare.recipe import Calibration, Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
-from layershare.solve.apply import Factored, refit_coefficients, solve
-from layershare.solve.delta import solve_deltas
-from layershare.solve.linalg import REFIT_RIDGE, RIDGE
+from layershare.solve.apply import Factored, refit_coefficients
 from layershare.solve.refine import refine_blocks, require_refinable
-from layershare.solve.slicing import slice_blocks
 from layershare.solve.write import write_model
 from layershare.store import Store, make_folder, write_atomically, write_json
 
@@ -72,7 +69,7 @@ class Job:
     @property
     def refits(self) -> bool:
         """Whether coefficients will be fitted again to what the compressed layers put out."""
-        return self.plan is not None and refits(self.plan, self.method)
+        return self.plan is not None and refits(self.plan, self.method, self.recipe.refit)
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -114,10 +111,11 @@ def speed_for(job: Job) -> Speed:
     return measure_speed(device_of(job.recipe.device), dtype, min(linear.d_in, linear.d_out))
 
 
-def refits(plan: Plan, method: Method) -> bool:
-    """Whether the coefficients of a plan's shares are fitted again."""
+def refits(plan: Plan, method: Method, wanted: Literal["auto"] | bool) -> bool:
+    """Whether the coefficients of a plan's shares are fitted again; `auto`: as the method says."""
     kept = plan.after.targets.parameters / plan.before.targets.parameters
-    return any(isinstance(edit, Share) for edit in plan.edits) and method.refits(kept)
+    chosen = method.refits(kept) if wanted == "auto" else wanted
+    return chosen and any(isinstance(edit, Share) for edit in plan.edits)
 
 
 def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None = None) -> Job:
@@ -153,8 +151,12 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         plan = plan_with(spec, name, method, recipe.keep, recipe.of)
     else:
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
-    if recipe.refine is not None and plan is not None:
-        require_refinable(plan.edits)
+    if plan is not None:
+        method.units(spec, plan.edits)
+        if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
+            raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
+        if recipe.refine is not None:
+            require_refinable(plan.edits)
     return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
 
 
@@ -266,43 +268,35 @@ def _carry_out(
         "method": job.name,
         "options": asdict(job.method),
     }
-    passes: dict[str, Any] = {
-        "batch_size": recipe.calibration.batch_size,
-        "scratch": work / "scratch" if model is None else None,
-    }
+    scratch = work / "scratch" if model is None else None
     if calibration is not None:
         identity["text"] = calibration.identity
         if job.kinds:
             with clock.step("calibrate") as progress:
-                folder = Path(recipe.calibration.stats or work / "stats")
-                stats = calibrate(weights, job.spec, calibration, folder, kinds=job.kinds, progress=progress, **passes)
-    evidence = Evidence(job.spec, weights, stats, calibration)
+                folder, size = Path(recipe.calibration.stats or work / "stats"), recipe.calibration.batch_size
+                options: dict[str, Any] = {"batch_size": size, "scratch": scratch, "progress": progress}
+                stats = calibrate(weights, job.spec, calibration, folder, kinds=job.kinds, **options)
+    evidence = Evidence(
+        job.spec, weights, stats, calibration, batch_size=recipe.calibration.batch_size, scratch=scratch
+    )
     plan = job.plan
     if plan is None:
         with clock.step("plan") as progress:
             plan = _plan_once(job, replace(evidence, progress=progress), work, identity)
     factored = Factored(job.spec, plan, weights, work, identity)
     with clock.step("solve") as progress:
-        solve(factored, job.method, evidence, progress)
-        solve_deltas(factored, job.method, evidence, progress)
-    refitted = refits(plan, job.method)
+        factored.solve(job.method, replace(evidence, progress=progress))
+    refitted = refits(plan, job.method, recipe.refit)
     if refitted:
-        assert calibration is not None
         with clock.step("refit") as progress:
-            refit_coefficients(factored, calibration, progress=progress, **passes)
+            refit_coefficients(factored, replace(evidence, progress=progress))
     refined = None
     if recipe.refine is not None:
-        assert calibration is not None
         with clock.step("refine") as progress:
             seed = recipe.calibration.seed
             settings = {**asdict(recipe.refine), "seed": seed, "rows": recipe.calibration.batch_size, "refit": refitted}
             store = Store(work / "refine", {**identity, "edits": asdict(plan)["edits"], "refine": settings})
-            targets, inputs = (Stream(weights, calibration.tokens, **passes) for _ in range(2))
-            refined = refine_blocks(factored, store, targets, inputs, recipe.refine, seed, progress)
-    if factored.width is not None:
-        assert calibration is not None
-        with clock.step("slice") as progress:
-            slice_blocks(factored, Stream(weights, calibration.tokens, **passes), progress)
+            refined = refine_blocks(factored, store, replace(evidence, progress=progress), recipe.refine, seed)
     source = recipe.model if model is None else source_of(model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):

@@ -19,6 +19,8 @@ from layershare.errors import LayershareError
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
+_LONGEST = 200
+"""Characters of a file's name, of which systems allow 255 bytes."""
 
 
 @contextmanager
@@ -164,4 +166,6 @@ class Store:
         return self._units[unit]["facts"]
 
     def _path(self, unit: str) -> Path:
-        return self.folder / f"{unit}.safetensors"
+        """Its file; names that are too long for one are told by their hash."""
+        name = unit if len(unit) <= _LONGEST else hashlib.sha256(unit.encode()).hexdigest()
+        return self.folder / f"{name}.safetensors"

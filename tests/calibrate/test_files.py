@@ -177,7 +177,7 @@ def test_pipes_devices_and_sockets_are_refused_at_once(tmp_path):
         ("a/b", "There is no text file or folder 'a/b'"),
         ("~story", "There is no text file or folder '~story'"),
         ("wikitxt2", "Unknown text 'wikitxt2'. Did you mean 'wikitext2'"),
-        ("x" * 5000, "Unknown text 'x{200}'"),
+        ("x" * 5000, "Unknown text 'x{100}"),
         ("a\0b", "Unknown text"),
     ],
 )

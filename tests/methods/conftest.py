@@ -5,9 +5,9 @@ from transformers import PreTrainedModel
 
 from layershare.calibrate.stats import STREAMED, calibrate
 from layershare.calibrate.text import load_text
-from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.weights import Weights
+from layershare.plan.evidence import Evidence
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from layershare.calibrate.stats import Kind, calibrate
 from layershare.calibrate.text import load_text
-from layershare.methods.evidence import Evidence
 from layershare.model.arch import describe
 from layershare.model.weights import Weights
+from layershare.plan.evidence import Evidence
 
 
 def unmeasured(model: PreTrainedModel) -> Evidence:

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layershare.methods import make_method, plan_with
-from layershare.methods.evidence import Evidence
 from layershare.model.arch import PARTS, Part, describe
 from layershare.plan.edits import Edit
+from layershare.plan.evidence import Evidence
 from tests.families import CONFIGS
 
 

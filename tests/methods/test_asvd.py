@@ -22,13 +22,12 @@ def budget(keep: float) -> Budget:
 def test_factors_are_the_svd_of_the_scaled_weight(family, role, evidence):
     measured = evidence(tiny_model(family))
     linear = measured.spec.linear(role, 1)
-    inputs = measured.inputs(linear)
-    assert inputs is not None
     weight = measured.weight(linear).double()
-    scale = inputs.magnitude.double().sqrt()
+    scale = measured.magnitude(linear).double().sqrt()
     u, sigma, v = torch.linalg.svd(scale[:, None] * weight, full_matrices=False)
     expected = (u[:, :9] * sigma[:9]) @ v[:9] / scale[:, None]
-    factors = Asvd().solve(Share(places(role, (1,)), 9, "input"), [weight], [inputs])
+    share = Share(places(role, (1,)), 9, "input")
+    factors = Asvd().factors(share, [weight], [Asvd().metric(measured, linear)])
     torch.testing.assert_close(factors.basis @ factors.coefs[0], expected, rtol=1e-6, atol=1e-8)
     assert factors.error == pytest.approx(float(sigma[9:].square().sum() / sigma.square().sum()))
 
@@ -108,6 +107,6 @@ def test_sensitivities_are_the_losses_of_truncated_models(evidence):
     for each in found:
         share = Share(places("up", (3,)), each.rank, "input")
         weight = measured.weight(linear)
-        factors = method.solve(share, [weight], [measured.inputs(linear)])
+        factors = method.factors(share, [weight], [method.metric(measured, linear)])
         product = (factors.basis @ factors.coefs[0]).to(weight.dtype)
         assert each.loss == pytest.approx(trial.loss({measured.spec.weight_name(linear): product}), rel=1e-5)

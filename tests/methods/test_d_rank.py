@@ -126,7 +126,6 @@ def test_plans_use_their_budget_up_to_half_a_percent(family, tmp_path, tokenizer
 def test_the_refit_is_basis_sharing_s():
     assert make_method("d-rank").refits(0.6)
     assert not make_method("d-rank").refits(0.61)
-    assert not make_method("d-rank", {"refit": False}).refits(0.3)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import torch
 
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
+from layershare.methods.fwsvd import FwSvd
 from layershare.plan.edits import Share, places
 from tests.families import tiny_model
 from tests.methods.evidence import measured, unmeasured
@@ -14,32 +15,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 def test_every_matrix_is_the_svd_with_rows_weighted_by_the_root_of_their_fisher_information(
     role, tmp_path, tokenizer, words
 ):
-    method = make_method("fwsvd")
+    method = FwSvd()
     evidence = measured(tiny_model("llama"), tmp_path, tokenizer, words, "fisher")
     linear = evidence.spec.linear(role, 1)
-    weight, inputs = evidence.weight(linear), evidence.inputs(linear)
-    assert inputs is not None
-    importance = inputs.fisher.double().sqrt()[:, None]
+    weight = evidence.weight(linear)
+    importance = evidence.fisher(linear).double().sqrt()[:, None]
     u, s, vh = torch.linalg.svd(importance * weight.double(), full_matrices=False)
     published = (u[:, :5] * s[:5]) @ vh[:5] / importance
     for side in ("input", "output"):
-        factors = method.solve(Share(places(role, (1,)), 5, side), [weight], [inputs])
+        factors = method.factors(Share(places(role, (1,)), 5, side), [weight], [method.metric(evidence, linear)])
         pair = (factors.basis, factors.coefs[0]) if side == "input" else (factors.coefs[0], factors.basis)
         assert (pair[0] @ pair[1] - published).norm() / published.norm() < 1e-8
     assert factors.error == pytest.approx(float(s[5:].square().sum() / s.square().sum()), rel=1e-6)
 
 
 def test_rows_that_no_gradient_reached_do_no_harm(tmp_path, tokenizer, words):
-    method = make_method("fwsvd")
+    method = FwSvd()
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()  # no gradient for gate and up
     evidence = measured(model, tmp_path, tokenizer, words, "fisher")
     for role in ("up", "down"):
         linear = evidence.spec.linear(role, 1)
-        factors = method.solve(
-            Share(places(role, (1,)), 5, "input"), [evidence.weight(linear)], [evidence.inputs(linear)]
-        )
+        share = Share(places(role, (1,)), 5, "input")
+        factors = method.factors(share, [evidence.weight(linear)], [method.metric(evidence, linear)])
         assert factors.basis.isfinite().all()
         assert factors.coefs[0].isfinite().all()
 

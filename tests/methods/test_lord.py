@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from layershare.methods import make_method
+from layershare.methods.low_rank import LowRank
 from layershare.plan.edits import Share, Side, places
 from tests.families import tiny_model
 from tests.methods.evidence import measured
@@ -15,15 +16,16 @@ def test_every_matrix_is_projected_onto_the_main_directions_of_its_outputs(
 ):
     evidence = measured(tiny_model("llama"), tmp_path, tokenizer, words, "inputs")
     linear = evidence.spec.linear(role, 2)
-    weight, inputs = evidence.weight(linear), evidence.inputs(linear)
-    assert inputs is not None
-    wide, gram = weight.double(), inputs.gram.double()
+    weight = evidence.weight(linear)
+    wide, gram = weight.double(), evidence.gram(linear).double()
     projector = torch.linalg.eigh(wide.T @ gram @ wide).eigenvectors[:, -6:]
     expected = wide @ projector @ projector.T
     share = Share(places(role, (2,)), 6, side)
     products = []
     for name in ("lord", "svd-llm"):
-        factors = make_method(name).solve(share, [weight], [inputs])
+        method = make_method(name)
+        assert isinstance(method, LowRank)
+        factors = method.factors(share, [weight], [method.metric(evidence, linear)])
         assert factors.basis.shape == ((linear.d_in, 6) if side == "input" else (6, linear.d_out))
         left, right = (factors.basis, factors.coefs[0]) if side == "input" else (factors.coefs[0], factors.basis)
         products.append(left @ right)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import layershare
 from layershare.methods import METHODS
-from layershare.methods.method import LowRank
+from layershare.methods.low_rank import LowRank
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from tests.families import CONFIGS, OPTIONS, tiny_model, tokens
@@ -26,6 +26,7 @@ def compressed(model: Any, tokenizer, words, method: str, folder, pivot: bool = 
         method=method,
         pivot=pivot,
         of="targets",
+        refit=True if method == "basis-sharing" else "auto",
         text=words,
         blocks=24,
         length=32,
@@ -89,14 +90,14 @@ def test_every_method(method, tmp_path, tokenizer, words):
 def test_pivoting_loses_nothing(method, refit, tmp_path, tokenizer, words):
     """A plan with its ranks gives the same model in either form; refitted, up to a ridge that depends on the basis."""
     model = tiny_model("llama", dtype=torch.float64)
-    plan = layershare.make_plan(model, method=method, keep=0.6, of="targets", refit=refit)
+    plan = layershare.make_plan(model, method=method, keep=0.6, of="targets")
     dense = []
     for pivot in (False, True):
         values = json.loads(plan.to_json())
         values["edits"] = [{**edit, "pivot": pivot} for edit in values["edits"]]
         path = tmp_path / f"{pivot}.json"
         path.write_text(json.dumps(values))
-        options = {"text": words, "blocks": 24, "length": 32, "plan": path, "method": method}
+        options = {"text": words, "blocks": 24, "length": 32, "plan": path, "method": method, "refit": refit}
         small = layershare.compress(model, tokenizer, **options)
         if pivot:
             pivoted(small)

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import layershare
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError, UnsupportedModelError
+from layershare.methods.slicegpt.slicing import reading, shortcut, writing
 from layershare.plan.budget import measure
 from layershare.plan.edits import Drop, Slice, check
 from layershare.recipe import Recipe, make_recipe
 from layershare.run import run
-from layershare.solve.slicing import reading, shortcut, writing
 from tests.families import CONFIGS, LAYERS, NOT_SLICED, WIDTH, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
@@ -223,7 +223,7 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(at, recipe, tmp_path)
 
     def report(step: str):
         def progress(done: int, total: int) -> None:
-            if step == "slice" and done == at:
+            if step == "solve" and done == at:
                 raise _Killed
 
         return progress
@@ -234,7 +234,8 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(at, recipe, tmp_path)
 
     with pytest.raises(_Killed):
         run(recipe, tmp_path / "killed", report=report)
-    finished = sorted(path.stem for path in (tmp_path / "killed" / ".run" / "slice").glob("*.safetensors"))
+    units = (tmp_path / "killed" / ".run" / "units").glob("*.safetensors")
+    finished = sorted(path.stem.partition(".")[2] for path in units)
     assert finished == ["embeddings", *(f"layer-{layer:03d}" for layer in range(at))]
     run(recipe, tmp_path / "killed")
     dense = tmp_path / "dense"

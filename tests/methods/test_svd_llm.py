@@ -5,8 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 import layershare
-from layershare.errors import LayershareError
-from layershare.methods import make_method
 from layershare.plan.edits import Share
 from layershare.plan.plan import Plan
 from tests.families import tiny_model
@@ -36,9 +34,3 @@ def test_the_refit_changes_second_factors_alone_and_is_off_by_default(tmp_path, 
 
 def plan_name(model, edit: Share) -> str:
     return f"model.{layershare.describe(model).linear(*edit.places[0]).name}"
-
-
-def test_bad_options_are_refused_in_one_sentence():
-    assert make_method("svd-llm", {"refit": "true"}).refits(0.9)
-    with pytest.raises(LayershareError, match="Option 'refit' of svd-llm"):
-        make_method("svd-llm", {"refit": "maybe"})

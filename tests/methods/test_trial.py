@@ -65,7 +65,7 @@ def test_final_states_are_those_of_the_model_that_a_run_writes(family, evidence,
 def test_methods_that_search_need_a_text(method, evidence):
     options = {"merged": 2} if method == "laco" else {}
     with pytest.raises(LayershareError, match="runs the model on a text"):
-        edits_of(replace(evidence(tiny_model("llama")), text=None), method, 0.8, **options)
+        edits_of(replace(evidence(tiny_model("llama")), calibration=None), method, 0.8, **options)
 
 
 def test_merging_merged_blocks_gives_linear_combinations_of_the_first_ones():

@@ -11,16 +11,17 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError
-from layershare.methods.evidence import row_convention
+from layershare.methods.delta import DeltaLlm
 from layershare.model.arch import Spec, describe
 from layershare.model.composition import Composition
 from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
 from layershare.plan.budget import measure
-from layershare.plan.edits import Delta, Drop, Edit, Share, places
+from layershare.plan.edits import Delta, Drop, Edit, Share, composition, places
+from layershare.plan.layout import composed_tensors
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe
-from layershare.solve.apply import Factored, names, unit_name
+from layershare.solve.apply import Factored
 from layershare.solve.write import write_model
 from tests.families import CONFIGS, tiny_model
 from tests.model.small import logits
@@ -32,13 +33,24 @@ def planned(model: Any, edits: tuple[Edit, ...], folder: Path) -> Factored:
     return Factored(spec, plan, Weights.of(model), folder, {})
 
 
+def names(factored: Factored, edit: Share | Delta) -> list[str]:
+    """Full names of an edit's tensors in the checkpoint."""
+    return list(composed_tensors(factored.spec, composition(factored.spec, edit)))
+
+
+def store(factored: Factored, unit: str, tensors: dict[str, Tensor], **facts: Any) -> None:
+    """Take these tensors for the solution of a unit."""
+    factored.solved.write(unit, tensors, facts)
+    assert factored.has(unit)
+
+
 def solved(factored: Factored, edit: Delta) -> dict[str, Tensor]:
     """The tensors of a `Delta`: the best approximation of the differences in the Euclidean norm."""
     spec = factored.spec
     dense = {}
     for role, layer in edit.places:
         linear = spec.linear(role, layer)
-        dense[layer] = row_convention(factored.weights.tensor(spec.weight_name(linear)), linear)
+        dense[layer] = linear.matrix(factored.weights.tensor(spec.weight_name(linear)))
     shared = dense[edit.anchor]
     if edit.anchor in edit.layers:
         shared = torch.stack(list(dense.values())).mean(0)
@@ -47,14 +59,20 @@ def solved(factored: Factored, edit: Delta) -> dict[str, Tensor]:
         u, s, v = torch.linalg.svd(dense[layer] - shared, full_matrices=False)
         a, b = u[:, : edit.rank] * s[: edit.rank], v[: edit.rank]
         tensors += [a.T, b.T]
-    return dict(zip(names(spec, edit), tensors, strict=True))
+    return dict(zip(names(factored, edit), tensors, strict=True))
 
 
 def carried_out(model: Any, edits: tuple[Edit, ...], folder: Path) -> Factored:
     """A plan of deltas solved and written to `folder / "small"`."""
     factored = planned(model, edits, folder / "work")
-    for edit in factored.anchored:
-        factored.write_delta(edit.id, solved(factored, edit), {edit.id: {"error": 0.5}})
+    for unit in DeltaLlm().units(factored.spec, edits):
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for edit in unit.edits:
+            assert isinstance(edit, Delta)
+            tensors |= solved(factored, edit)
+            facts[edit.id] = {"error": 0.5}
+        store(factored, unit.name, tensors, **facts)
     (folder / "small").mkdir()
     write_model(factored, Recipe("by-hand"), None, folder / "small")
     return factored
@@ -120,10 +138,10 @@ def test_deltas_beside_groups_and_dropped_parts(tmp_path):
     model = tiny_model("llama")
     share, delta, drop = Share(places("q", (0, 1)), 5, "input"), Delta("up", 0, (1, 2), 4), Drop("mlp", (3,))
     factored = planned(model, (delta, drop, share), tmp_path / "work")
-    basis, *coefs = names(factored.spec, share)
+    basis, *coefs = names(factored, share)
     tensors = {basis: torch.randn(5, 32)} | {name: torch.randn(32, 5) for name in coefs}
-    factored.groups.write(unit_name(share), tensors, {"error": 0.1, "spectrum": None})
-    factored.write_delta("up", solved(factored, delta), {})
+    store(factored, "share", tensors)
+    store(factored, "up", solved(factored, delta))
     (tmp_path / "small").mkdir()
     write_model(factored, Recipe("by-hand"), None, tmp_path / "small")
     small = loaded(tmp_path / "small")
@@ -161,7 +179,7 @@ def test_dense_tensors_that_change_along_with_deltas_are_written(tmp_path):
     model = tiny_model("llama")
     edit, norm = Delta("up", 0, (1,), 4), "model.layers.1.post_attention_layernorm.weight"
     factored = planned(model, (edit,), tmp_path / "work")
-    factored.write_delta("block-1", solved(factored, edit) | {norm: torch.full((32,), 0.25)}, {})
+    store(factored, "block-1", solved(factored, edit) | {norm: torch.full((32,), 0.25)})
     (tmp_path / "small").mkdir()
     write_model(factored, Recipe("by-hand"), None, tmp_path / "small")
     small = loaded(tmp_path / "small")
@@ -172,13 +190,15 @@ def test_what_is_solved_is_there_again_for_the_same_plan_alone(tmp_path):
     model, edit = tiny_model("llama"), Delta("up", 0, (1, 2), 4)
     first = carried_out(model, (edit,), tmp_path)
     again = planned(model, (edit,), tmp_path / "work")
-    assert not again.has_delta("another")
+    (unit,) = DeltaLlm().units(again.spec, (edit,))
+    assert not again.has("another")
     assert "error" not in again.facts()[edit.id]
-    assert again.has_delta(edit.id)
+    assert again.has(unit.name)
     assert again.facts() == first.facts()
     assert first.facts()[edit.id] == {"rank": 4, "parameters": 32 * 56 + 2 * 4 * (32 + 56), "error": 0.5}
-    assert all(torch.equal(again.tensor(n), first.tensor(n)) for n in names(first.spec, edit))
-    assert not planned(model, (Delta("up", 0, (1, 2), 5),), tmp_path / "work").has_delta(edit.id)
+    assert all(torch.equal(again.tensor(n), first.tensor(n)) for n in names(first, edit))
+    (other,) = DeltaLlm().units(again.spec, (Delta("up", 0, (1, 2), 5),))
+    assert not again.has(other.name)
 
 
 def test_a_delta_that_is_not_finite_is_named(tmp_path):
@@ -186,6 +206,6 @@ def test_a_delta_that_is_not_finite_is_named(tmp_path):
     factored = planned(model, (edit,), tmp_path / "work")
     tensors = solved(factored, edit)
     tensors["model.layers.1.mlp.up_proj.up.weight"] = torch.full((56, 4), torch.nan)
-    factored.write_delta("up", tensors, {})
+    store(factored, "up", tensors)
     with pytest.raises(LayershareError, match=r"model\.layers\.1\.mlp\.up_proj\.up\.weight"):
         write_model(factored, Recipe("by-hand"), None, tmp_path)

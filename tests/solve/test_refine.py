@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import layershare
 from layershare.calibrate.drivers import hidden_output
 from layershare.calibrate.stream import Stream
-from layershare.calibrate.text import load_text
+from layershare.calibrate.text import Text, load_text
 from layershare.errors import LayershareError
 from layershare.model.arch import describe
 from layershare.model.norms import norm_parameters
 from layershare.model.weights import Weights
 from layershare.plan.edits import Delta, Drop, Edit, Share, places
+from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, Refine, make_recipe
 from layershare.run import run
@@ -143,12 +144,11 @@ def factored_by_hand(model: PreTrainedModel, folder: Path, edits: tuple[Edit, ..
                 tensors[f"model.{x.name}.down.weight"] = torch.randn(edit.rank, x.d_in) * 0.1
                 tensors[f"model.{x.name}.up.weight"] = torch.randn(x.d_out, edit.rank) * 0.1
         elif isinstance(edit, Share):
-            names = {f"{edit.role}.{i}": spec.linear(edit.role, i) for i in edit.layers}
-            first, *_ = names.values()
-            factors = {f"model.{first.name}.basis.weight": torch.randn(edit.rank, first.d_in) * 0.2}
-            factors |= {f"model.{x.name}.coef.weight": torch.randn(x.d_out, edit.rank) * 0.2 for x in names.values()}
-            factored.groups.write(f"{edit.id}.{edit.side}.{edit.rank}", factors)
-    factored.write_delta("by-hand", tensors, {})
+            linears = [spec.linear(*place) for place in edit.places]
+            tensors[f"model.{linears[0].name}.basis.weight"] = torch.randn(edit.rank, linears[0].d_in) * 0.2
+            tensors |= {f"model.{x.name}.coef.weight": torch.randn(x.d_out, edit.rank) * 0.2 for x in linears}
+    factored.solved.write("by-hand", tensors)
+    assert factored.has("by-hand")
     return factored
 
 
@@ -208,10 +208,11 @@ def test_deltas_are_refined_and_anchors_stay(with_norms, tmp_path):
     model = tiny_model("llama")
     before = copy.deepcopy(model)
     factored = factored_by_hand(model, tmp_path, EDITS)
-    targets, inputs = (Stream(Weights.of(model), tokens(8, 16), 2) for _ in range(2))
+    text = Text(tokens(8, 16), "random", "", "", bos=False)
+    evidence = Evidence(factored.spec, factored.weights, calibration=text, batch_size=2)
     store = Store(tmp_path / "refine", {})
     options = Refine(epochs=3, lr=1e-2, batch_size=4, norms=with_norms)
-    facts = refine_blocks(factored, store, targets, inputs, options, 0)["blocks"]
+    facts = refine_blocks(factored, store, evidence, options, 0)["blocks"]
     assert set(facts) == {"0", "2", "3"}  # layer 1 is an anchor without a delta
     assert all(each["error"] < each["start"] for each in facts.values())
     expected = {f"model.layers.{i}.self_attn.q_proj.coef.weight" for i in (0, 2)}

@@ -13,12 +13,10 @@ from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.bolaco import Bolaco
 from layershare.methods.d_rank import DRank
 from layershare.methods.delta import DeltaLlm
-from layershare.methods.evidence import Evidence
 from layershare.methods.fwsvd import FwSvd
 from layershare.methods.joint_drop import AttentionDrop, BlockDrop, JointDrop, MlpDrop
 from layershare.methods.laco import LaCo
 from layershare.methods.lord import Lord
-from layershare.methods.method import Method
 from layershare.methods.mka import Mka
 from layershare.methods.shortgpt import ShortGpt
 from layershare.methods.slicegpt import SliceGpt
@@ -28,6 +26,8 @@ from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allowed, measure, parse_keep
 from layershare.plan.edits import Edit, check
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.plan.ranks import private_groups, uniform
 from layershare.values import checked, first_fault
@@ -73,14 +73,13 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
         raise LayershareError(f"Option '{'.'.join(path)}' of {name}: {said}.") from error
 
 
-def plan_with(
-    spec: Spec, name: str, method: Method, keep: float | str, of: str, evidence: Evidence | None = None
-) -> Plan:
+def plan_with(spec: Spec, name: str, method: Method, keep: float | str, of: str, evidence: Evidence = None) -> Plan:
     """The method's plan for `keep`, counted of all parameters or `of="targets"`; never over budget.
 
     Raises `LayershareError` if `keep` cannot be met, or if the method needs evidence that is not there.
     """
-    if method.adaptive and evidence is None:
+    evidence = evidence or Evidence(spec)
+    if method.adaptive and evidence.opened is None:
         raise LayershareError(
             f"'{name}' plans by what it measures, so there is no plan before; compress, or give measured statistics."
         )

@@ -30,14 +30,14 @@ from pydantic import Field
 from torch import Tensor
 
 from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence, Inputs
-from layershare.methods.method import LowRank, solve_group
+from layershare.formulas.linalg import low_rank
+from layershare.methods.low_rank import LowRank
 from layershare.methods.trial import Trial, truncated
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget, target_parameters
 from layershare.plan.edits import Share
+from layershare.plan.evidence import Evidence
 from layershare.plan.ranks import allocate, matrix_cost, private_groups
-from layershare.solve.linalg import Factors, low_rank
 from layershare.values import Count, UpTo1, Whole
 
 
@@ -54,7 +54,6 @@ class Truncation:
 class Asvd(LowRank):
     """Options of ASVD."""
 
-    adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
     sizes: ClassVar[str] = "down to the lowest of `ratios`"
     alpha: UpTo1 = 0.5
@@ -63,6 +62,11 @@ class Asvd(LowRank):
     """How many ratios are tried per matrix, evenly spaced below 1."""
     samples: Count = 2
     """Blocks of the calibration text on which each is measured."""
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
 
     def runs(self, spec: Spec) -> int:
         """Every matrix at every ratio on every sample."""
@@ -75,9 +79,8 @@ class Asvd(LowRank):
                 "The lowest ratio that asvd tries is not low enough; keep more, or set a higher 'ratios'."
             )
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """Measure every truncation, and carry out the least harmful ones until the budget is met."""
-        assert evidence is not None
         if budget.fraction == 1:
             return ()
         trial = Trial(evidence, self.samples)
@@ -87,14 +90,9 @@ class Asvd(LowRank):
             truncations += self._truncations(linear, evidence, trial)
         return search(spec, budget, truncations, self.pivot)
 
-    def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
-        """W′ = S⁻¹U_kΣ_kV_kᵀ; the error is that of SW."""
-        return solve_group(share, weights, [self._scaling(each) for each in inputs])
-
-    def _scaling(self, inputs: Inputs | None) -> Tensor:
+    def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
         """S², which takes the place of the Gram."""
-        assert inputs is not None
-        return torch.diag(inputs.magnitude.double() ** (2 * self.alpha))
+        return torch.diag(evidence.magnitude(linear).double() ** (2 * self.alpha))
 
     def _ranks(self, linear: Linear) -> list[int]:
         """The ranks of the ratios that are tried, the lowest first."""
@@ -104,7 +102,7 @@ class Asvd(LowRank):
 
     def _truncations(self, linear: Linear, evidence: Evidence, trial: Trial) -> Iterator[Truncation]:
         weight, ranks = evidence.weight(linear), self._ranks(linear)
-        left, right, *_ = low_rank(weight, self._scaling(evidence.inputs(linear)), ranks[-1])
+        left, right, *_ = low_rank(weight, self.metric(evidence, linear), ranks[-1])
         factors = left.to(weight.dtype), right.to(weight.dtype)
         name = evidence.spec.weight_name(linear)
         for rank in ranks:

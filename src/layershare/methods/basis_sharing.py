@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from layershare.errors import LayershareError, unknown
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import LowRank
+from layershare.methods.low_rank import LowRank
 from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Place, Share
+from layershare.plan.evidence import Evidence
 from layershare.plan.ranks import Group, consecutive, natural_side, uniform
 from layershare.values import Count, Flag, Names
 
@@ -51,8 +51,6 @@ class BasisSharing(LowRank):
     """Roles whose basis is shared; without, the authors' choice for the model's family."""
     joint: Flag = False
     """Roles that read the same input share one basis, too: gate and up; q, k and v."""
-    refit: Flag | None = None
-    """Fit the coefficients again to deviated inputs; without, from 40 % removed on."""
 
     def groups(self, spec: Spec) -> list[Group]:
         """The groups of linears. Raises `LayershareError` for roles that the model does not have."""
@@ -62,13 +60,13 @@ class BasisSharing(LowRank):
         """Raise `LayershareError` for roles that the model does not have."""
         self.groups(spec)
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The same ratio for every group."""
         return uniform(spec, self.groups(spec), budget)
 
     def refits(self, fraction: float) -> bool:
-        """From 40 % removed on, unless the option says otherwise."""
-        return fraction <= REFIT_AT if self.refit is None else self.refit
+        """From 40 % removed on."""
+        return fraction <= REFIT_AT
 
 
 def sharing_groups(

@@ -31,14 +31,14 @@ from pydantic import Field
 from torch import Tensor
 
 from layershare.errors import LayershareError, how_to_install
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import LowRank
+from layershare.formulas.linalg import low_rank
+from layershare.methods.low_rank import LowRank
 from layershare.methods.trial import Trial, truncated
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
+from layershare.plan.evidence import Evidence
 from layershare.plan.ranks import allocate, matrix_cost, private_groups
-from layershare.solve.linalg import low_rank
 from layershare.values import Count, Trials, Whole
 
 DENSE = ("v",)
@@ -53,7 +53,6 @@ START = {"qk": 0.5, "o": 0.5}
 class Bolaco(LowRank):
     """Options of Bolaco."""
 
-    adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
     sizes: ClassVar[str] = "any above a dense v"
     trials: Trials = 20
@@ -64,6 +63,11 @@ class Bolaco(LowRank):
     """Parts of the depth with ratios of their own."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     """Of the proposals."""
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
 
     def runs(self, spec: Spec) -> int:
         """Every trial on every sample."""
@@ -78,21 +82,18 @@ class Bolaco(LowRank):
         if budget.parameters <= sum(x.parameters for x in spec.linears if x.role in DENSE):
             raise LayershareError(f"bolaco leaves {', '.join(DENSE)} dense, which takes the whole budget; keep more.")
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The allocation of lowest loss among the trials."""
         import optuna
 
-        assert evidence is not None
         if budget.fraction == 1:
             return ()
         names = {x: self._ratio_name(spec, x) for x in spec.linears if x.role not in DENSE}
         trial = Trial(evidence, self.samples)
         factors: dict[Linear, tuple[Tensor, Tensor]] = {}
         for x in names:
-            weight, inputs = evidence.weight(x), evidence.inputs(x)
-            assert inputs is not None
-            cost = matrix_cost(x, self.pivot)
-            left, right, *_ = low_rank(weight, inputs.gram, int(cost.rank(Fraction(cost.whole))) + 1)
+            weight, cost = evidence.weight(x), matrix_cost(x, self.pivot)
+            left, right, *_ = low_rank(weight, evidence.gram(x), int(cost.rank(Fraction(cost.whole))) + 1)
             factors[x] = left.to(weight.dtype), right.to(weight.dtype)
 
         def shares(wanted: dict[str, float]) -> tuple[Share, ...]:

@@ -24,26 +24,23 @@ Where this differs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from layershare.methods.basis_sharing import REFIT_AT, sharing_groups
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import LowRank
+from layershare.methods.low_rank import LowRank
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
+from layershare.plan.evidence import Evidence
 from layershare.plan.ranks import Group, allocate, group_cost
-from layershare.values import Below1, Count, Flag, Names
+from layershare.values import Below1, Count, Names
 
 
 @dataclass(frozen=True)
 class DRank(LowRank):
     """Options of D-Rank."""
-
-    adaptive: ClassVar[bool] = True
 
     group_size: Count | None = None
     """Layers per group (n); without, 2, or 1 with grouped-query attention."""
@@ -51,8 +48,11 @@ class DRank(LowRank):
     """Roles whose basis is shared; without, the choice of Basis Sharing's authors."""
     beta: Below1 = 0.35
     """The fraction of Q's and K's parameters that goes to V."""
-    refit: Flag | None = None
-    """Fit the coefficients again to deviated inputs; without, from 40 % removed on."""
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
 
     def groups(self, spec: Spec) -> list[Group]:
         """The groups of layers. Raises `LayershareError` for roles that the model does not have."""
@@ -62,9 +62,8 @@ class DRank(LowRank):
         """Raise `LayershareError` for roles that the model does not have."""
         self.groups(spec)
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The same ratio for every role but q, k and v; within a role, rank by effective rank."""
-        assert evidence is not None
         groups = self.groups(spec)
         costs = {group: group_cost(spec, group) for group in groups}
         limits = {group: cost.whole for group, cost in costs.items()}
@@ -80,8 +79,8 @@ class DRank(LowRank):
         return allocate(spec, groups, [costs[group].rank(sizes[group]) for group in groups], budget.parameters)
 
     def refits(self, fraction: float) -> bool:
-        """From 40 % removed on, unless the option says otherwise."""
-        return fraction <= REFIT_AT if self.refit is None else self.refit
+        """From 40 % removed on."""
+        return fraction <= REFIT_AT
 
 
 def effective_rank(spectrum: Tensor) -> float:

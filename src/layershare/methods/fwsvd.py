@@ -15,26 +15,25 @@ Where this differs
   single ranks are added.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from layershare.calibrate.stats import Kind
-from layershare.methods.evidence import Inputs
-from layershare.methods.method import solve_group
-from layershare.methods.private import UniformLowRank
-from layershare.plan.edits import Share
-from layershare.solve.linalg import Factors
+from layershare.methods.low_rank import UniformLowRank
+from layershare.model.arch import Linear
+from layershare.plan.evidence import Evidence
 
 
 @dataclass(frozen=True)
 class FwSvd(UniformLowRank):
     """FWSVD has no options of its own."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset({"fisher"})
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """Squared gradients."""
+        return frozenset({"fisher"})
 
-    def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
-        """The optimum with G = Î²."""
-        return solve_group(share, weights, [each.fisher.diag() for each in inputs if each is not None])
+    def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
+        """G = Î²."""
+        return evidence.fisher(linear).diag()

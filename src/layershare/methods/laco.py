@@ -29,13 +29,13 @@ from pydantic import Field
 
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence
 from layershare.methods.merging import Block, combine, merges, require_alike, require_mergeable, unmerged
-from layershare.methods.method import Method
 from layershare.methods.trial import Trial
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Merge
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
 from layershare.values import MOST, Count, Number, Whole
 
 STEP = 0.05
@@ -46,8 +46,6 @@ STEP = 0.05
 class LaCo(Method):
     """Options of LaCo."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset()
-    adaptive: ClassVar[bool] = True
     searches: ClassVar[bool] = True
     sizes: ClassVar[str] = "steps of a block"
     merged: Annotated[Whole, Field(ge=2, le=MOST)] = 4
@@ -62,6 +60,16 @@ class LaCo(Method):
     """The similarity that a merge must reach at first (T)."""
     samples: Count = 4
     """Blocks of the calibration text on which the models are compared."""
+
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """No statistics."""
+        return frozenset()
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
 
     def runs(self, spec: Spec) -> int:
         """At least the original and a merge at every place, on every sample; what more depends on the model."""
@@ -78,12 +86,11 @@ class LaCo(Method):
             )
         require_mergeable(spec, budget, range(self.lowest, highest))
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Merge, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Merge, ...]:
         """Collapse at lower and lower thresholds until the budget is met.
 
         Raises `LayershareError` if it is not although every merge is accepted.
         """
-        assert evidence is not None
         if allows(budget, spec, ()):
             return ()
         trial = Trial(evidence, self.samples)

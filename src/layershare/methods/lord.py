@@ -18,18 +18,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layershare.methods.evidence import Inputs
-from layershare.methods.method import as_factors
-from layershare.methods.private import UniformLowRank
+from layershare.formulas.linalg import Factors, share_output
+from layershare.methods.low_rank import UniformLowRank, as_factors
 from layershare.plan.edits import Share
-from layershare.solve.linalg import Factors, share_output
 
 
 @dataclass(frozen=True)
 class Lord(UniformLowRank):
     """LoRD has no options of its own."""
 
-    def solve(self, share: Share, weights: Sequence[Tensor], inputs: Sequence[Inputs | None]) -> Factors:
+    def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
         """W V_k and V_kᵀ, also where the input side would be the smaller problem."""
-        factors = share_output(weights, [each.gram for each in inputs if each is not None], share.rank)
+        if share.private_rank or len(weights) > 1:
+            return super().factors(share, weights, metrics)
+        factors = share_output(weights, metrics, share.rank)
         return as_factors(share, factors.coefs[0], factors.basis, factors.error, factors.spectrum)

@@ -29,12 +29,12 @@ from torch.nn.functional import one_hot
 
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence
 from layershare.methods.merging import combine, merges, require_alike, require_mergeable, unmerged
-from layershare.methods.method import Method
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Merge
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
 
 COORDINATES = 2
 """Coordinates of the diffusion map."""
@@ -46,9 +46,17 @@ FEWEST = 16
 class Mka(Method):
     """MKA has no options."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset({"blocks"})
-    adaptive: ClassVar[bool] = True
     sizes: ClassVar[str] = "steps of a block"
+
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """What blocks change of the hidden states."""
+        return frozenset({"blocks"})
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if layers differ in shape, or if a single layer is still too large."""
@@ -60,9 +68,8 @@ class Mka(Method):
         if count < FEWEST:
             raise LayershareError(f"mka compares layers on at least {FEWEST} blocks of text; give more blocks.")
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Merge, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Merge, ...]:
         """Merge the most similar neighbours until the budget is met."""
-        assert evidence is not None
         states = [evidence.stats.pooled(layer) for layer in range(spec.n_layers)]
         self.require_blocks(len(states[0]))
         cells = [cells_of(diffusion_map(each)) for each in states]

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
 from layershare.model.arch import Part, Spec
 from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Drop, kept_layers
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
 
 TOO_SMALL = "Leaving out layers alone cannot make this model so small; keep more."
 
@@ -27,11 +27,19 @@ TOO_SMALL = "Leaving out layers alone cannot make this model so small; keep more
 class DropParts(Method):
     """Leave out what changes the hidden states least, until the budget is met."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset({"blocks"})
-    adaptive: ClassVar[bool] = True
     sizes: ClassVar[str] = "steps of a block"
     parts: ClassVar[tuple[Part, ...]]
     """What may be left out."""
+
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """What blocks change of the hidden states."""
+        return frozenset({"blocks"})
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` if the budget is not met with all parts gone, or all blocks but the smallest."""
@@ -41,9 +49,8 @@ class DropParts(Method):
         if not allows(budget, spec, [Drop(part, layers) for part in self.parts if layers]):
             raise LayershareError(TOO_SMALL)
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Drop, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Drop, ...]:
         """The parts of lowest influence 1 − cos(X, Y), X being what enters and Y what leaves them."""
-        assert evidence is not None
         influence: dict[tuple[int, Part], float] = {
             (layer, part): 1 - evidence.stats.cosines(layer)[part]
             for layer in range(spec.n_layers)

@@ -6,14 +6,16 @@ single ranks are added.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from layershare.calibrate.stats import Kind
-from layershare.methods.private import UniformLowRank
+from layershare.methods.low_rank import UniformLowRank
 
 
 @dataclass(frozen=True)
 class Svd(UniformLowRank):
     """Plain SVD has no options of its own."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset()  # every input direction counts the same
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """No statistics."""
+        return frozenset()

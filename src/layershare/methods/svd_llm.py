@@ -5,7 +5,8 @@ Compression", ICLR 2025, arXiv 2403.07378. With S from SᵀS = XᵀX, SW = UΣV�
 exactly σᵢ in ‖XW − XW′‖. All matrices keep the same ratio, k = ⌊x·d₁d₂ / (d₁ + d₂)⌋. This is the variant that the paper
 calls SVD-LLM (W), as other papers compare with; its full method then trains both factors with LoRA.
 
-With `refit` the update of the paper's first versions follows, which the code still has (its step 2): layer after layer,
+With `refit: true` in the recipe the update of the paper's first versions follows, which the code still has (its
+step 2): layer after layer,
 the second factor C of W′ = BC is fitted again to the inputs X′ that the compressed layers before really give,
 C = (BᵀG′B + λ1)⁻¹BᵀG′W with G′ = X′ᵀX′. It is off by default because the published (W) is without it; but
 `basis-sharing` does the same from 40 % removed on, so compare like with like there.
@@ -18,17 +19,9 @@ inputs that the compressed attention gives to the same block's MLP; the code tak
 
 from dataclasses import dataclass
 
-from layershare.methods.private import UniformLowRank
-from layershare.values import Flag
+from layershare.methods.low_rank import UniformLowRank
 
 
 @dataclass(frozen=True)
 class SvdLlm(UniformLowRank):
-    """Options of SVD-LLM."""
-
-    refit: Flag = False
-    """Fit the second factors again to deviated inputs."""
-
-    def refits(self, fraction: float) -> bool:
-        """As the option says."""
-        return self.refit
+    """SVD-LLM has no options of its own."""

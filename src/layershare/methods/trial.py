@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence, row_convention
 from layershare.model.arch import Linear, find_blocks
 from layershare.model.depth import cut_layers
 from layershare.model.weights import Weights
 from layershare.plan.edits import Drop, Merge, kept_layers
+from layershare.plan.evidence import Evidence
 from layershare.plan.layout import origins
 
 
@@ -24,11 +23,10 @@ class Trial:
     """
 
     def __init__(self, evidence: Evidence, samples: int) -> None:
-        if evidence.text is None:
-            raise LayershareError("This method runs the model on a text while it plans; compress with one.")
+        tokens = evidence.text.tokens[:samples]
         self.spec = evidence.spec
         self.weights = Weights.of(evidence.weights.whole().eval())
-        self.tokens = evidence.text.tokens[:samples].to(self.weights.device)
+        self.tokens = tokens.to(self.weights.device)
 
     @torch.no_grad()
     def loss(self, replaced: dict[str, Tensor]) -> float:
@@ -72,4 +70,4 @@ class Trial:
 def truncated(linear: Linear, factors: tuple[Tensor, Tensor], rank: int) -> Tensor:
     """The first `rank` components of a factored weight, d_in × K and K × d_out, as the state dict stores it."""
     left, right = factors
-    return row_convention(left[:, :rank] @ right[:rank], linear)
+    return linear.matrix(left[:, :rank] @ right[:rank])

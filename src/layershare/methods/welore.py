@@ -17,17 +17,16 @@ Where this differs from paper and code
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from layershare.calibrate.stats import Kind
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import LowRank
+from layershare.methods.low_rank import LowRank
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
+from layershare.plan.evidence import Evidence
 from layershare.plan.ranks import Cost, allocate, group_cost, private_groups
 
 
@@ -35,12 +34,18 @@ from layershare.plan.ranks import Cost, allocate, group_cost, private_groups
 class WeLore(LowRank):
     """WeLore has no options of its own."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset()  # every input direction counts the same
-    adaptive: ClassVar[bool] = True
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """No statistics."""
+        return frozenset()
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Share, ...]:
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
+
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The ranks above the lowest threshold that the budget allows."""
-        assert evidence is not None
         groups = private_groups(spec.linears, self.pivot)
         spectra = []
         for done, group in enumerate(groups):

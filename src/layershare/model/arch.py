@@ -10,7 +10,7 @@ from math import prod
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -79,6 +79,10 @@ class Linear:
     def member(self) -> Member:
         """As a member of a composition."""
         return Member(self.name, self.d_in, self.d_out, self.conv1d)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as the model stores it as W: d_in × d_out, and the other way round."""
+        return weight if self.conv1d else weight.T
 
 
 @dataclass(frozen=True)

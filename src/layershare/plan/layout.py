@@ -1,10 +1,12 @@
 """The tensors of the compressed checkpoint: their names and shapes, and the dense tensors that they come from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import Tensors
 from layershare.model.composition import Composition
@@ -91,3 +93,35 @@ def listed(spec: Spec, edits: Sequence[Edit]) -> dict[str, Any]:
         ],
         "slice": None if width is None else Sliced(width, spec.sliceable()),
     }
+
+
+def named_tensors(
+    spec: Spec,
+    edit: Share | Delta,
+    shared: Tensor,
+    own: Mapping[str, Iterable[Tensor]],
+    dtype: torch.dtype,
+    order: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of an edit as layers hold them, by full name, from its matrices in row convention.
+
+    `own`: linear's name -> the factors that are its own, the one that meets the input first. `order`: of the shared
+    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype.
+    """
+    composed = composition(spec, edit)
+    rest = {name: iter(matrices) for name, matrices in own.items()}
+    matrices: list[Tensor] = []
+    for member, factor in composed.stored():
+        matrices.append(shared if factor.home else next(rest[member.name]))
+        matrices += [order] if factor.pivots and order is not None else []
+    found = zip(composed_tensors(spec, composed), matrices, strict=True)
+    tensors = {name: each.T.to(dtype) if each.is_floating_point() else each.int() for name, each in found}
+    require_fitting(tensors)
+    return tensors
+
+
+def require_fitting(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `LayershareError` for a made tensor that its dtype cannot hold."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise LayershareError(f"'{name}' does not fit {tensor.dtype} when it is made; use a wider dtype.")

@@ -1,9 +1,8 @@
 """Carry out a plan: solve group by group, and fit coefficients again where the method asks for it."""
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,17 @@ from torch import Tensor, nn
 
 from layershare.calibrate.stats import measuring, site_modules
 from layershare.calibrate.stream import Stream
-from layershare.calibrate.text import Text
-from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence, row_convention
-from layershare.methods.method import Method
+from layershare.formulas.linalg import pivoted, refit
 from layershare.model.arch import Linear, Spec, common_parent
 from layershare.model.composition import Composition, Factor, Term
 from layershare.model.dropped import DroppedAttention, drop_mlp
 from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
-from layershare.plan.edits import Delta, Share, composition, dropped_parts, sliced_width
-from layershare.plan.layout import composed_tensors, compositions, origins
+from layershare.plan.edits import Delta, Share, composition, dropped_parts
+from layershare.plan.evidence import Evidence
+from layershare.plan.layout import compositions, origins
+from layershare.plan.method import Method
 from layershare.plan.plan import Plan
-from layershare.progress import Progress, no_progress
-from layershare.solve.linalg import pivot_factors, pivoted, refit
 from layershare.store import Store
 
 SPECTRUM_POINTS = 64
@@ -42,23 +38,29 @@ class Replaced:
 
 
 class Factored:
-    """A plan carried out: solved groups on disk, and every tensor of the checkpoint by the name that it has there."""
+    """A plan carried out: solved units on disk, and every tensor of the checkpoint by the name that it has there."""
 
     def __init__(self, spec: Spec, plan: Plan, weights: Weights, folder: Path, identity: dict[str, Any]) -> None:
         self.spec, self.plan, self.weights = spec, plan, weights
-        self.shares = [edit for edit in plan.edits if isinstance(edit, Share)]
-        self.groups = Store(folder / "groups", identity)
-        self.refits = Store(folder / "refit", {**identity, "edits": [unit_name(edit) for edit in self.shares]})
-        self.width = sliced_width(plan.edits)
-        self.slices = Store(folder / "slice", {**identity, "width": self.width})
-        self.anchored = [edit for edit in plan.edits if isinstance(edit, Delta)]
-        self.deltas = Store(folder / "deltas", {**identity, "edits": [f"{e.id}.{e.rank}" for e in self.anchored]})
-        self._lost: dict[str, float] = {}
-        self._found: dict[str, dict[str, Any]] = {}
+        self.solved = Store(folder / "units", identity)
+        edits = [asdict(edit) for edit in plan.edits]
+        self.refits = Store(folder / "refit", {**identity, "edits": edits})
+        self.found: dict[str, dict[str, Any]] = {}
         self._origins = origins(spec, plan.edits)
         self._places: dict[str, tuple[Store, str]] = {}
-        for edit in self.shares:
-            self._places.update(dict.fromkeys(names(spec, edit), (self.groups, unit_name(edit))))
+
+    def solve(self, method: Method, evidence: Evidence) -> None:
+        """Solve what is not solved yet, each unit stored as soon as it is done. Raises as `Method.solve` does."""
+        method.carry_out(self.plan.edits, self.solved, evidence)
+        for unit in method.units(self.spec, self.plan.edits):
+            self.has(unit.name)
+
+    def has(self, unit: str) -> bool:
+        """Whether a unit is solved; if so, its tensors come from it from now on."""
+        there = self.take(self.solved, unit)
+        if there:
+            self.found |= self.solved.facts(unit)
+        return there
 
     def refitted(self, layer: int) -> bool:
         """Whether a layer's refit is there; if so, its tensors come from it from now on."""
@@ -68,33 +70,6 @@ class Factored:
         """Store what a layer's refit changed."""
         self.refits.write(f"layer-{layer:03d}", tensors)
         self.refitted(layer)
-
-    def sliced(self, unit: str) -> bool:
-        """Whether a unit of a sliced model is there; if so, its tensors come from it from now on."""
-        there = self.take(self.slices, unit)
-        if there:
-            self._lost |= self.slices.facts(unit)["errors"]
-        return there
-
-    def write_slice(self, unit: str, tensors: dict[str, Tensor], errors: dict[str, float]) -> None:
-        """Store a unit of a sliced model, and the parts of the variance that it lost by place."""
-        self.slices.write(unit, tensors, {"errors": errors})
-        self.sliced(unit)
-
-    def has_delta(self, unit: str) -> bool:
-        """Whether a unit of layers with deltas is there; if so, its tensors come from it from now on."""
-        there = self.take(self.deltas, unit)
-        if there:
-            self._found |= self.deltas.facts(unit)
-        return there
-
-    def write_delta(self, unit: str, tensors: dict[str, Tensor], facts: dict[str, dict[str, Any]]) -> None:
-        """Store a unit of layers with deltas: the tensors of some `Delta`s, and dense ones that change along with them.
-
-        All by their full names in the checkpoint; `facts`: id of a `Delta` -> what is known of it, such as its `error`.
-        """
-        self.deltas.write(unit, tensors, facts)
-        self.has_delta(unit)
 
     def take(self, store: Store, unit: str) -> bool:
         """Whether a unit is in a store; if so, its tensors come from there from now on."""
@@ -114,58 +89,22 @@ class Factored:
         return self.weights.combination(self._origins[name])
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Group -> rank, parameters, `error` and `spectrum` of its solution; place in a sliced model -> its `error`.
+        """Of each edit that was solved, by its id, rank, parameters and what its solution noted.
 
-        `error` is Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit; `spectrum` see `sampled`.
-        Of a `Delta`, by its id, what was noted when it was written.
-        Of a slice the error is Σ‖X − XQQᵀ‖² / Σ‖X‖², X as the model that is sliced up to there makes it.
+        `error` is Σ‖X(W − Ŵ)‖² / Σ‖XW‖² under the original model's inputs, before any refit; `spectrum` see
+        `methods.low_rank.sampled`. Of a sliced model, by place, `error` is Σ‖X − XQQᵀ‖² / Σ‖X‖², X as the model that
+        is sliced up to there makes it.
         """
-        places = {place: {"error": error} for place, error in self._lost.items()}
-        known = {edit.id: self.groups.facts(unit_name(edit)) for edit in self.shares}
-        known |= {edit.id: self._found.get(edit.id, {}) for edit in self.anchored}
-        edits = (
-            (edit, {"rank": edit.rank, "parameters": composition(self.spec, edit).parameters})
-            for edit in (*self.shares, *self.anchored)
-        )
-        return places | {edit.id: facts | known[edit.id] for edit, facts in edits}
-
-
-def solve(factored: Factored, method: Method, evidence: Evidence, progress: Progress = no_progress) -> None:
-    """Solve every group that is not solved yet, one at a time, each stored as soon as it is done.
-
-    Raises `LayershareError` if a weight or a factor is not finite, naming the place.
-    """
-    spec = factored.spec
-    total = sum(linear.parameters for edit in factored.shares for linear in members(spec, edit))
-    done = 0
-    for edit in factored.shares:
-        progress(done, total)
-        linears = members(spec, edit)
-        if unit_name(edit) not in factored.groups:
-            dense = [evidence.weight(linear) for linear in linears]
-            factors = method.solve(edit, dense, [evidence.inputs(linear) for linear in linears])
-            facts: dict[str, Any] = {"error": factors.error}
-            facts["spectrum"] = None if factors.spectrum is None else sampled(factors.spectrum, edit.rank)
-            if edit.pivot:
-                factors = pivot_factors(factors, edit.side)
-                facts["largest"] = float(factors.basis.abs().max())
-            private = factors.own or [()] * len(linears)
-            own = {x.name: [c, *pair] for x, c, pair in zip(linears, factors.coefs, private, strict=True)}
-            named = named_tensors(spec, edit, factors.basis, own, dense[0].dtype, factors.order)
-            factored.groups.write(unit_name(edit), named, facts)
-        done += sum(linear.parameters for linear in linears)
-    progress(total, total)
+        known = {
+            edit.id: {"rank": edit.rank, "parameters": composition(self.spec, edit).parameters}
+            for edit in self.plan.edits
+            if isinstance(edit, Share | Delta)
+        }
+        return known | {name: known.get(name, {}) | facts for name, facts in self.found.items()}
 
 
 @torch.no_grad()
-def refit_coefficients(
-    factored: Factored,
-    text: Text,
-    *,
-    batch_size: int,
-    scratch: Path | None = None,
-    progress: Progress = no_progress,
-) -> None:
+def refit_coefficients(factored: Factored, evidence: Evidence) -> None:
     """Fit the coefficients of each layer again to the inputs that the compressed layers before it really produce.
 
     Block after block: one pass of the compressed block measures G′ᵢ = X′ᵢᵀX′ᵢ at its sites, its private factors are
@@ -174,17 +113,16 @@ def refit_coefficients(
     Within a block all sites are measured at once: o, gate, up and down get the inputs that the compressed, not yet
     refitted matrices before them give.
     """
-    spec = factored.spec
-    stream = Stream(factored.weights, text.tokens, batch_size, scratch)
+    spec, stream = factored.spec, evidence.stream()
     for layer, block in stream:
-        progress(layer, spec.n_layers)
+        evidence.progress(layer, spec.n_layers)
         done = factored.refitted(layer)
         with compressed(block, layer, factored) as modules:
             if not done:
                 factored.write_refit(layer, _refit_layer(layer, block, modules, factored, stream))
             stream.run()
         del modules  # or they would stay until the next layer's are there
-    progress(spec.n_layers, spec.n_layers)
+    evidence.progress(spec.n_layers, spec.n_layers)
 
 
 def _refit_layer(
@@ -199,7 +137,7 @@ def _refit_layer(
     new = {}
     for name, x in fitted.items():
         module, terms = x.module, _fitted(x)
-        dense = row_convention(x.weight.to(module.coefficient.weight.device), x.linear)
+        dense = x.linear.matrix(x.weight.to(module.coefficient.weight.device))
         for term in (term for term in module.terms if term not in terms):
             dense = dense.double() - module.product(term.factors, wide=True).T
         bases = [module.product(term.factors[:1], wide=False) for term in terms]
@@ -225,68 +163,6 @@ def _exchanged(module: ComposedLinear, term: Term, coef: Tensor) -> dict[Factor,
     rest, order, mixing = pivoted(coef.T)
     module.order(second).copy_(order.argsort())
     return {first: mixing @ module.part(first).weight.double(), second: rest}
-
-
-def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
-    """Some points of a spectrum for people: component numbers (from 1) and their shares of the sum, four digits each.
-
-    All of a short spectrum; of a longer one numbers spaced evenly on a logarithmic scale, and the last that is kept.
-    """
-    n = len(spectrum)
-    points = range(1, n + 1)
-    if n > SPECTRUM_POINTS:
-        points = torch.logspace(0, math.log10(n), SPECTRUM_POINTS, dtype=torch.float64).round().long().tolist()
-    index = sorted({*points, rank})
-    shares = spectrum / (spectrum.sum() or 1)
-    return {"index": index, "share": [float(f"{float(shares[i - 1]):.4g}") for i in index]}
-
-
-def members(spec: Spec, edit: Share) -> list[Linear]:
-    """The linears of a group, its owner first."""
-    return [spec.linear(*place) for place in edit.places]
-
-
-def names(spec: Spec, edit: Share | Delta) -> list[str]:
-    """Full names of an edit's tensors in the checkpoint, those of its first layer first."""
-    return list(composed_tensors(spec, composition(spec, edit)))
-
-
-def named_tensors(
-    spec: Spec,
-    edit: Share | Delta,
-    shared: Tensor,
-    own: Mapping[str, Iterable[Tensor]],
-    dtype: torch.dtype,
-    order: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of an edit as layers hold them, by full name, from its matrices in row convention.
-
-    `own`: linear's name -> the factors that are its own, the one that meets the input first. `order`: of the shared
-    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype.
-    """
-    composed = composition(spec, edit)
-    rest = {name: iter(matrices) for name, matrices in own.items()}
-    matrices: list[Tensor] = []
-    for member, factor in composed.stored():
-        matrices.append(shared if factor.home else next(rest[member.name]))
-        matrices += [order] if factor.pivots and order is not None else []
-    found = zip(composed_tensors(spec, composed), matrices, strict=True)
-    tensors = {name: each.T.to(dtype) if each.is_floating_point() else each.int() for name, each in found}
-    require_fitting(tensors)
-    return tensors
-
-
-def require_fitting(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `LayershareError` for a made tensor that its dtype cannot hold."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise LayershareError(f"'{name}' does not fit {tensor.dtype} when it is made; use a wider dtype.")
-
-
-def unit_name(edit: Share) -> str:
-    """The name of a solved group's file."""
-    private = f"+{edit.private_rank}" if edit.private_rank else ""
-    return f"{edit.id}.{edit.side}.{edit.rank}{private}{'.pivoted' if edit.pivot else ''}"
 
 
 @contextmanager

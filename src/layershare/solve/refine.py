@@ -20,8 +20,8 @@ from layershare.model.arch import Spec
 from layershare.model.modes import evaluating
 from layershare.model.norms import norm_parameters
 from layershare.plan.edits import Edit, sharing
+from layershare.plan.evidence import Evidence
 from layershare.plan.layout import compositions
-from layershare.progress import Progress, no_progress
 from layershare.recipe import Refine
 from layershare.solve.apply import Factored, compressed
 from layershare.store import Store
@@ -34,26 +34,18 @@ def require_refinable(edits: tuple[Edit, ...]) -> None:
 
 
 @torch.no_grad()
-def refine_blocks(
-    factored: Factored,
-    store: Store,
-    targets: Stream,
-    inputs: Stream,
-    options: Refine,
-    seed: int,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
+def refine_blocks(factored: Factored, store: Store, evidence: Evidence, options: Refine, seed: int) -> dict[str, Any]:
     """Refine every block that is not in `store` yet, in order; from then on `factored` has its tensors.
 
-    `targets` and `inputs`: two streams over the same model and text, of which the first runs the original and the
-    second the compressed blocks. A step takes `options.batch_size` rows of text, one of the streams' batches after the
-    other. The factors are trained in float32, rounded to the dtype that they are stored in whenever the block runs, and
-    kept as they were after the best epoch, where epoch 0 is the unrefined block. Returns the options and, under
-    `blocks`, layer -> the relative error ‖block(X) − block′(X′)‖² / ‖block(X)‖² at the `start` and at the end
-    (`error`), and the `epoch` that was kept.
+    The calibration text passes through the original and through the compressed blocks. A step takes
+    `options.batch_size` rows of it, one of the evidence's batches after the other. The factors are trained in float32,
+    rounded to the dtype that they are stored in whenever the block runs, and kept as they were after the best epoch,
+    where epoch 0 is the unrefined block. Returns the options and, under `blocks`, layer -> the relative error
+    ‖block(X) − block′(X′)‖² / ‖block(X)‖² at the `start` and at the end (`error`), and the `epoch` that was kept.
     """
     spec = factored.spec
     require_refinable(factored.plan.edits)
+    targets, inputs = evidence.stream(), evidence.stream()
     facts = {}
     for (layer, block), (_, same) in zip(targets, inputs, strict=True):
         names = own_factors(spec, factored.plan.edits, layer)
@@ -62,7 +54,7 @@ def refine_blocks(
         unit = f"layer-{layer:03d}"
 
         def step(epoch: int, layer: int = layer) -> None:
-            progress(layer * options.epochs + epoch, spec.n_layers * options.epochs)
+            evidence.progress(layer * options.epochs + epoch, spec.n_layers * options.epochs)
 
         step(0)
         targets.run()
@@ -77,7 +69,7 @@ def refine_blocks(
             inputs.run()
         if names:
             facts[str(layer)] = store.facts(unit)
-    progress(1, 1)
+    evidence.progress(1, 1)
     return {**asdict(options), "blocks": facts}
 
 

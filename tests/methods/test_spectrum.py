@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layershare.solve.apply import SPECTRUM_POINTS, sampled
+from layershare.methods.low_rank import SPECTRUM_POINTS, sampled
 
 
 def test_a_long_spectrum_is_sampled_from_its_first_to_its_last_component_and_at_the_cut():

@@ -13,10 +13,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from layershare.methods.evidence import Evidence
+from layershare.formulas.align import assign, assign_heads, columns_apart, foldable, members_of, rows_apart
 from layershare.model.arch import READERS, WRITERS, Linear, Part, common_parent
 from layershare.model.norms import affine
-from layershare.solve.align import assign, assign_heads, columns_apart, foldable, members_of, rows_apart
+from layershare.plan.evidence import Evidence
 
 
 @dataclass(frozen=True)

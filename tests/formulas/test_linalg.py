@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from layershare.solve.linalg import (
+from layershare.formulas.linalg import (
     energy,
     low_rank,
     refit,

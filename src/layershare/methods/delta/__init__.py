@@ -30,7 +30,7 @@ Multiplications per token and the cache of keys and values do not become fewer.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Annotated, ClassVar, Literal
 
@@ -38,14 +38,18 @@ from pydantic import Field
 
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
-from layershare.methods.aligned import SubLayer, aligned, as_it_is, folded
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
-from layershare.model.arch import PARTS, Part, Spec
+from layershare.formulas.linalg import energy, spectrum
+from layershare.methods.delta.aligned import SubLayer, aligned, as_it_is, folded
+from layershare.methods.delta.solving import delta_units, solve_deltas
+from layershare.methods.low_rank import share_units
+from layershare.methods.svd import Svd
+from layershare.methods.svd_llm import SvdLlm
+from layershare.model.arch import PARTS, Part, Spec, part_of
 from layershare.plan.budget import Budget, allows, measure
-from layershare.plan.edits import Delta
+from layershare.plan.edits import Delta, Edit, Share
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method, Solution, Unit
 from layershare.plan.ranks import TOLERANCE, Cost, spend
-from layershare.solve.linalg import energy, spectrum
 from layershare.values import MOST, Count, Flag, Whole
 
 FLOOR = 32
@@ -58,6 +62,7 @@ Pair = tuple[int, int]
 class DeltaLlm(Method):
     """Options of DeltaLLM."""
 
+    solves: ClassVar[tuple[type, ...]] = (Delta, Share)
     wants_training: ClassVar[bool] = True
     sizes: ClassVar[str] = "down to what `unit`, `layout` and `protect` leave"
     unit: Literal["mlp", "attention", "both"] = "mlp"
@@ -78,12 +83,12 @@ class DeltaLlm(Method):
     """Share the mean of anchor and targets, with a delta for the anchor, too."""
 
     @property
-    def uses(self) -> frozenset[Kind]:  # pyright: ignore[reportIncompatibleVariableOverride]  # options decide
+    def uses(self) -> frozenset[Kind]:
         """Grams, if errors are weighted by them."""
         return frozenset({"inputs"}) if self.weighted else frozenset()
 
     @property
-    def adaptive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def adaptive(self) -> bool:
         """Whether anchors are chosen by measurement."""
         return self.layout == "measured"
 
@@ -99,18 +104,17 @@ class DeltaLlm(Method):
         """
         blocks = self._candidates(spec)
         if self.layout != "measured":
-            self.plan(spec, budget, None)
+            self.plan(spec, budget, Evidence(spec))
         elif not self._near(spec):
             raise self._nothing(spec)
         elif all(self._alike(spec, blocks[0], block) for block in blocks):
             self._fewest(spec, budget, self._in_order(spec, 2 * self.span))
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Delta, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Delta, ...]:
         """As few targets as the budget needs, in the layout's order, at the largest rank that it allows."""
         if allows(budget, spec, ()):
             return ()
         if self.layout == "measured":
-            assert evidence is not None
             pairs = self._measured(evidence)
         else:
             pairs = self._in_order(spec, 1 if self.layout == "alternating" else self.span)
@@ -134,6 +138,23 @@ class DeltaLlm(Method):
             f"{'the targets' if budget.of == 'targets' else 'the model'} ({least:,} parameters); keep more, set "
             "unit=both, set layout=sequential and a longer span, or protect fewer blocks."
         )
+
+    def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
+        """Sub-layers with their anchors, after the low-rank factors that a plan by hand may have."""
+        self.require_solvable(edits)
+        return (*share_units(spec, edits), *delta_units(spec, edits))
+
+    def solve(self, unit: Unit, evidence: Evidence) -> Solution:
+        """The deltas of a sub-layer, or the factors of a group."""
+        deltas = [edit for edit in unit.edits if isinstance(edit, Delta)]
+        if not deltas:
+            return (SvdLlm() if self.weighted else Svd()).solve(unit, evidence)
+        part, anchor = part_of(deltas[0].role), deltas[0].anchor
+        targets = [layer for layer in deltas[0].layers if layer != anchor]
+        # In a plan by hand, weights that stay as they are would not fit to a norm or units that are changed.
+        whole = {delta.role for delta in deltas} == {linear.role for linear in evidence.spec.part(anchor, part)}
+        views = replace(self, align=self.align and whole).views(evidence, part, anchor, targets)
+        return solve_deltas(deltas, evidence.spec, dict(zip((anchor, *targets), views, strict=True)), self.init)
 
     def views(self, evidence: Evidence, part: Part, anchor: int, targets: Iterable[int]) -> list[SubLayer]:
         """A sub-layer of the anchor's block, then those of the targets', aligned to it if they are to be."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layershare.solve.align import assign, assign_heads, columns_apart, foldable, members_of, rows_apart
+from layershare.formulas.align import assign, assign_heads, columns_apart, foldable, members_of, rows_apart
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

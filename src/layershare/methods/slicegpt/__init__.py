@@ -25,12 +25,14 @@ from typing import ClassVar
 
 from layershare.calibrate.stats import Kind
 from layershare.errors import LayershareError
-from layershare.methods.evidence import Evidence
-from layershare.methods.method import Method
+from layershare.methods.slicegpt.slicing import slice_model, slice_units
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows, measure
-from layershare.plan.edits import Slice
+from layershare.plan.edits import Edit, Slice, sliced_width
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method, Unit
 from layershare.plan.ranks import TOLERANCE
+from layershare.store import Store
 from layershare.values import Count
 
 ALIGNED = 8
@@ -41,9 +43,14 @@ ALIGNED = 8
 class SliceGpt(Method):
     """Options of SliceGPT."""
 
-    uses: ClassVar[frozenset[Kind]] = frozenset()
+    solves: ClassVar[tuple[type, ...]] = (Slice,)
     round_to: Count | None = None
     """The width is a multiple of it; without, of 8 if that uses the budget up to 0.5 %, otherwise of 1."""
+
+    @property
+    def uses(self) -> frozenset[Kind]:
+        """No statistics."""
+        return frozenset()
 
     @property
     def reads_text(self) -> bool:
@@ -54,7 +61,7 @@ class SliceGpt(Method):
         """Raise `UnsupportedModelError`, with the reason, for a model that is no plain pre-norm decoder."""
         spec.sliceable()
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence | None) -> tuple[Slice, ...]:
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Slice, ...]:
         """The widest slice that the budget allows. Raises `LayershareError` if not even the narrowest fits."""
         if budget.fraction == 1:
             return ()
@@ -67,6 +74,17 @@ class SliceGpt(Method):
             if used >= possible * (1 - TOLERANCE):
                 return (aligned,)
         return (finest,)
+
+    def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
+        """The embeddings, block after block, and the head."""
+        self.require_solvable(edits)
+        width = sliced_width(edits)
+        return () if width is None else slice_units(spec, width)
+
+    def carry_out(self, edits: tuple[Edit, ...], solved: Store, evidence: Evidence) -> None:
+        """Slice block after block, each by what the blocks before it, already sliced, give."""
+        if (width := sliced_width(edits)) is not None:
+            slice_model(width, solved, evidence)
 
 
 def _used(spec: Spec, budget: Budget, edit: Slice) -> int:

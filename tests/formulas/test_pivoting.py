@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layershare.solve.linalg import Factors, pivot_factors, pivoted
+from layershare.formulas.linalg import Factors, pivot_factors, pivoted
 
 D, K = 24, 7
 

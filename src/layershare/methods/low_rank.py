@@ -1,0 +1,122 @@
+"""Methods whose edits are `Share`s: what they have in common, from the Grams to the tensors of the checkpoint."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from layershare.formulas.linalg import Factors, low_rank, pivot_factors, share_and_own, share_input, share_output
+from layershare.model.arch import Linear, Spec
+from layershare.plan.budget import Budget
+from layershare.plan.edits import Edit, Share
+from layershare.plan.evidence import Evidence
+from layershare.plan.layout import named_tensors
+from layershare.plan.method import Method, Solution, Unit
+from layershare.plan.ranks import private_groups, uniform
+from layershare.values import Flag
+
+SPECTRUM_POINTS = 64
+_PIVOT = "Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """A method whose edits are `Share`s."""
+
+    solves: ClassVar[tuple[type, ...]] = (Share,)
+    # Attribute docstrings of a base class are not found.
+    pivot: Annotated[Flag, Field(description=_PIVOT)] = False
+
+    def metric(self, evidence: Evidence, linear: Linear) -> Tensor | None:
+        """What errors in a linear's inputs count, d_in × d_in: their Gram, `None` for all directions the same."""
+        return evidence.gram(linear) if "inputs" in self.uses else None
+
+    def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
+        """The factors of one group, `weights` n of d_in × d_out in the order of its places: the optimum."""
+        return best_factors(share, weights, metrics)
+
+    def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
+        """Every group for itself."""
+        self.require_solvable(edits)
+        return share_units(spec, edits)
+
+    def solve(self, unit: Unit, evidence: Evidence) -> Solution:
+        """The factors of a group, as layers hold them."""
+        (share,) = unit.edits
+        assert isinstance(share, Share)
+        linears = [evidence.spec.linear(*place) for place in share.places]
+        weights = [evidence.weight(linear) for linear in linears]
+        factors = self.factors(share, weights, [self.metric(evidence, linear) for linear in linears])
+        return solution(evidence.spec, share, factors, weights[0].dtype)
+
+
+@dataclass(frozen=True)
+class UniformLowRank(LowRank):
+    """Every target for itself, all with the same ratio."""
+
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
+        """The same ratio for every matrix."""
+        return uniform(spec, private_groups(spec.linears, self.pivot), budget)
+
+
+def best_factors(share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
+    """The optimum for a group under its Grams, or what takes their place (`None`: all directions count the same).
+
+    With private directions beside, the best that alternating finds.
+    """
+    if share.private_rank:
+        return share_and_own(weights, metrics, share.rank, share.private_rank, share.side)
+    if len(weights) > 1:
+        best = share_input if share.side == "input" else share_output
+        return best(weights, metrics, share.rank)
+    return as_factors(share, *low_rank(weights[0], metrics[0], share.rank))
+
+
+def as_factors(share: Share, left: Tensor, right: Tensor, error: float, spectrum: Tensor | None = None) -> Factors:
+    """One matrix W ≈ left · right as basis and coefficients on the side of its group of one."""
+    basis, coef = (left, right) if share.side == "input" else (right, left)
+    return Factors(basis, (coef,), error, spectrum)
+
+
+def share_units(spec: Spec, edits: Sequence[Edit]) -> tuple[Unit, ...]:
+    """The shares among a plan's edits, every group for itself."""
+    units = []
+    for share in (edit for edit in edits if isinstance(edit, Share)):
+        private = f"+{share.private_rank}" if share.private_rank else ""
+        name = f"{share.id}.{share.side}.{share.rank}{private}{'.pivoted' if share.pivot else ''}"
+        units.append(Unit(name, (share,), sum(spec.linear(*place).parameters for place in share.places)))
+    return tuple(units)
+
+
+def solution(spec: Spec, share: Share, factors: Factors, dtype: torch.dtype) -> Solution:
+    """The factors of a group in its form and as layers hold them, with error, spectrum and largest pivoted number.
+
+    Raises `LayershareError` if one does not fit the dtype.
+    """
+    facts: dict[str, Any] = {"error": factors.error}
+    facts["spectrum"] = None if factors.spectrum is None else sampled(factors.spectrum, share.rank)
+    if share.pivot:
+        factors = pivot_factors(factors, share.side)
+        facts["largest"] = float(factors.basis.abs().max())
+    names = [spec.linear(*place).name for place in share.places]
+    private = factors.own or [()] * len(names)
+    own = {name: [coef, *pair] for name, coef, pair in zip(names, factors.coefs, private, strict=True)}
+    return Solution(named_tensors(spec, share, factors.basis, own, dtype, factors.order), {share.id: facts})
+
+
+def sampled(spectrum: Tensor, rank: int) -> dict[str, list[Any]]:
+    """Some points of a spectrum for people: component numbers (from 1) and their shares of the sum, four digits each.
+
+    All of a short spectrum; of a longer one numbers spaced evenly on a logarithmic scale, and the last that is kept.
+    """
+    n = len(spectrum)
+    points = range(1, n + 1)
+    if n > SPECTRUM_POINTS:
+        points = torch.logspace(0, math.log10(n), SPECTRUM_POINTS, dtype=torch.float64).round().long().tolist()
+    index = sorted({*points, rank})
+    shares = spectrum / (spectrum.sum() or 1)
+    return {"index": index, "share": [float(f"{float(shares[i - 1]):.4g}") for i in index]}

@@ -1,0 +1,97 @@
+"""What a method may look at when it plans and solves: weights, measured statistics, and the text itself."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from layershare.calibrate.stats import Stats
+from layershare.calibrate.stream import Stream
+from layershare.calibrate.text import Text
+from layershare.errors import LayershareError
+from layershare.formulas.linalg import spectrum
+from layershare.model.arch import Linear, Spec
+from layershare.model.weights import Weights, require_finite
+from layershare.plan.ranks import Group
+from layershare.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A model, its statistics and its calibration text, as far as they are there, and who is told of progress.
+
+    The text passes through the model `batch_size` blocks at a time, hidden states being kept in files in `scratch` if
+    one is given. Raises `LayershareError` where a method asks for what is not there.
+    """
+
+    spec: Spec
+    opened: Weights | None = None
+    measured: Stats | None = None
+    calibration: Text | None = None
+    progress: Progress = no_progress
+    batch_size: int = 1
+    scratch: Path | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The weights."""
+        if self.opened is None:
+            raise LayershareError("This method plans by the weights; give it a model, not a config alone.")
+        return self.opened
+
+    @property
+    def stats(self) -> Stats:
+        """The statistics."""
+        if self.measured is None:
+            raise LayershareError("This method needs measured statistics; give it a text.")
+        return self.measured
+
+    @property
+    def text(self) -> Text:
+        """The calibration text."""
+        if self.calibration is None:
+            raise LayershareError("This method runs the model on a text; compress with one.")
+        return self.calibration
+
+    def stream(self) -> Stream:
+        """The model, block after block, with the text passing through."""
+        return Stream(self.weights, self.text.tokens, self.batch_size, self.scratch)
+
+    def weight(self, linear: Linear) -> Tensor:
+        """The weight of a linear as W: d_in × d_out, on the device of `Weights`.
+
+        Raises `LayershareError` if it is not finite.
+        """
+        name = self.spec.weight_name(linear)
+        weight = self.weights.tensor(name)
+        require_finite([(name, weight)])
+        return linear.matrix(weight.to(self.weights.device))
+
+    def gram(self, linear: Linear) -> Tensor:
+        """G = XᵀX of a linear's inputs, d_in × d_in, summed over all tokens."""
+        return self.stats.gram(linear).to(self.weights.device)
+
+    def magnitude(self, linear: Linear) -> Tensor:
+        """The mean of |x| of a linear's inputs over all tokens, d_in."""
+        return self.stats.magnitude(linear).to(self.weights.device)
+
+    def fisher(self, linear: Linear) -> Tensor:
+        """Σⱼ E[(∂L/∂W)²ᵢⱼ], the Fisher information of each row of a linear's W, d_in."""
+        return self.stats.fisher(linear).to(self.weights.device)
+
+    def spectrum(self, group: Group, *, weighted: bool) -> Tensor:
+        """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.
+
+        See `layershare.formulas.linalg.spectrum`.
+        """
+        if (group, weighted) not in self._spectra:
+            linears = [self.spec.linear(*place) for place in group.places]
+            weights = [self.weight(linear) for linear in linears]
+            grams = [self.gram(linear) if weighted else None for linear in linears]
+            self._spectra[group, weighted] = spectrum(weights, grams, group.side)
+        return self._spectra[group, weighted]
+
+    @cached_property
+    def _spectra(self) -> dict[tuple[Group, bool], Tensor]:
+        return {}
