@@ -17,8 +17,8 @@ from layershare.foreign import reading
 
 if TYPE_CHECKING:
     from layershare.bars import Steps
+    from layershare.job import Job
     from layershare.recipe import Recipe
-    from layershare.run import Job
 
 app = typer.Typer(
     help="Make Hugging Face causal language models smaller by letting their layers share weights.",
@@ -266,8 +266,8 @@ def plan(
 
     Groups, ranks, exact sizes, time, memory and disk; from the model's config alone if the method can.
     """
+    from layershare.job import plan_only, speed_for
     from layershare.plan.table import plan_table
-    from layershare.run import plan_only, speed_for
 
     _require_parent(output)
     values = {
@@ -657,9 +657,10 @@ def generate(
 
 
 def _run(recipe: "Recipe", output: Path) -> None:
+    from layershare.job import speed_for
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
-    from layershare.run import run, speed_for
+    from layershare.run import run
 
     planned: list[Job] = []
 
