@@ -10,10 +10,10 @@ from layershare.console import say
 
 def shown(terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
-    with steps(console) as (report, tell):
-        progress = report("calibrate")
+    with steps(console) as (announce, tell):
+        progress = announce("calibrate")
         progress(1, 4)
-        report("write")
+        announce("write")
         tell("a line")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -121,11 +121,11 @@ def compress(model: Path, out: Path, blocks: int) -> dict[str, Any]:
     sampler = Sampler()
     sampler.start()
 
-    def report(stage: str) -> Progress:
+    def announce(stage: str) -> Progress:
         sampler.enter(stage)
         return lambda done, total: None
 
-    results = run(recipe, out, report=report)
+    results = run(recipe, out, announce=announce)
     sampler.finish()
     return {
         "after_imports": sampler.after_imports,

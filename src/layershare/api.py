@@ -15,8 +15,8 @@ from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
+from layershare.evaluate.evaluator import load_evaluator
 from layershare.evaluate.speed import measure_speed
-from layershare.evaluate.trial import load_trial
 from layershare.folders import require_new, staged
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
@@ -32,8 +32,8 @@ from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
-from layershare.progress import Report, silent
-from layershare.recipe import Recipe, Test, make_as, make_recipe
+from layershare.progress import Announce, silent
+from layershare.recipe import EvaluationSettings, Recipe, make_as, make_recipe
 from layershare.report.results import environment
 from layershare.run import run
 
@@ -94,9 +94,9 @@ def compress(
             "refine": {} if refine is True else refine or None,
         }
     )
-    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (report, _):
+    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (announce, _):
         out = Path(temporary) / "model" if folder is None else Path(folder)
-        run(recipe, out, model=model, tokenizer=tokenizer, text=text, report=report, pages=folder is not None)
+        run(recipe, out, model=model, tokenizer=tokenizer, text=text, announce=announce, pages=folder is not None)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
@@ -149,7 +149,7 @@ def heal(
         "batch_size": batch_size,
     }
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
-    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (report, say):
+    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (announce, say):
         for module in model.modules():
             if isinstance(module, ComposedLinear):
                 module.require_plain_parts()
@@ -160,7 +160,7 @@ def heal(
         if name is not None and (files := files_of(name)) is not None:
             copy_side_files(files, source, vocabulary=tokenizer is None)
         master = teacher if isinstance(teacher, PreTrainedModel) else None
-        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out, report=report, say=say)
+        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out, announce=announce, say=say)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
@@ -203,7 +203,8 @@ def measure(
     """
     require_runnable(model)
     text = as_source(text)
-    options = make_as(Test, {"text": name_of(text), "blocks": blocks, "length": length, "batch_size": batch_size})
+    values = {"text": name_of(text), "blocks": blocks, "length": length, "batch_size": batch_size}
+    options = make_as(EvaluationSettings, values)
     if original is not None:
         require_runnable(original, what="original")
         require_same_vocabulary("original", original, model.config)
@@ -215,11 +216,11 @@ def measure(
         length=block_length(model.config, options.length),
         vocabulary=model.config.get_text_config().vocab_size,
     )
-    with shown(progress) as (report, _):
-        return evaluate(model, tokens, original, batch_size=options.batch_size, progress=report("evaluate"))
+    with shown(progress) as (announce, _):
+        return evaluate(model, tokens, original, batch_size=options.batch_size, progress=announce("evaluate"))
 
 
-def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: Report = silent) -> dict[str, Any]:
+def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce: Announce = silent) -> dict[str, Any]:
     """Measure the model in a folder as the recipe's evaluation says; returns what `eval` writes as JSON.
 
     Raises `LayershareError` as `measure`, and if there is no model.
@@ -230,16 +231,16 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
     if original is not None:
         require_same_vocabulary("original", original, config, tokenizer, **trust)
-    trial = load_trial(options, tokenizer, config)
+    evaluator = load_evaluator(options, tokenizer, config)
     dtype = dtype_of(options.dtype, device, config)
     model = load(folder, dtype=dtype, device_map=device, **trust)
     reference = None if original is None else load(original, dtype=dtype, device_map=device, **trust)
-    evaluation = trial.measure(model, reference, report("evaluate"))
-    return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
+    evaluation = evaluator.measure(model, reference, announce("evaluate"))
+    return {"model": folder, "original": original, "evaluation": evaluation, **environment(*evaluator.packages)}
 
 
 def bench_folder(
-    folder: str, original: str | None, recipe: Recipe, *, report: Report = silent, **options: Any
+    folder: str, original: str | None, recipe: Recipe, *, announce: Announce = silent, **options: Any
 ) -> dict[str, Any]:
     """Measure the speed of the model in a folder with the recipe's dtype and device; returns what `bench` writes.
 
@@ -251,7 +252,7 @@ def bench_folder(
         require_same_vocabulary("original", original, read_config(folder, **trust), **trust)
     names = [folder] if original is None else [folder, original]
     models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
-    rates = measure_speed(*models, **options, progress=report("bench"))
+    rates = measure_speed(*models, **options, progress=announce("bench"))
     return {
         "model": folder,
         "original": original,

@@ -15,10 +15,10 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from layershare.console import say
-from layershare.progress import Progress, Report, Say, no_progress, say_nothing, silent
+from layershare.progress import Announce, Progress, Say, no_progress, say_nothing, silent
 from layershare.units import clock_time
 
-Steps: TypeAlias = AbstractContextManager[tuple[Report, Say]]
+Steps: TypeAlias = AbstractContextManager[tuple[Announce, Say]]
 """What announces the steps, and what prints a line above the bars."""
 _TALKATIVE = ("lm_eval", "datasets", "transformers", "huggingface_hub")
 
@@ -38,7 +38,7 @@ class TimeColumn(ProgressColumn):
 
 
 @contextmanager
-def steps(console: Console) -> Iterator[tuple[Report, Say]]:
+def steps(console: Console) -> Iterator[tuple[Announce, Say]]:
     """What announces a step and gives the function that takes its progress, and what prints a line above the bars."""
     if not console.is_terminal:
 
@@ -56,17 +56,17 @@ def steps(console: Console) -> Iterator[tuple[Report, Say]]:
                 total = task.total or 1
                 bars.update(task.id, completed=total, total=total)
 
-        def report(step: str) -> Progress:
+        def announce(step: str) -> Progress:
             finish()
             task: TaskID = bars.add_task(step, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        yield report, lambda line: say(bars.console, line)
+        yield announce, lambda line: say(bars.console, line)
         finish()
 
 
 @contextmanager
-def shown(progress: bool | None) -> Iterator[tuple[Report, Say]]:
+def shown(progress: bool | None) -> Iterator[tuple[Announce, Say]]:
     """Bars for the Python interface, or nothing; `None`: bars where standard error is a terminal."""
     from transformers.utils import logging as others
 

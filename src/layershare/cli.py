@@ -282,8 +282,8 @@ def plan(
         "refine": {} if refine else None,
     }
     recipe = _recipe(values, option, changes)
-    with _progress() as (report, _):
-        job = plan_only(recipe, stats, report)
+    with _progress() as (announce, _):
+        job = plan_only(recipe, stats, announce)
     assert job.plan is not None
     if json:
         _print_json(asdict(job.plan))
@@ -329,11 +329,11 @@ def calibrate(
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
     where = {"dtype": dtype, "device": device, "trust_remote_code": trust}
-    with _progress() as (report, _):
+    with _progress() as (announce, _):
         folder = calibrate_to(
             _recipe({"model": model, "calibration": calibration, **where}),
             (*STREAMED, "fisher") if fisher else STREAMED,
-            report,
+            announce,
         )
     say(console, f"Statistics are in {folder}.")
 
@@ -437,8 +437,8 @@ def heal(
         "trust_remote_code": trust or None,
     }
     job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
-    with _progress() as (report, tell):
-        results = heal_folder(job, output, report=report, say=tell)
+    with _progress() as (announce, tell):
+        results = heal_folder(job, output, announce=announce, say=tell)
     if not PartialState().is_main_process:
         return
     for when, evaluation in results["healing"].get("evaluation", {}).items():
@@ -503,9 +503,9 @@ def evaluate(
         dtype=dtype,
     )
     test["text"] = "wikitext2" if text is None and tasks is None else text
-    with _progress() as (report, _):
+    with _progress() as (announce, _):
         values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
-        results = evaluate_folder(folder, original, _recipe(values), report)
+        results = evaluate_folder(folder, original, _recipe(values), announce)
     _print_evaluation(results["evaluation"], json)
     if output is not None:
         _write(output, to_json(results))
@@ -548,7 +548,7 @@ def bench(
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output
     _require_parent(file)
-    with _progress() as (report, _):
+    with _progress() as (announce, _):
         speed = bench_folder(
             folder,
             original,
@@ -557,7 +557,7 @@ def bench(
             prompt=prompt,
             new=new,
             rounds=rounds,
-            report=report,
+            announce=announce,
         )
     console.print(speed_table(speed))
     _write(file, to_json(speed))
@@ -565,7 +565,7 @@ def bench(
 
 
 @app.command("report")
-def write_report(
+def report(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", hidden=True)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")] = Path(
         "report.html"
@@ -575,10 +575,10 @@ def write_report(
 
     What was done in each FOLDER, sizes, quality, speed, and the best of each size.
     """
-    from layershare.report.page import report
+    from layershare.report.page import write_report
 
     _require_parent(output)
-    report(folders, output)
+    write_report(folders, output)
     say(console, f"The report is in {output}.")
 
 
@@ -664,7 +664,7 @@ def _run(recipe: "Recipe", output: Path) -> None:
 
     planned: list[Job] = []
 
-    def announce(job: "Job") -> None:
+    def show(job: "Job") -> None:
         planned.append(job)
         speed = speed_for(job)
         if job.plan is None:
@@ -672,8 +672,8 @@ def _run(recipe: "Recipe", output: Path) -> None:
         else:
             console.print(plan_table(job.spec, job.plan, job.needs, speed))
 
-    with _progress() as (report, _):
-        results = run(recipe, output, report=report, announce=announce)
+    with _progress() as (announce, _):
+        results = run(recipe, output, announce=announce, show=show)
     if planned and planned[0].plan is None:
         console.print(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
     if "evaluation" in results:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import Kind, Stats
+from layershare.calibrate.stats import Statistic, Stats
 from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.device import device_of, dtype_of
 from layershare.errors import LayershareError
@@ -28,7 +28,7 @@ from layershare.plan.method import Method
 from layershare.plan.needs import Needs, estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed, measure_speed
-from layershare.progress import Report, silent
+from layershare.progress import Announce, silent
 from layershare.recipe import Calibration, Recipe
 from layershare.solve.refine import require_refinable
 
@@ -55,7 +55,7 @@ class Job:
         return self.plan is not None and refits(self.plan, self.method, self.recipe.refit)
 
     @property
-    def kinds(self) -> frozenset[Kind]:
+    def kinds(self) -> frozenset[Statistic]:
         """The statistics that the run needs: to plan by, or to solve groups with."""
         solves = self.plan is None or bool(sharing(self.plan.edits))
         return self.method.uses if solves else frozenset()
@@ -156,7 +156,7 @@ def _described(
     return config, stored_tensors(source, values_of(source), fetch=False)
 
 
-def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> Job:
+def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) -> Job:
     """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
 
     Raises `LayershareError` as `prepare`, and if the method needs statistics that are not there, or a text.
@@ -177,7 +177,7 @@ def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> J
     with TemporaryDirectory(prefix="layershare-") as scratch:
         weights = open_weights(recipe, Path(scratch))
         stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
-        evidence = Evidence(job.spec, weights, stats, progress=report("plan"))
+        evidence = Evidence(job.spec, weights, stats, progress=announce("plan"))
         return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
 
 

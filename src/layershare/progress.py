@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the amount of work done and the amount there is."""
-Report: TypeAlias = Callable[[str], Progress]
+Announce: TypeAlias = Callable[[str], Progress]
 """Announces a step and gives the function that takes its progress."""
 Say: TypeAlias = Callable[[str], None]
 """Takes a line about how the work goes."""
@@ -29,13 +29,13 @@ def say_nothing(line: str) -> None:
 class Clock:
     """Announces steps and keeps their wall time in seconds."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, announce: Announce) -> None:
         self.seconds: dict[str, float] = {}
-        self._report = report
+        self._announce = announce
 
     @contextmanager
     def step(self, name: str) -> Iterator[Progress]:
         """Announce and time a step; gives the function that takes its progress."""
         start = time.perf_counter()
-        yield self._report(name)
+        yield self._announce(name)
         self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -14,13 +14,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import STREAMED, Kind, calibrate
+from layershare.calibrate.stats import STREAMED, Statistic, calibrate
 from layershare.calibrate.text import Source, Text
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
+from layershare.evaluate.evaluator import Evaluator, load_evaluator
 from layershare.evaluate.generate import compare_samples
-from layershare.evaluate.trial import Trial, load_trial
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
 from layershare.foreign import read_mapping, reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
@@ -34,7 +34,7 @@ from layershare.model.weights import Weights
 from layershare.plan.evidence import Evidence
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
-from layershare.progress import Clock, Progress, Report, silent
+from layershare.progress import Announce, Clock, Progress, silent
 from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
@@ -51,14 +51,14 @@ def run(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: Source | None = None,
-    report: Report = silent,
-    announce: Callable[[Job], None] = lambda job: None,
+    announce: Announce = silent,
+    show: Callable[[Job], None] = lambda job: None,
     pages: bool = True,
 ) -> dict[str, Any]:
     """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
-    changed. `announce` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
+    changed. `show` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
     page to read. The same call continues an interrupted run, and returns at once if the run is finished. Raises
     `LayershareError` for bad input, before anything is written.
     """
@@ -69,7 +69,7 @@ def run(
         return _finished(recipe, out, model)
     device = device_of(recipe.device)
     job = prepare(recipe, model)
-    tokenizer, calibration, test = _texts(job, model, tokenizer, text)
+    tokenizer, calibration, evaluator = _texts(job, model, tokenizer, text)
     stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
     require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
@@ -82,8 +82,8 @@ def run(
         else:
             weights = Weights.of(model)
         weights.require_sound()
-        announce(job)
-        context = _Context(job, work, weights, model, tokenizer, calibration, test, Clock(report))
+        show(job)
+        context = _Context(job, work, weights, model, tokenizer, calibration, evaluator, Clock(announce))
         results = _carry_out(context)
         if pages:
             write_pages(context.staging, out.name)
@@ -109,7 +109,7 @@ def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> dict[
 
 def _texts(
     job: Job, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, text: Source | None
-) -> tuple[PreTrainedTokenizerBase | None, Text | None, Trial | None]:
+) -> tuple[PreTrainedTokenizerBase | None, Text | None, Evaluator | None]:
     """The tokenizer, what to calibrate on and what to measure on, each as far as the run needs it."""
     recipe, trust = job.recipe, {"trust_remote_code": job.recipe.trust_remote_code}
     config = read_config(recipe.model, **trust) if model is None else model.config
@@ -117,7 +117,7 @@ def _texts(
         tokenizer = read_tokenizer(recipe.model, **trust)
     elif tokenizer is None and model is not None and (job.calibrated or recipe.evaluation is not None):
         tokenizer = tokenizer_of(model)
-    calibration = test = None
+    calibration = evaluator = None
     if job.calibrated:
         assert tokenizer is not None
         calibration = load_calibration(recipe.calibration, tokenizer, config, text)
@@ -125,10 +125,11 @@ def _texts(
             job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:
         assert tokenizer is not None
-        test = load_trial(recipe.evaluation, tokenizer, config)
-        if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
+        evaluator = load_evaluator(recipe.evaluation, tokenizer, config)
+        tested = evaluator.text
+        if calibration is not None and tested is not None and calibration.text_sha256 == tested.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=3)
-    return tokenizer, calibration, test
+    return tokenizer, calibration, evaluator
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class _Context:
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     calibration: Text | None
-    test: Trial | None
+    evaluator: Evaluator | None
     clock: Clock
 
     @property
@@ -215,10 +216,10 @@ def _carry_out(run: _Context) -> dict[str, Any]:
         "groups": factored.facts(),
         "shapes": shapes(job.spec),
     }
-    if run.test is not None:
+    if run.evaluator is not None:
         with clock.step("evaluate") as progress:
-            results |= _measure(run, run.test, progress)
-    results |= {"seconds": clock.seconds, **environment(*(run.test.packages if run.test else ()))}
+            results |= _measure(run, run.evaluator, progress)
+    results |= {"seconds": clock.seconds, **environment(*(run.evaluator.packages if run.evaluator else ()))}
     write_json(run.staging / "results.json", results)
     return results
 
@@ -248,21 +249,21 @@ def _plan_once(run: _Context, evidence: Evidence) -> Plan:
     return plan
 
 
-def _measure(run: _Context, test: Trial, progress: Progress) -> dict[str, Any]:
+def _measure(run: _Context, evaluator: Evaluator, progress: Progress) -> dict[str, Any]:
     recipe, device = run.job.recipe, device_of(run.job.recipe.device)
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     original = run.model
     if original is None:
-        dtype = dtype_of(test.test.dtype, device, read_config(recipe.model, **trust))
+        dtype = dtype_of(evaluator.settings.dtype, device, read_config(recipe.model, **trust))
         original = load(recipe.model, dtype=dtype, device_map=device, **trust)
     small = load(run.staging, dtype=original.dtype, device_map=original.device, **trust)
-    results: dict[str, Any] = {"evaluation": test.measure(small, original, progress)}
-    if test.text is not None:
-        results["samples"] = compare_samples(small, original, test.text, test.tokenizer)
+    results: dict[str, Any] = {"evaluation": evaluator.measure(small, original, progress)}
+    if evaluator.text is not None:
+        results["samples"] = compare_samples(small, original, evaluator.text, evaluator.tokenizer)
     return results
 
 
-def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Report = silent) -> Path:
+def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announce: Announce = silent) -> Path:
     """Measure statistics of a recipe's model and keep them in its `calibration.stats` folder, which is returned.
 
     Raises `LayershareError` as `run` does.
@@ -285,7 +286,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
         scratch = Path(temporary)
         weights = open_weights(recipe, scratch, device)
         weights.require_sound()
-        progress = report("calibrate")
+        progress = announce("calibrate")
         passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}
         calibrate(weights, spec, text, folder, kinds=kinds, progress=progress, **passes)
     return folder

@@ -94,5 +94,5 @@ def test_every_departure_from_pre_norm_is_noticed(flaw, reason):
 )
 def test_variants_of_a_family_are_told_apart(options, reason):
     spec = layershare.describe(AutoConfig.for_model("opt", **_OPT, **options))
-    assert isinstance(spec.stream, str)
-    assert reason in spec.stream
+    assert isinstance(spec.prenorm, str)
+    assert reason in spec.prenorm

@@ -94,7 +94,7 @@ def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, t
         return progress
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", report=stop)
+        run(recipe, tmp_path / "stopped", announce=stop)
     assert len(list((tmp_path / "stopped" / ".run" / "refine").glob("*.safetensors"))) == 2
     run(recipe, tmp_path / "stopped")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "stopped")]

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from layershare.errors import LayershareError
 from layershare.foreign import write_yaml
 from layershare.healing.replacement import Replacement
-from layershare.recipe import Test, changed, make_as, put, read_values
+from layershare.recipe import EvaluationSettings, changed, make_as, put, read_values
 from layershare.values import (
     STRICT,
     Below1,
@@ -205,7 +205,7 @@ class Healing:
     """Run the Python code that comes with a model whose class transformers does not have."""
     max_shard_size: ShardSize = "5GB"
     """The size of the largest weight file (KB, MB, GB or TB)."""
-    evaluation: Test | None = None
+    evaluation: EvaluationSettings | None = None
     search: Search | None = None
 
     def __post_init__(self) -> None:

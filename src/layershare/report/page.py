@@ -49,7 +49,7 @@ def write_pages(folder: Path, name: str) -> None:
             warnings.warn(f"The result has no {file} ({reason(error)}), but all else.", stacklevel=2)
 
 
-def report(folders: Sequence[Path], out: Path) -> None:
+def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write one page about the runs in these folders.
 
     Raises `LayershareError` if a folder is no finished run, the file cannot be written or the extra is missing.

@@ -9,14 +9,14 @@ from layershare.calibrate.text import Text, block_length, load_text
 from layershare.evaluate.divergence import evaluate
 from layershare.evaluate.tasks import Tasks, load_tasks, run_tasks
 from layershare.progress import Progress, no_progress
-from layershare.recipe import Test
+from layershare.recipe import EvaluationSettings
 
 
 @dataclass(frozen=True)
-class Trial:
+class Evaluator:
     """A text and tasks to measure models on, of which one may be missing, and the tokenizer that reads them."""
 
-    test: Test
+    settings: EvaluationSettings
     tokenizer: PreTrainedTokenizerBase
     text: Text | None
     tasks: Tasks | None
@@ -37,7 +37,7 @@ class Trial:
         Raises `LayershareError` as `evaluate` does.
         """
         results: dict[str, Any] = {}
-        size = self.test.batch_size
+        size = self.settings.batch_size
         if self.text is not None:
             results = asdict(evaluate(model, self.text, original, batch_size=size, progress=progress))
         if self.tasks is not None:
@@ -48,17 +48,21 @@ class Trial:
         return results
 
 
-def load_trial(test: Test, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Trial:
+def load_evaluator(
+    settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> Evaluator:
     """Load text and tasks for a model of that config: unless told otherwise, `block_length` is how long blocks are.
 
     Raises as `load_text` and `load_tasks` do.
     """
     text = tasks = None
     vocabulary = config.get_text_config().vocab_size
-    if test.text is not None:
-        length = block_length(config, test.length)
-        text = load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=length, vocabulary=vocabulary)
-    if test.tasks:
-        tasks = load_tasks(test.tasks, test.tasks_data, test.limit)
+    if settings.text is not None:
+        length = block_length(config, settings.length)
+        text = load_text(
+            settings.text, tokenizer, split="test", blocks=settings.blocks, length=length, vocabulary=vocabulary
+        )
+    if settings.tasks:
+        tasks = load_tasks(settings.tasks, settings.tasks_data, settings.limit)
         tasks.require_within(vocabulary, tokenizer)
-    return Trial(test, tokenizer, text, tasks)
+    return Evaluator(settings, tokenizer, text, tasks)
