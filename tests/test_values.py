@@ -8,8 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from layershare.errors import LayershareError
-from layershare.healing.replacement import Replacement
-from layershare.healing.settings import Healing, Lora, Loss, Optimizer, Search, TrainingText
+from layershare.healing.settings import Healing, Lora, Loss, Optimizer, Replacement, Search, TrainingText
 from layershare.methods import METHODS, make_method
 from layershare.plan.budget import parse_keep
 from layershare.recipe import Calibration, EvaluationSettings, Recipe, Refine, make_as

@@ -20,7 +20,7 @@ from layershare.evaluate.speed import measure_speed
 from layershare.folders import require_new, staged
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
-from layershare.healing.settings import make_healing
+from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.model.given import require_model, require_runnable
@@ -33,7 +33,7 @@ from layershare.model.weights import Weights, require_finite
 from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
 from layershare.progress import Announce, silent
-from layershare.recipe import EvaluationSettings, Recipe, make_as, make_recipe
+from layershare.recipe import Calibration, EvaluationSettings, Recipe, make_as, make_recipe
 from layershare.report.results import environment
 from layershare.run import run
 
@@ -42,14 +42,14 @@ def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    method: str = "basis-sharing",
-    keep: float | str = 0.8,
-    of: str = "all",
-    text: Source = "wikitext2",
-    blocks: int = 256,
+    method: str = Recipe.method,
+    keep: float | str = Recipe.keep,
+    of: str = Recipe.of,
+    text: Source = Calibration.text,
+    blocks: int = Calibration.blocks,
     length: int | None = None,
-    seed: int = 2023,
-    batch_size: int = 4,
+    seed: int = Calibration.seed,
+    batch_size: int = Calibration.batch_size,
     stats: str | Path | None = None,
     plan: str | Path | None = None,
     refit: Literal["auto"] | bool = "auto",
@@ -105,14 +105,14 @@ def heal(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     teacher: PreTrainedModel | str | Path | None = None,
-    train: str = "lora",
-    loss: str = "ce",
-    text: Source = "wikitext2",
+    train: str = Healing.train,
+    loss: str = Loss.kind,
+    text: Source = TrainingText.text,
     length: int | None = None,
     tokens: int | None = None,
     epochs: float | None = None,
-    lr: float = 1e-4,
-    batch_size: int = 8,
+    lr: float = Optimizer.lr,
+    batch_size: int = Healing.batch_size,
     folder: str | Path | None = None,
     progress: bool | None = None,
     **settings: Any,
@@ -167,9 +167,9 @@ def heal(
 def make_plan(
     model: PreTrainedModel | PreTrainedConfig,
     *,
-    method: str = "basis-sharing",
-    keep: float | str = 0.8,
-    of: str = "all",
+    method: str = Recipe.method,
+    keep: float | str = Recipe.keep,
+    of: str = Recipe.of,
     **options: Any,
 ) -> Plan:
     """What `compress` would do, from the config alone or from the weights: groups, ranks and exact sizes.

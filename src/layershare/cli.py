@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -14,11 +14,12 @@ from rich.console import Console
 from layershare.console import say, speak_any_encoding
 from layershare.errors import LayershareError
 from layershare.foreign import reading
+from layershare.healing.settings import Healing, Loss
+from layershare.recipe import Calibration, Recipe, changed, make_recipe, read_recipe
 
 if TYPE_CHECKING:
     from layershare.bars import Steps
     from layershare.job import Job
-    from layershare.recipe import Recipe
 
 app = typer.Typer(
     help="Make Hugging Face causal language models smaller by letting their layers share weights.",
@@ -50,6 +51,11 @@ METHOD_NAMES = (
     "mka",
 )
 """Those of `layershare.methods`, which imports torch."""
+
+
+def _choices(settings: type, key: str) -> Callable[[str], list[str]]:
+    """What completes an option that is one of a setting's words."""
+    return _one_of(*get_args(get_type_hints(settings)[key]))
 
 
 def _one_of(*words: str) -> Callable[[str], list[str]]:
@@ -85,7 +91,7 @@ Of = Annotated[
     typer.Option(
         "--of",
         metavar="WHAT",
-        autocompletion=_one_of("all", "targets"),
+        autocompletion=_choices(Recipe, "of"),
         help="Count `all` parameters, or the compressed `targets` alone.",
     ),
 ]
@@ -130,20 +136,17 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="NAME",
-        autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
+        autocompletion=_choices(Recipe, "dtype"),
         help="auto (the checkpoint's), float32, bfloat16 or float16.",
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        autocompletion=_one_of("auto", "cpu", "cuda"),
-        help="auto (an accelerator if there is one), cpu, cuda or another.",
-    ),
-]
-
+_DEVICE = typer.Option(
+    "--device",
+    metavar="NAME",
+    autocompletion=_one_of("auto", "cpu", "cuda"),
+    help="auto (an accelerator if there is one), cpu, cuda or another.",
+)
+Device = Annotated[str, _DEVICE]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model that transformers lacks.")
 ]
@@ -185,8 +188,6 @@ def run(
     changes: Changes = None,
 ) -> None:
     """Carry out a recipe. The same command continues an interrupted run."""
-    from layershare.recipe import read_recipe
-
     _run(read_recipe(recipe, tuple(changes or ())), output)
 
 
@@ -194,11 +195,11 @@ def run(
 def compress(
     model: Model,
     output: Out,
-    method: MethodName = "basis-sharing",
-    keep: KeepSize = "0.8",
-    of: Of = "all",
+    method: MethodName = Recipe.method,
+    keep: KeepSize = str(Recipe.keep),
+    of: Of = Recipe.of,
     option: Options = None,
-    text: TextName = "wikitext2",
+    text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
     stats: StatsFolder = None,
@@ -212,8 +213,8 @@ def compress(
             "--eval", metavar="TEXT", autocompletion=TEXTS, help="Measure the result on the held-out part of a text."
         ),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
     changes: Changes = None,
 ) -> None:
@@ -240,20 +241,20 @@ def compress(
 @app.command()
 def plan(
     model: Model,
-    method: MethodName = "basis-sharing",
-    keep: KeepSize = "0.8",
-    of: Of = "all",
+    method: MethodName = Recipe.method,
+    keep: KeepSize = str(Recipe.keep),
+    of: Of = Recipe.of,
     option: Options = None,
     stats: Annotated[
         Path | None,
         typer.Option("--stats", metavar="FOLDER", help="Statistics from `calibrate`, for methods that plan by them."),
     ] = None,
-    text: TextName = "wikitext2",
+    text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
     refine: Refines = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     changes: Changes = None,
     trust: Trust = False,
     json: Json = False,
@@ -310,14 +311,14 @@ def methods(json: Json = False) -> None:
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder that keeps the statistics.")],
-    text: TextName = "wikitext2",
+    text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
     fisher: Annotated[
         bool, typer.Option("--fisher", help="Gradients, too, for fwsvd: needs the whole model in memory.")
     ] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
 ) -> None:
     """Measure a model on a text, for many runs.
@@ -350,7 +351,7 @@ def heal(
         typer.Option(
             "--train",
             metavar="WHAT",
-            autocompletion=_one_of("lora", "factors", "norms", "full", "deltas"),
+            autocompletion=_choices(Healing, "train"),
             help="lora (default), factors, norms, full or deltas.",
         ),
     ] = None,
@@ -359,7 +360,7 @@ def heal(
         typer.Option(
             "--loss",
             metavar="NAME",
-            autocompletion=_one_of("ce", "distill", "both"),
+            autocompletion=_choices(Loss, "kind"),
             help="ce (default), distill from the original, or both.",
         ),
     ] = None,
@@ -394,15 +395,7 @@ def heal(
             help="Measure before and after on the held-out part of a text.",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            autocompletion=_one_of("auto", "cpu", "cuda"),
-            help="auto, cpu, cuda or another.",
-        ),
-    ] = None,
+    device: Annotated[str | None, _DEVICE] = None,
     trust: Trust = False,
     changes: Annotated[
         list[str] | None,
@@ -479,8 +472,8 @@ def evaluate(
     ] = None,
     blocks: Blocks = None,
     length: Length = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
     json: Json = False,
     output: ResultFile = None,
@@ -496,13 +489,14 @@ def evaluate(
     test = _given(
         blocks=blocks,
         length=length,
-        tasks=None if tasks is None else tasks.split(","),
+        tasks=tasks,
         tasks_data=tasks_data and str(tasks_data),
         limit=limit,
         batch_size=batch_size,
         dtype=dtype,
     )
-    test["text"] = "wikitext2" if text is None and tasks is None else text
+    if text is not None or tasks is not None:
+        test["text"] = text
     with _progress() as (announce, _):
         values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
         results = evaluate_folder(folder, original, _recipe(values), announce)
@@ -519,8 +513,8 @@ def bench(
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Tokens to read (prefill).")] = 128,
     new: Annotated[int, typer.Option("--new", metavar="N", help="Tokens to write (decode).")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds, of which the medians are taken.")] = 5,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
     output: Annotated[
         Path | None,
@@ -640,8 +634,8 @@ def generate(
         float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
 ) -> None:
     """Let a model continue a prompt."""
@@ -656,7 +650,7 @@ def generate(
     print(continue_text(folder, prompt, tokens=tokens, device=place, trust_remote_code=trust, **options))
 
 
-def _run(recipe: "Recipe", output: Path) -> None:
+def _run(recipe: Recipe, output: Path) -> None:
     from layershare.job import speed_for
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
@@ -681,9 +675,7 @@ def _run(recipe: "Recipe", output: Path) -> None:
     say(console, f"The compressed model is in {output}.")
 
 
-def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> "Recipe":
-    from layershare.recipe import changed, make_recipe
-
+def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> Recipe:
     prefixed = [f"options.{option}" for option in options or ()]
     return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 

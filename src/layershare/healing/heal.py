@@ -75,12 +75,13 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
     training = work / f"training-{job.fingerprint[:16]}"
     if job.evaluator is not None and state.is_main_process:
         before = training / "before.json"
-        if not before.is_file():
+        if before.is_file():
+            done["before"] = json.loads(before.read_text(encoding="utf-8"))
+        else:
             with clock.step("evaluate before") as progress:
-                measured = _measure(job, job.folder, progress)
+                done["before"] = _measure(job, job.folder, progress)
             make_folder(training)
-            write_json(before, measured)
-        done["before"] = json.loads(before.read_text(encoding="utf-8"))
+            write_json(before, done["before"])
     state.wait_for_everyone()
     with clock.step("teacher") if healing.loss.store_teacher else nullcontext(no_progress) as progress:
         teacher = job.load_teacher(training / "teacher", progress)
