@@ -15,7 +15,7 @@ def planned(evidence, keep, of="targets"):
     return plan_with(evidence.spec, "welore", make_method("welore"), keep, of, evidence)
 
 
-def ranks_of(plan):
+def ranks_of(plan) -> dict[tuple[str, int], int]:
     return {edit.places[0]: edit.rank for edit in plan.edits if isinstance(edit, Share)}
 
 

@@ -73,7 +73,9 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
         raise LayershareError(f"Option '{'.'.join(path)}' of {name}: {said}.") from error
 
 
-def plan_with(spec: Spec, name: str, method: Method, keep: float | str, of: str, evidence: Evidence = None) -> Plan:
+def plan_with(
+    spec: Spec, name: str, method: Method, keep: float | str, of: str, evidence: Evidence | None = None
+) -> Plan:
     """The method's plan for `keep`, counted of all parameters or `of="targets"`; never over budget.
 
     Raises `LayershareError` if `keep` cannot be met, or if the method needs evidence that is not there.
