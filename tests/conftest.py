@@ -1,3 +1,4 @@
+import os
 import string
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.families import tiny_model
 
+# Of every process that a test starts, too: threads that wait for each other take long beside other tests.
+os.environ["OMP_NUM_THREADS"] = "1"
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -25,7 +25,7 @@ def _run(module: str, arguments: tuple[str, ...], world: int) -> tuple[list[int]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     if "PYTHONPATH" in os.environ:
         environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
     ranks = [

@@ -38,15 +38,15 @@ def bench(tmp_path_factory, tokenizer, words) -> tuple[Path, str]:
     command = [sys.executable, "-m", "benchmarks.methods.run", "--matrix", "matrix.yaml"]
     command += ["--results", "results.jsonl", "--jobs", "1"]
     command += ["--method", "svd", "--method", "svd-llm", "--path", "tiny=model", "--path", "letters=letters.txt"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with subprocess.Popen(
-        command, cwd=folder, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
         while first.poll() is None and not results_of(folder):
             time.sleep(0.05)
         assert first.poll() is None
         first.kill()
-    again = subprocess.run(command, cwd=folder, env=one_thread, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     return folder, again.stdout
 

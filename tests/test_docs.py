@@ -13,8 +13,6 @@ from layershare.recipe import read_recipe
 from tests.families import CONFIGS
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-"""Threads that wait for each other take long beside other tests."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -31,7 +29,7 @@ def user(tmp_path_factory) -> Path:
 
 
 def test_the_readme_s_commands_run_in_order(user):
-    environment = ONE_THREAD | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(blocks("bash"))],
         cwd=user,
@@ -48,7 +46,7 @@ def test_the_readme_s_commands_run_in_order(user):
 def test_the_readme_s_python_runs(user):
     script = "\n".join(blocks("python"))
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=user, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=user, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "top-1 agreement with the original: " in done.stdout
     assert "trainable params" in done.stdout

@@ -15,7 +15,7 @@ from layershare.recipe import make_as, make_recipe
 from tests.families import tiny_model
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 SMALL = {"text": "letters", "blocks": 4, "length": 32}
 MATRIX = {
     "models": {
@@ -53,7 +53,7 @@ def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
     command += ["--path", "tiny=model", "--path", "letters=letters.txt"]
 
     def printed() -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -86,7 +86,7 @@ def test_speed_is_measured_once(tmp_path):
     ]
     command += ["--only", "deltas", "--results", "speed.json", "--work", "work"]
     for printed in (True, False):
-        done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert ("delta, deltas: " in done.stdout) == printed
     assert (tmp_path / "work" / "tiny" / "delta").is_dir()  # another shape has models of its own

@@ -348,7 +348,7 @@ def test_a_checkpoint_that_contradicts_its_config_on_tied_weights_is_refused(tmp
 def test_blocks_longer_than_the_context_and_unknown_devices_are_refused(folder, tmp_path):
     with pytest.raises(LayershareError, match="Blocks of 4096 tokens do not fit: this model takes 2 to 128"):
         run(recipe_for(folder, calibration={"length": 4096}), tmp_path / "out")
-    for device in ("gpu9", "cpu:99", "cpu:-1", "meta", "mkldnn", ""):
+    for device in ("gpu9", "cpu:99", "cpu:-1", "cpu:", "meta", "mkldnn", ""):
         with pytest.raises(LayershareError, match=f"There is no device '{device}'"):
             run(recipe_for(folder, device=device), tmp_path / "out")
     assert device_of("cpu:0") == "cpu"

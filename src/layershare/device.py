@@ -18,8 +18,8 @@ def device_of(name: str) -> str:
     if name == "auto":
         return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
     counts = {"cpu": 1} | ({} if accelerator is None else {accelerator.type: torch.accelerator.device_count()})
-    kind, _, number = name.partition(":")
-    if kind not in counts or (number or "0") not in map(str, range(counts[kind])):
+    kind, colon, number = name.partition(":")
+    if kind not in counts or (number if colon else "0") not in map(str, range(counts[kind])):
         known = [f"{each}:{i}" if i else each for each, count in counts.items() for i in range(count)]
         raise LayershareError(f"There is no device '{short(name)}' here, only {', '.join(known)}; name one, or auto.")
     return kind if kind == "cpu" else name

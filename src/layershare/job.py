@@ -52,7 +52,9 @@ class Job:
     @property
     def refits(self) -> bool:
         """Whether coefficients will be fitted again to what the compressed layers put out."""
-        return self.plan is not None and refits(self.plan, self.method, self.recipe.refit)
+        if self.plan is None:
+            return self.recipe.refit is True
+        return refits(self.plan, self.method, self.recipe.refit)
 
     @property
     def kinds(self) -> frozenset[Statistic]:
@@ -66,7 +68,7 @@ class Job:
         if self.recipe.refine is not None:
             return True
         if self.plan is None:
-            return bool(self.kinds) or self.method.searches
+            return bool(self.kinds) or self.method.searches or self.refits
         return bool(self.kinds) or self.refits or sliced_width(self.plan.edits) is not None
 
     @property

@@ -1,3 +1,6 @@
+import json
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +18,7 @@ def planned(evidence, keep, of="targets"):
     return plan_with(evidence.spec, "welore", make_method("welore"), keep, of, evidence)
 
 
-def ranks_of(plan):
+def ranks_of(plan) -> dict[tuple[str, int], int]:
     return {edit.places[0]: edit.rank for edit in plan.edits if isinstance(edit, Share)}
 
 
@@ -98,3 +101,11 @@ def test_what_is_asked_for_in_vain_is_said_in_one_sentence():
         plan_with(evidence.spec, "welore", make_method("welore"), 0.5, "targets")
     with pytest.raises(LayershareError, match="keep leaves no rank"):
         planned(evidence, 0.01)
+
+
+def test_a_refit_measures_what_the_method_does_not(tmp_path, tokenizer, words):
+    made: dict[str, Any] = {"method": "welore", "keep": 0.6, "of": "targets", "text": words, "blocks": 24, "length": 32}
+    layershare.compress(tiny_model("llama"), tokenizer, **made, refit=True, folder=tmp_path / "small")
+    results = json.loads((tmp_path / "small" / "results.json").read_text())
+    assert results["refit"]
+    assert set(results["seconds"]) == {"plan", "solve", "refit", "write"}

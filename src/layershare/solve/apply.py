@@ -1,4 +1,4 @@
-"""Carry out a plan: solve group by group, and fit coefficients again where the method asks for it."""
+"""Carry out a plan: solve unit by unit, and fit coefficients again."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +23,6 @@ from layershare.plan.layout import compositions, origins
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.store import Store
-
-SPECTRUM_POINTS = 64
 
 
 @dataclass(frozen=True)
