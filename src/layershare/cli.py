@@ -67,6 +67,17 @@ def _one_of(*words: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def _text(*names: str, help: str) -> Any:
+    """An option that takes a text."""
+    known = _one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
+    return typer.Option(*names, metavar="TEXT", autocompletion=known, help=help)
+
+
+def _file(help: str) -> Any:
+    """The option for a file that is written."""
+    return typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help=help)
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Hub id, folder, or `sample`, the small model that comes with layershare."),
@@ -103,16 +114,8 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe's value: calibration.blocks=64. Repeatable."),
 ]
-TEXTS = _one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
 TextName = Annotated[
-    str,
-    typer.Option(
-        "--text",
-        "-t",
-        metavar="TEXT",
-        autocompletion=TEXTS,
-        help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.",
-    ),
+    str, _text("--text", "-t", help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.")
 ]
 Blocks = Annotated[int | None, typer.Option("--blocks", metavar="N", help="Number of text blocks.")]
 Length = Annotated[
@@ -126,10 +129,7 @@ Refines = Annotated[
     bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=10).")
 ]
 Original = Annotated[str | None, typer.Option("--original", metavar="MODEL", help="Compare with this model.")]
-ResultFile = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help="Write the results (JSON) to this file."),
-]
+ResultFile = Annotated[Path | None, _file("Write the results (JSON) to this file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[
     str,
@@ -207,12 +207,7 @@ def compress(
         Path | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan (edited by hand, say).")
     ] = None,
     refine: Refines = False,
-    test: Annotated[
-        str | None,
-        typer.Option(
-            "--eval", metavar="TEXT", autocompletion=TEXTS, help="Measure the result on the held-out part of a text."
-        ),
-    ] = None,
+    test: Annotated[str | None, _text("--eval", help="Measure the result on the held-out part of a text.")] = None,
     dtype: Dtype = Recipe.dtype,
     device: Device = Recipe.device,
     trust: Trust = False,
@@ -258,10 +253,7 @@ def plan(
     changes: Changes = None,
     trust: Trust = False,
     json: Json = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help="Write the plan (JSON) to this file."),
-    ] = None,
+    output: Annotated[Path | None, _file("Write the plan (JSON) to this file.")] = None,
 ) -> None:
     """Show what compress would do and need.
 
@@ -370,12 +362,7 @@ def heal(
     teacher: Annotated[
         str | None, typer.Option("--teacher", metavar="MODEL", help="The original, if the folder does not name it.")
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text", "-t", metavar="TEXT", autocompletion=TEXTS, help="As for compress; the part to train on."
-        ),
-    ] = None,
+    text: Annotated[str | None, _text("--text", "-t", help="As for compress; the part to train on.")] = None,
     length: Length = None,
     tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Train on so many tokens.")] = None,
     epochs: Annotated[
@@ -387,13 +374,7 @@ def heal(
         int | None, typer.Option("--search", metavar="N", min=1, help="Try so many settings in short trainings first.")
     ] = None,
     test: Annotated[
-        str | None,
-        typer.Option(
-            "--eval",
-            metavar="TEXT",
-            autocompletion=TEXTS,
-            help="Measure before and after on the held-out part of a text.",
-        ),
+        str | None, _text("--eval", help="Measure before and after on the held-out part of a text.")
     ] = None,
     device: Annotated[str | None, _DEVICE] = None,
     trust: Trust = False,
@@ -444,14 +425,7 @@ def heal(
 def evaluate(
     folder: Folder,
     text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            "-t",
-            metavar="TEXT",
-            autocompletion=TEXTS,
-            help="As for compress; by default wikitext2, or no text with --tasks.",
-        ),
+        str | None, _text("--text", "-t", help="As for compress; by default wikitext2, or no text with --tasks.")
     ] = None,
     original: Original = None,
     tasks: Annotated[
@@ -516,16 +490,7 @@ def bench(
     dtype: Dtype = Recipe.dtype,
     device: Device = Recipe.device,
     trust: Trust = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            dir_okay=False,
-            help="Write the results (JSON) to this file, not into the folder.",
-        ),
-    ] = None,
+    output: Annotated[Path | None, _file("Write the results (JSON) to this file, not into the folder.")] = None,
 ) -> None:
     """Measure the speed of a model.
 
