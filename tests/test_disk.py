@@ -45,7 +45,7 @@ def test_a_run_that_finds_the_disk_full_goes_on_when_it_is_not(folder, tmp_path)
         assert not (tmp_path / "out" / "config.json").exists()
         assert not [*tmp_path.rglob("*.part")]
         stopped |= {path.parent.name for path in tmp_path.rglob(f"{WORK}/**/*.safetensors")}
-    assert {"groups", "model"} <= stopped
+    assert {"units", "model"} <= stopped
     run(recipe, tmp_path / "out", pages=False)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
