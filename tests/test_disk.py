@@ -105,7 +105,7 @@ def test_a_folder_that_goes_away_and_one_that_cannot_be(folder, tmp_path):
         return lambda done, total: None
 
     with pytest.raises(LayershareError, match=r"cannot be written \(no such file or directory.*same command continues"):
-        run(recipe_for(folder, method="svd"), tmp_path / "out", report=remove)
+        run(recipe_for(folder, method="svd"), tmp_path / "out", announce=remove)
     for name in ("/proc/nowhere/out", str(tmp_path / ("a" * 300)), "/dev/full/out"):
         with pytest.raises(LayershareError, match="name a"):
             run(recipe_for(folder, method="svd"), name)

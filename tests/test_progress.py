@@ -4,16 +4,16 @@ import io
 
 from rich.console import Console
 
+from layershare.bars import TimeColumn, steps
 from layershare.console import say
-from layershare.progress import TimeColumn, clock, steps
 
 
 def shown(terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
-    with steps(console) as (report, tell):
-        progress = report("calibrate")
+    with steps(console) as (announce, tell):
+        progress = announce("calibrate")
         progress(1, 4)
-        report("write")
+        announce("write")
         tell("a line")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -50,7 +50,6 @@ def test_the_time_that_is_left():
     assert str(column(bars.tasks[0])) == "about 1:30 left"
     bars.update(task, completed=6)
     assert str(column(bars.tasks[0])) == "took 1:42"
-    assert clock(3723) == "1:02:03"
 
 
 def test_sentences_break_between_words_in_a_terminal_and_nowhere_else():

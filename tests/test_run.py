@@ -16,7 +16,7 @@ from layershare.calibrate.text import load_text
 from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.recipe import Recipe, make_recipe
 from layershare.run import run
 from layershare.store import MANIFEST, Store
@@ -197,14 +197,14 @@ def test_a_full_disk_is_noticed_before_anything_is_written(folder, tmp_path, mon
 def test_what_cannot_be_done_is_refused_before_anything_is_measured(changes, message, folder, tmp_path):
     steps = []
 
-    def report(step):
+    def announce(step):
         steps.append(step)
         return lambda done, total: None
 
     recipe = recipe_for(folder, **changes)
     recipe = replace(recipe, calibration=replace(recipe.calibration, blocks=8))
     with pytest.raises(LayershareError, match=message):
-        run(recipe, tmp_path / "out", report=report)
+        run(recipe, tmp_path / "out", announce=announce)
     assert not steps
     assert not (tmp_path / "out").exists()
 
@@ -297,7 +297,7 @@ def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_pa
         return progress
 
     with pytest.raises(KeyboardInterrupt):
-        run(whole, tmp_path / "stopped", report=stop)
+        run(whole, tmp_path / "stopped", announce=stop)
     run(whole, tmp_path / "stopped")
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "whole")
 
@@ -311,10 +311,10 @@ def test_a_search_that_is_done_is_not_repeated(folder, tmp_path, monkeypatch):
         return lambda done, total: None
 
     with pytest.raises(RuntimeError, match="stopped"):
-        run(recipe, tmp_path / "out", report=stop)
+        run(recipe, tmp_path / "out", announce=stop)
     (plan,) = (tmp_path / "out" / WORK).glob("plan-*.json")
     edits = json.loads(plan.read_text())["edits"]
-    monkeypatch.delattr(Trial, "final_states")
+    monkeypatch.delattr(Probe, "final_states")
     run(recipe, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["edits"] == edits != []
 

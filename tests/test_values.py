@@ -8,14 +8,25 @@ import pytest
 from pydantic import ValidationError
 
 from layershare.errors import LayershareError
-from layershare.healing.replacement import Replacement
-from layershare.healing.settings import Healing, Lora, Loss, Optimizer, Search, TrainingText
+from layershare.healing.settings import Healing, Lora, Loss, Optimizer, Replacement, Search, TrainingText
 from layershare.methods import METHODS, make_method
 from layershare.plan.budget import parse_keep
-from layershare.recipe import Calibration, Recipe, Refine, Test, make_as
+from layershare.recipe import Calibration, EvaluationSettings, Recipe, Refine, make_as
 from layershare.values import adapter, checked
 
-SETTINGS = (Recipe, Calibration, Test, Refine, Healing, Lora, Loss, Replacement, TrainingText, Optimizer, Search)
+SETTINGS = (
+    Recipe,
+    Calibration,
+    EvaluationSettings,
+    Refine,
+    Healing,
+    Lora,
+    Loss,
+    Replacement,
+    TrainingText,
+    Optimizer,
+    Search,
+)
 KINDS = (*SETTINGS, *METHODS.values())
 NO_NUMBER = (True, "4", "many", [4], {}, math.nan, math.inf, -math.inf, 10**400, 1e308, -1e308, -(10**30))
 WRONG: dict[str, tuple[Any, ...]] = {

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from layershare.plan.table import size
 from layershare.recipe import make_recipe
 from layershare.report.results import environment
 from layershare.run import run
 from layershare.store import write_json
+from layershare.units import size
 
 OUT = Path("out/demo")
 METHODS = ("svd", "svd-llm", "basis-sharing")

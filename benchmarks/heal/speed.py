@@ -29,9 +29,9 @@ from layershare.model.source import SAMPLE, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.layout import checkpoint_tensors
 from layershare.plan.plan import Plan
+from layershare.progress import silent
 from layershare.recipe import make_as, make_recipe
 from layershare.report.results import environment
-from layershare.run import silent
 from layershare.solve.apply import Factored
 from layershare.solve.write import write_model
 from layershare.store import write_json

@@ -105,7 +105,7 @@ def compress(model: Path, out: Path, blocks: int) -> dict[str, Any]:
     """In the fresh process: run the recipe under the sampler; returns what was measured."""
     import transformers.models.llama.modeling_llama  # noqa: F401, loaded lazily otherwise
 
-    from layershare.calibrate.stats import Progress
+    from layershare.progress import Progress
     from layershare.recipe import make_recipe
     from layershare.run import run
 
@@ -121,11 +121,11 @@ def compress(model: Path, out: Path, blocks: int) -> dict[str, Any]:
     sampler = Sampler()
     sampler.start()
 
-    def report(stage: str) -> Progress:
+    def announce(stage: str) -> Progress:
         sampler.enter(stage)
         return lambda done, total: None
 
-    results = run(recipe, out, report=report)
+    results = run(recipe, out, announce=announce)
     sampler.finish()
     return {
         "after_imports": sampler.after_imports,

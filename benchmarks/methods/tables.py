@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.results import Results
 from layershare.methods import METHODS
 from layershare.plan.budget import parse_keep
-from layershare.plan.table import size
+from layershare.units import size
 
 Values = dict[str, Any]
 OFF_SIZE = 0.005

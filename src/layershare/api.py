@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from layershare.bars import shown
 from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
 from layershare.evaluate.divergence import Evaluation, evaluate
+from layershare.evaluate.evaluator import load_evaluator
 from layershare.evaluate.speed import measure_speed
-from layershare.evaluate.trial import load_trial
 from layershare.folders import require_new, staged
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
-from layershare.healing.settings import make_healing
+from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
 from layershare.model.given import require_model, require_runnable
@@ -31,24 +32,24 @@ from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
-from layershare.progress import shown
-from layershare.recipe import Recipe, Test, make_as, make_recipe
+from layershare.progress import Announce, silent
+from layershare.recipe import Calibration, EvaluationSettings, Recipe, make_as, make_recipe
 from layershare.report.results import environment
-from layershare.run import Report, run, silent
+from layershare.run import run
 
 
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    method: str = "basis-sharing",
-    keep: float | str = 0.8,
-    of: str = "all",
-    text: Source = "wikitext2",
-    blocks: int = 256,
+    method: str = Recipe.method,
+    keep: float | str = Recipe.keep,
+    of: str = Recipe.of,
+    text: Source = Calibration.text,
+    blocks: int = Calibration.blocks,
     length: int | None = None,
-    seed: int = 2023,
-    batch_size: int = 4,
+    seed: int = Calibration.seed,
+    batch_size: int = Calibration.batch_size,
     stats: str | Path | None = None,
     plan: str | Path | None = None,
     refit: Literal["auto"] | bool = "auto",
@@ -93,9 +94,9 @@ def compress(
             "refine": {} if refine is True else refine or None,
         }
     )
-    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (report, _):
+    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (announce, _):
         out = Path(temporary) / "model" if folder is None else Path(folder)
-        run(recipe, out, model=model, tokenizer=tokenizer, text=text, report=report, pages=folder is not None)
+        run(recipe, out, model=model, tokenizer=tokenizer, text=text, announce=announce, pages=folder is not None)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
@@ -104,14 +105,14 @@ def heal(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     teacher: PreTrainedModel | str | Path | None = None,
-    train: str = "lora",
-    loss: str = "ce",
-    text: Source = "wikitext2",
+    train: str = Healing.train,
+    loss: str = Loss.kind,
+    text: Source = TrainingText.text,
     length: int | None = None,
     tokens: int | None = None,
     epochs: float | None = None,
-    lr: float = 1e-4,
-    batch_size: int = 8,
+    lr: float = Optimizer.lr,
+    batch_size: int = Healing.batch_size,
     folder: str | Path | None = None,
     progress: bool | None = None,
     **settings: Any,
@@ -148,7 +149,7 @@ def heal(
         "batch_size": batch_size,
     }
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
-    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (report, say):
+    with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (announce, say):
         for module in model.modules():
             if isinstance(module, ComposedLinear):
                 module.require_plain_parts()
@@ -159,16 +160,16 @@ def heal(
         if name is not None and (files := files_of(name)) is not None:
             copy_side_files(files, source, vocabulary=tokenizer is None)
         master = teacher if isinstance(teacher, PreTrainedModel) else None
-        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out, report=report, say=say)
+        heal_folder(prepare_healing(healing, folder=source, teacher=master, text=text), out, announce=announce, say=say)
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
 def make_plan(
     model: PreTrainedModel | PreTrainedConfig,
     *,
-    method: str = "basis-sharing",
-    keep: float | str = 0.8,
-    of: str = "all",
+    method: str = Recipe.method,
+    keep: float | str = Recipe.keep,
+    of: str = Recipe.of,
     **options: Any,
 ) -> Plan:
     """What `compress` would do, from the config alone or from the weights: groups, ranks and exact sizes.
@@ -202,7 +203,8 @@ def measure(
     """
     require_runnable(model)
     text = as_source(text)
-    options = make_as(Test, {"text": name_of(text), "blocks": blocks, "length": length, "batch_size": batch_size})
+    values = {"text": name_of(text), "blocks": blocks, "length": length, "batch_size": batch_size}
+    options = make_as(EvaluationSettings, values)
     if original is not None:
         require_runnable(original, what="original")
         require_same_vocabulary("original", original, model.config)
@@ -214,11 +216,11 @@ def measure(
         length=block_length(model.config, options.length),
         vocabulary=model.config.get_text_config().vocab_size,
     )
-    with shown(progress) as (report, _):
-        return evaluate(model, tokens, original, batch_size=options.batch_size, progress=report("evaluate"))
+    with shown(progress) as (announce, _):
+        return evaluate(model, tokens, original, batch_size=options.batch_size, progress=announce("evaluate"))
 
 
-def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: Report = silent) -> dict[str, Any]:
+def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce: Announce = silent) -> dict[str, Any]:
     """Measure the model in a folder as the recipe's evaluation says; returns what `eval` writes as JSON.
 
     Raises `LayershareError` as `measure`, and if there is no model.
@@ -229,16 +231,16 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, report: R
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
     if original is not None:
         require_same_vocabulary("original", original, config, tokenizer, **trust)
-    trial = load_trial(options, tokenizer, config)
+    evaluator = load_evaluator(options, tokenizer, config)
     dtype = dtype_of(options.dtype, device, config)
     model = load(folder, dtype=dtype, device_map=device, **trust)
     reference = None if original is None else load(original, dtype=dtype, device_map=device, **trust)
-    evaluation = trial.measure(model, reference, report("evaluate"))
-    return {"model": folder, "original": original, "evaluation": evaluation, **environment(*trial.packages)}
+    evaluation = evaluator.measure(model, reference, announce("evaluate"))
+    return {"model": folder, "original": original, "evaluation": evaluation, **environment(*evaluator.packages)}
 
 
 def bench_folder(
-    folder: str, original: str | None, recipe: Recipe, *, report: Report = silent, **options: Any
+    folder: str, original: str | None, recipe: Recipe, *, announce: Announce = silent, **options: Any
 ) -> dict[str, Any]:
     """Measure the speed of the model in a folder with the recipe's dtype and device; returns what `bench` writes.
 
@@ -250,7 +252,7 @@ def bench_folder(
         require_same_vocabulary("original", original, read_config(folder, **trust), **trust)
     names = [folder] if original is None else [folder, original]
     models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
-    rates = measure_speed(*models, **options, progress=report("bench"))
+    rates = measure_speed(*models, **options, progress=announce("bench"))
     return {
         "model": folder,
         "original": original,

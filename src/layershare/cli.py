@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from os.path import isdir
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -15,11 +15,12 @@ from rich.console import Console
 from layershare.console import say, speak_any_encoding
 from layershare.errors import LayershareError
 from layershare.foreign import reading
+from layershare.healing.settings import Healing, Loss
+from layershare.recipe import Calibration, Recipe, changed, make_recipe, read_recipe
 
 if TYPE_CHECKING:
-    from layershare.progress import Steps
-    from layershare.recipe import Recipe
-    from layershare.run import Job
+    from layershare.bars import Steps
+    from layershare.job import Job
 
 app = typer.Typer(
     help="Make Hugging Face causal language models smaller by letting their layers share weights.",
@@ -53,6 +54,11 @@ METHOD_NAMES = (
 """Those of `layershare.methods`, which imports torch."""
 
 
+def _choices(settings: type, key: str) -> Callable[[str], list[str]]:
+    """What completes an option that is one of a setting's words."""
+    return _one_of(*get_args(get_type_hints(settings)[key]))
+
+
 def _one_of(*words: str) -> Callable[[str], list[str]]:
     """What completes an option in the shell."""
 
@@ -60,6 +66,17 @@ def _one_of(*words: str) -> Callable[[str], list[str]]:
         return [word for word in words if word.startswith(incomplete)]
 
     return complete
+
+
+def _text(*names: str, help: str) -> Any:
+    """An option that takes a text."""
+    known = _one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
+    return typer.Option(*names, metavar="TEXT", autocompletion=known, help=help)
+
+
+def _file(help: str) -> Any:
+    """The option for a file that is written."""
+    return typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help=help)
 
 
 Model = Annotated[
@@ -86,7 +103,7 @@ Of = Annotated[
     typer.Option(
         "--of",
         metavar="WHAT",
-        autocompletion=_one_of("all", "targets"),
+        autocompletion=_choices(Recipe, "of"),
         help="Count `all` parameters, or the compressed `targets` alone.",
     ),
 ]
@@ -98,16 +115,8 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe's value: calibration.blocks=64. Repeatable."),
 ]
-TEXTS = _one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
 TextName = Annotated[
-    str,
-    typer.Option(
-        "--text",
-        "-t",
-        metavar="TEXT",
-        autocompletion=TEXTS,
-        help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.",
-    ),
+    str, _text("--text", "-t", help="wikitext2, c4, ptb, alpaca, stdlib; or a .txt, .jsonl, .parquet or folder.")
 ]
 Blocks = Annotated[int | None, typer.Option("--blocks", metavar="N", help="Number of text blocks.")]
 Length = Annotated[
@@ -121,30 +130,24 @@ Refines = Annotated[
     bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=10).")
 ]
 Original = Annotated[str | None, typer.Option("--original", metavar="MODEL", help="Compare with this model.")]
-ResultFile = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help="Write the results (JSON) to this file."),
-]
+ResultFile = Annotated[Path | None, _file("Write the results (JSON) to this file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
         metavar="NAME",
-        autocompletion=_one_of("auto", "float32", "bfloat16", "float16"),
+        autocompletion=_choices(Recipe, "dtype"),
         help="auto (the checkpoint's), float32, bfloat16 or float16.",
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        autocompletion=_one_of("auto", "cpu", "cuda"),
-        help="auto (an accelerator if there is one), cpu, cuda or another.",
-    ),
-]
-
+_DEVICE = typer.Option(
+    "--device",
+    metavar="NAME",
+    autocompletion=_one_of("auto", "cpu", "cuda"),
+    help="auto (an accelerator if there is one), cpu, cuda or another.",
+)
+Device = Annotated[str, _DEVICE]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model that transformers lacks.")
 ]
@@ -192,8 +195,6 @@ def run(
     changes: Changes = None,
 ) -> None:
     """Carry out a recipe. The same command continues an interrupted run."""
-    from layershare.recipe import read_recipe
-
     _run(read_recipe(recipe, tuple(changes or ())), output)
 
 
@@ -201,11 +202,11 @@ def run(
 def compress(
     model: Model,
     output: Out,
-    method: MethodName = "basis-sharing",
-    keep: KeepSize = "0.8",
-    of: Of = "all",
+    method: MethodName = Recipe.method,
+    keep: KeepSize = str(Recipe.keep),
+    of: Of = Recipe.of,
     option: Options = None,
-    text: TextName = "wikitext2",
+    text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
     stats: StatsFolder = None,
@@ -213,14 +214,9 @@ def compress(
         Path | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan (edited by hand, say).")
     ] = None,
     refine: Refines = False,
-    test: Annotated[
-        str | None,
-        typer.Option(
-            "--eval", metavar="TEXT", autocompletion=TEXTS, help="Measure the result on the held-out part of a text."
-        ),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    test: Annotated[str | None, _text("--eval", help="Measure the result on the held-out part of a text.")] = None,
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
     changes: Changes = None,
 ) -> None:
@@ -247,34 +243,31 @@ def compress(
 @app.command()
 def plan(
     model: Model,
-    method: MethodName = "basis-sharing",
-    keep: KeepSize = "0.8",
-    of: Of = "all",
+    method: MethodName = Recipe.method,
+    keep: KeepSize = str(Recipe.keep),
+    of: Of = Recipe.of,
     option: Options = None,
     stats: Annotated[
         Path | None,
         typer.Option("--stats", metavar="FOLDER", help="Statistics from `calibrate`, for methods that plan by them."),
     ] = None,
-    text: TextName = "wikitext2",
+    text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
     refine: Refines = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     changes: Changes = None,
     trust: Trust = False,
     json: Json = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="FILE", dir_okay=False, help="Write the plan (JSON) to this file."),
-    ] = None,
+    output: Annotated[Path | None, _file("Write the plan (JSON) to this file.")] = None,
 ) -> None:
     """Show what compress would do and need.
 
     Groups, ranks, exact sizes, time, memory and disk; from the model's config alone if the method can.
     """
+    from layershare.job import plan_only, speed_for
     from layershare.plan.table import plan_table
-    from layershare.run import plan_only, speed_for
 
     _require_parent(output)
     values = {
@@ -289,8 +282,8 @@ def plan(
         "refine": {} if refine else None,
     }
     recipe = _recipe(values, option, changes)
-    with _progress() as (report, _):
-        job = plan_only(recipe, stats, report)
+    with _progress() as (announce, _):
+        job = plan_only(recipe, stats, announce)
     assert job.plan is not None
     if json:
         _print_json(asdict(job.plan))
@@ -303,7 +296,8 @@ def plan(
 @app.command()
 def methods(json: Json = False) -> None:
     """Show the methods, and what each needs."""
-    from layershare.methods.catalogue import catalogue, methods_table
+    from layershare.methods.catalogue import catalogue
+    from layershare.report.listing import methods_table
 
     entries = catalogue()
     if json:
@@ -316,14 +310,14 @@ def methods(json: Json = False) -> None:
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder that keeps the statistics.")],
-    text: TextName = "wikitext2",
+    text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
     fisher: Annotated[
         bool, typer.Option("--fisher", help="Gradients, too, for fwsvd: needs the whole model in memory.")
     ] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
 ) -> None:
     """Measure a model on a text, for many runs.
@@ -335,11 +329,11 @@ def calibrate(
 
     calibration = _given(text=text, blocks=blocks, length=length, stats=str(output))
     where = {"dtype": dtype, "device": device, "trust_remote_code": trust}
-    with _progress() as (report, _):
+    with _progress() as (announce, _):
         folder = calibrate_to(
             _recipe({"model": model, "calibration": calibration, **where}),
             (*STREAMED, "fisher") if fisher else STREAMED,
-            report,
+            announce,
         )
     say(console, f"Statistics are in {folder}.")
 
@@ -356,7 +350,7 @@ def heal(
         typer.Option(
             "--train",
             metavar="WHAT",
-            autocompletion=_one_of("lora", "factors", "norms", "full", "deltas"),
+            autocompletion=_choices(Healing, "train"),
             help="lora (default), factors, norms, full or deltas.",
         ),
     ] = None,
@@ -365,7 +359,7 @@ def heal(
         typer.Option(
             "--loss",
             metavar="NAME",
-            autocompletion=_one_of("ce", "distill", "both"),
+            autocompletion=_choices(Loss, "kind"),
             help="ce (default), distill from the original, or both.",
         ),
     ] = None,
@@ -375,12 +369,7 @@ def heal(
     teacher: Annotated[
         str | None, typer.Option("--teacher", metavar="MODEL", help="The original, if the folder does not name it.")
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text", "-t", metavar="TEXT", autocompletion=TEXTS, help="As for compress; the part to train on."
-        ),
-    ] = None,
+    text: Annotated[str | None, _text("--text", "-t", help="As for compress; the part to train on.")] = None,
     length: Length = None,
     tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Train on so many tokens.")] = None,
     epochs: Annotated[
@@ -392,23 +381,9 @@ def heal(
         int | None, typer.Option("--search", metavar="N", min=1, help="Try so many settings in short trainings first.")
     ] = None,
     test: Annotated[
-        str | None,
-        typer.Option(
-            "--eval",
-            metavar="TEXT",
-            autocompletion=TEXTS,
-            help="Measure before and after on the held-out part of a text.",
-        ),
+        str | None, _text("--eval", help="Measure before and after on the held-out part of a text.")
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            autocompletion=_one_of("auto", "cpu", "cuda"),
-            help="auto, cpu, cuda or another.",
-        ),
-    ] = None,
+    device: Annotated[str | None, _DEVICE] = None,
     trust: Trust = False,
     changes: Annotated[
         list[str] | None,
@@ -443,8 +418,8 @@ def heal(
         "trust_remote_code": trust or None,
     }
     job = prepare_healing(read_healing(recipe, _given(**given), tuple(changes or ()), replace=replace))
-    with _progress() as (report, tell):
-        results = heal_folder(job, output, report=report, say=tell)
+    with _progress() as (announce, tell):
+        results = heal_folder(job, output, announce=announce, say=tell)
     if not PartialState().is_main_process:
         return
     for when, evaluation in results["healing"].get("evaluation", {}).items():
@@ -457,14 +432,7 @@ def heal(
 def evaluate(
     folder: Folder,
     text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            "-t",
-            metavar="TEXT",
-            autocompletion=TEXTS,
-            help="As for compress; by default wikitext2, or no text with --tasks.",
-        ),
+        str | None, _text("--text", "-t", help="As for compress; by default wikitext2, or no text with --tasks.")
     ] = None,
     original: Original = None,
     tasks: Annotated[
@@ -485,8 +453,8 @@ def evaluate(
     ] = None,
     blocks: Blocks = None,
     length: Length = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
     json: Json = False,
     output: ResultFile = None,
@@ -502,16 +470,17 @@ def evaluate(
     test = _given(
         blocks=blocks,
         length=length,
-        tasks=None if tasks is None else tasks.split(","),
+        tasks=tasks,
         tasks_data=tasks_data and str(tasks_data),
         limit=limit,
         batch_size=batch_size,
         dtype=dtype,
     )
-    test["text"] = "wikitext2" if text is None and tasks is None else text
-    with _progress() as (report, _):
+    if text is not None or tasks is not None:
+        test["text"] = text
+    with _progress() as (announce, _):
         values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
-        results = evaluate_folder(folder, original, _recipe(values), report)
+        results = evaluate_folder(folder, original, _recipe(values), announce)
     _print_evaluation(results["evaluation"], json)
     if output is not None:
         _write(output, to_json(results))
@@ -525,19 +494,10 @@ def bench(
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Tokens to read (prefill).")] = 128,
     new: Annotated[int, typer.Option("--new", metavar="N", help="Tokens to write (decode).")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds, of which the medians are taken.")] = 5,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            dir_okay=False,
-            help="Write the results (JSON) to this file, not into the folder.",
-        ),
-    ] = None,
+    output: Annotated[Path | None, _file("Write the results (JSON) to this file, not into the folder.")] = None,
 ) -> None:
     """Measure the speed of a model.
 
@@ -554,7 +514,7 @@ def bench(
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output
     _require_parent(file)
-    with _progress() as (report, _):
+    with _progress() as (announce, _):
         speed = bench_folder(
             folder,
             original,
@@ -563,7 +523,7 @@ def bench(
             prompt=prompt,
             new=new,
             rounds=rounds,
-            report=report,
+            announce=announce,
         )
     console.print(speed_table(speed))
     _write(file, to_json(speed))
@@ -571,7 +531,7 @@ def bench(
 
 
 @app.command("report")
-def write_report(
+def report(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", hidden=True)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")] = Path(
         "report.html"
@@ -581,10 +541,10 @@ def write_report(
 
     What was done in each FOLDER, sizes, quality, speed, and the best of each size.
     """
-    from layershare.report.page import report
+    from layershare.report.page import write_report
 
     _require_parent(output)
-    report(folders, output)
+    write_report(folders, output)
     say(console, f"The report is in {output}.")
 
 
@@ -646,8 +606,8 @@ def generate(
         float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
     trust: Trust = False,
 ) -> None:
     """Let a model continue a prompt."""
@@ -662,14 +622,15 @@ def generate(
     print(continue_text(folder, prompt, tokens=tokens, device=place, trust_remote_code=trust, **options))
 
 
-def _run(recipe: "Recipe", output: Path) -> None:
+def _run(recipe: Recipe, output: Path) -> None:
+    from layershare.job import speed_for
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
-    from layershare.run import run, speed_for
+    from layershare.run import run
 
     planned: list[Job] = []
 
-    def announce(job: "Job") -> None:
+    def show(job: "Job") -> None:
         planned.append(job)
         speed = speed_for(job)
         if job.plan is None:
@@ -677,8 +638,8 @@ def _run(recipe: "Recipe", output: Path) -> None:
         else:
             console.print(plan_table(job.spec, job.plan, job.needs, speed))
 
-    with _progress() as (report, _):
-        results = run(recipe, output, report=report, announce=announce)
+    with _progress() as (announce, _):
+        results = run(recipe, output, announce=announce, show=show)
     if planned and planned[0].plan is None:
         console.print(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
     if "evaluation" in results:
@@ -686,9 +647,7 @@ def _run(recipe: "Recipe", output: Path) -> None:
     say(console, f"The compressed model is in {output}.")
 
 
-def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> "Recipe":
-    from layershare.recipe import changed, make_recipe
-
+def _recipe(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> Recipe:
     prefixed = [f"options.{option}" for option in options or ()]
     return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 
@@ -720,7 +679,7 @@ def _write(file: Path, text: str) -> None:
 
 def _progress() -> "Steps":
     """How far the steps are, on standard error; other libraries' bars are silenced."""
-    from layershare.progress import steps
+    from layershare.bars import steps
 
     _quiet()
     return steps(complaints)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from layershare.errors import LayershareError
+from layershare.units import size
 
 CONTINUES = "mend that, and the same command continues"
 OTHER_FILE = "mend that, or name another file"
@@ -17,16 +18,6 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries that are written in Rust, such as safetensors, spell what the system said."""
 _TORCH = ("inline_container", "PytorchStreamWriter")
 """In what torch says when `torch.save` could not write; it does not say why."""
-
-
-def size(count: int) -> str:
-    """Bytes for people: `3.2 GB`."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
 
 
 def require_disk(needs: dict[Path, int]) -> None:

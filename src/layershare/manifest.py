@@ -12,10 +12,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from layershare.disk import size
 from layershare.errors import LayershareError
 from layershare.foreign import is_lfs_pointer, read_mapping, reading
 from layershare.store import MANIFEST, checksum, write_json
+from layershare.units import size
 
 FORMAT = "sizes and SHA-256 of what layershare wrote; `layershare verify` checks them"
 FREE = (

@@ -1,112 +1,41 @@
-"""How far the steps of a run are: a bar for each in a terminal, a line for each anywhere else, and nobody else's."""
+"""Who does long work tells how far it is: nothing here knows who listens."""
 
-import io
-import logging
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from functools import partialmethod
-from typing import TYPE_CHECKING, TypeAlias
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
-from rich.text import Text
-
-from layershare.console import say
-
-if TYPE_CHECKING:
-    from layershare.healing.training import Say
-    from layershare.run import Report
-
-    Steps: TypeAlias = AbstractContextManager[tuple[Report, Say]]
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the amount of work done and the amount there is."""
+Announce: TypeAlias = Callable[[str], Progress]
+"""Announces a step and gives the function that takes its progress."""
+Say: TypeAlias = Callable[[str], None]
+"""Takes a line about how the work goes."""
 
 
-_TALKATIVE = ("lm_eval", "datasets", "transformers", "huggingface_hub")
+def no_progress(done: int, total: int) -> None:
+    """Take no notice of progress."""
 
 
-class TimeColumn(ProgressColumn):
-    """The time that is left, where that can be told; otherwise the time so far, or in all."""
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        """`about 1:30 left`, `0:12 so far` or `took 2:05`."""
-        if task.finished:
-            return Text(f"took {clock(task.finished_time or 0)}")
-        if task.total is None or task.time_remaining is None:
-            return Text(f"{clock(task.elapsed or 0)} so far")
-        return Text(f"about {clock(task.time_remaining)} left")
+def silent(step: str) -> Progress:
+    """Announce nothing."""
+    return no_progress
 
 
-def clock(seconds: float) -> str:
-    """Seconds as `0:12` or `1:02:03`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def say_nothing(line: str) -> None:
+    """Take no notice of a line."""
 
 
-@contextmanager
-def steps(console: Console) -> "Iterator[tuple[Report, Say]]":
-    """What announces a step and gives the function that takes its progress, and what prints a line above the bars."""
-    if not console.is_terminal:
+class Clock:
+    """Announces steps and keeps their wall time in seconds."""
 
-        def announce(step: str):
-            say(console, f"{step} …")
-            return lambda done, total: None
+    def __init__(self, announce: Announce) -> None:
+        self.seconds: dict[str, float] = {}
+        self._announce = announce
 
-        yield announce, lambda line: say(console, line)
-        return
-    columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeColumn())
-    with Progress(*columns, console=console) as bars:
-
-        def finish() -> None:
-            for task in bars.tasks[-1:]:
-                total = task.total or 1
-                bars.update(task.id, completed=total, total=total)
-
-        def report(step: str):
-            finish()
-            task: TaskID = bars.add_task(step, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield report, lambda line: say(bars.console, line)
-        finish()
-
-
-@contextmanager
-def shown(progress: bool | None) -> "Iterator[tuple[Report, Say]]":
-    """Bars for the Python interface, or nothing; `None`: bars where standard error is a terminal."""
-    from transformers.utils import logging as others
-
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield (lambda step: lambda done, total: None), lambda line: None
-        return
-    enabled = others.is_progress_bar_enabled()
-    others.disable_progress_bar()
-    try:
-        with steps(Console(stderr=True)) as both:
-            yield both
-    finally:
-        if enabled:
-            others.enable_progress_bar()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Leave the terminal to our own progress: other libraries' bars, prints, warnings and notes are not shown."""
-    from tqdm import tqdm
-
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels, begin = [logger.level for logger in loggers], tqdm.__init__
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            setattr(tqdm, "__init__", partialmethod(begin, disable=True))  # noqa: B010
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            setattr(tqdm, "__init__", begin)  # noqa: B010
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    @contextmanager
+    def step(self, name: str) -> Iterator[Progress]:
+        """Announce and time a step; gives the function that takes its progress."""
+        start = time.perf_counter()
+        yield self._announce(name)
+        self.seconds[name] = round(time.perf_counter() - start, 3)

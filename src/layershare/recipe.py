@@ -50,10 +50,9 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Test:
+class EvaluationSettings:
     """What the original and the smaller model are measured on: a text, zero-shot tasks or both."""
 
-    __test__ = False
     __pydantic_config__ = STRICT
     text: Word | None = "wikitext2"
     """As for calibration, of which the held-out part is taken; null for none."""
@@ -130,7 +129,7 @@ class Recipe:
     """The size of the largest weight file (KB, MB, GB or TB)."""
     calibration: Calibration = field(default_factory=Calibration)
     refine: Refine | None = None
-    evaluation: Test | None = None
+    evaluation: EvaluationSettings | None = None
 
     def to_yaml(self) -> str:
         """The recipe with all its values, as copied into every output."""

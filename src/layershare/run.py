@@ -3,185 +3,45 @@
 import hashlib
 import json
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import STREAMED, Kind, Progress, Stats, calibrate
-from layershare.calibrate.text import Source, Text, block_length, load_text
+from layershare.calibrate.stats import STREAMED, Statistic, calibrate
+from layershare.calibrate.text import Source, Text
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
+from layershare.evaluate.evaluator import Evaluator, load_evaluator
 from layershare.evaluate.generate import compare_samples
-from layershare.evaluate.trial import Trial, load_trial
-from layershare.folders import AGAIN, WORK, is_finished, publish, require_folder, require_stats_folder, work_folder
+from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
 from layershare.foreign import read_mapping, reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
-from layershare.methods import make_method, plan_with
-from layershare.model.arch import Spec, describe
-from layershare.model.checked import main_dtype, stored_tensors
-from layershare.model.checkpoint import Tensors
+from layershare.job import Job, load_calibration, open_weights, prepare, refits
+from layershare.methods import plan_with
+from layershare.model.arch import describe
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
-from layershare.model.source import read_config, read_tokenizer, require_same_model, resolve, tokenizer_of, values_of
+from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.weights import Weights
-from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, sharing, sliced_width
 from layershare.plan.evidence import Evidence
-from layershare.plan.method import Method
-from layershare.plan.needs import Needs, estimate_needs
+from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
-from layershare.plan.work import Speed, measure_speed
-from layershare.recipe import Calibration, Recipe
+from layershare.progress import Announce, Clock, Progress, silent
+from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, refit_coefficients
-from layershare.solve.refine import refine_blocks, require_refinable
+from layershare.solve.refine import refine_blocks
 from layershare.solve.write import write_model
 from layershare.store import Store, make_folder, write_atomically, write_json
-
-Report = Callable[[str], Progress]
-"""Announces a step and gives the function that takes its progress."""
-
-
-def silent(step: str) -> Progress:
-    """Report nothing."""
-    return lambda done, total: None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe checked against its model: everything that can be known before a weight is read.
-
-    `spec` has the types in which the result is stored, `computed` those in which the model is run. `plan` is `None`
-    for a method that plans by what it measures.
-    """
-
-    recipe: Recipe
-    spec: Spec
-    computed: Tensors
-    method: Method
-    name: str
-    plan: Plan | None
-    length: int
-
-    @property
-    def refits(self) -> bool:
-        """Whether coefficients will be fitted again to what the compressed layers put out."""
-        if self.plan is None:
-            return self.recipe.refit is True
-        return refits(self.plan, self.method, self.recipe.refit)
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """The statistics that the run needs: to plan by, or to solve groups with."""
-        solves = self.plan is None or bool(sharing(self.plan.edits))
-        return self.method.uses if solves else frozenset()
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the run needs a text."""
-        if self.recipe.refine is not None:
-            return True
-        if self.plan is None:
-            return bool(self.kinds) or self.method.searches or self.refits
-        return bool(self.kinds) or self.refits or sliced_width(self.plan.edits) is not None
-
-    @property
-    def needs(self) -> Needs:
-        """What the run will need of the machine."""
-        options = self.recipe.calibration
-        return estimate_needs(
-            replace(self.spec, tensors=self.computed),
-            self.plan,
-            blocks=options.blocks,
-            length=self.length,
-            batch_size=options.batch_size,
-            kinds=self.kinds,
-            refits=self.refits,
-            epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
-            searches=self.plan is None and self.method.searches,
-            runs=self.method.runs(self.spec) if self.plan is None else 0,
-        )
-
-
-def speed_for(job: Job) -> Speed:
-    """The speed of the job's device at products of its model's size, measured."""
-    linear = max(job.spec.linears, key=lambda linear: linear.parameters)
-    _, dtype = job.computed[job.spec.weight_name(linear)]
-    return measure_speed(device_of(job.recipe.device), dtype, min(linear.d_in, linear.d_out))
-
-
-def refits(plan: Plan, method: Method, wanted: Literal["auto"] | bool) -> bool:
-    """Whether the coefficients of a plan's shares are fitted again; `auto`: as the method says."""
-    kept = plan.after.targets.parameters / plan.before.targets.parameters
-    chosen = method.refits(kept) if wanted == "auto" else wanted
-    return chosen and any(isinstance(edit, Share) for edit in plan.edits)
-
-
-def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None = None) -> Job:
-    """Check a recipe and, where the method can, plan it, without reading a weight.
-
-    The model is read by name if none is given: its config, and which types its weights have if they are here. A plan
-    file is carried out with the method and the options that it names. Raises `LayershareError` for everything that is
-    wrong with the recipe.
-    """
-    method = make_method(recipe.method, recipe.options)
-    source, checkpoint = _described(recipe, model)
-    config = source.config if isinstance(source, PreTrainedModel) else source
-    dtype = dtype_of(recipe.dtype, device_of(recipe.device), config)
-    spec = describe(source, None if dtype == "auto" else getattr(torch, dtype))
-    if checkpoint:
-        require_same_model(recipe.model, spec, checkpoint)
-    computed = spec.tensors
-    if recipe.store_dtype != "auto":
-        spec = spec.stored_as({}, getattr(torch, recipe.store_dtype))
-    elif checkpoint:
-        spec = spec.stored_as({name: each.dtype for name, each in checkpoint.items()}, main_dtype(checkpoint))
-    elif isinstance(source, PreTrainedConfig) and isinstance(source.dtype, torch.dtype):
-        spec = spec.stored_as({}, source.dtype)
-    name, plan = recipe.method, None
-    if recipe.plan is not None:
-        if recipe.options:
-            raise LayershareError("A plan is carried out with the options that it names; give no others beside it.")
-        plan = Plan.read(recipe.plan, spec)
-        if not plan.edits:
-            raise LayershareError(f"The plan '{recipe.plan}' has no edits: there is nothing to carry out.")
-        name, method = plan.method, make_method(plan.method, plan.options)
-    elif not method.adaptive:
-        plan = plan_with(spec, name, method, recipe.keep, recipe.of)
-    else:
-        method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
-    if plan is not None:
-        method.units(spec, plan.edits)
-        if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
-            raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
-        if recipe.refine is not None:
-            require_refinable(plan.edits)
-    return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
-
-
-def _described(
-    recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None
-) -> tuple[PreTrainedModel | PreTrainedConfig, Mapping[str, Tensor] | None]:
-    """The model or config that a recipe is about, and what its checkpoint stores, as far as that is here."""
-    if isinstance(model, Weights):
-        return model.model, model.checkpoint
-    if model is not None:
-        return model, None
-    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    source = resolve(recipe.model)
-    return config, stored_tensors(source, values_of(source), fetch=False)
 
 
 def run(
@@ -191,14 +51,14 @@ def run(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: Source | None = None,
-    report: Report = silent,
-    announce: Callable[[Job], None] = lambda job: None,
+    announce: Announce = silent,
+    show: Callable[[Job], None] = lambda job: None,
     pages: bool = True,
 ) -> dict[str, Any]:
     """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
-    changed. `announce` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
+    changed. `show` is given the job, with its plan, before anything of it is done. `pages`: with a model card and a
     page to read. The same call continues an interrupted run, and returns at once if the run is finished. Raises
     `LayershareError` for bad input, before anything is written.
     """
@@ -206,39 +66,10 @@ def run(
     if model is None:
         recipe = replace(recipe, model=located(recipe.model))
     if is_finished(out, recipe.to_yaml()):
-        with reading(f"The results.json in '{out}'", AGAIN):
-            results = read_mapping(out / "results.json")
-            date, fingerprint = results["date"], results["model_fingerprint"]
-        if model is not None and Weights.of(model).fingerprint != fingerprint:
-            raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
-        if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
-            raise LayershareError(
-                f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
-            )
-        shutil.rmtree(out / WORK, ignore_errors=True)
-        warnings.warn(f"'{out}' holds this very run, finished {date}: nothing was done.", stacklevel=2)
-        return results
+        return _finished(recipe, out, model)
     device = device_of(recipe.device)
     job = prepare(recipe, model)
-    needs_text = job.calibrated or recipe.evaluation is not None
-    if tokenizer is None and (needs_text or model is None):
-        tokenizer = (
-            read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-            if model is None
-            else tokenizer_of(model)
-        )
-    source = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code) if model is None else model.config
-    calibration = test = None
-    if job.calibrated:
-        assert tokenizer is not None
-        calibration = load_calibration(recipe.calibration, tokenizer, source, text)
-        if job.plan is None:
-            job.method.require_blocks(len(calibration.tokens))
-    if recipe.evaluation is not None:
-        assert tokenizer is not None
-        test = load_trial(recipe.evaluation, tokenizer, source)
-        if calibration is not None and test.text is not None and calibration.text_sha256 == test.text.text_sha256:
-            warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=2)
+    tokenizer, calibration, evaluator = _texts(job, model, tokenizer, text)
     stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
     require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
@@ -246,55 +77,110 @@ def run(
         if model is None:
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
-            weights = _open(recipe, scratch, device)
+            weights = open_weights(recipe, scratch, device)
             job = prepare(recipe, weights)  # with the dtypes that the weights really have
         else:
             weights = Weights.of(model)
         weights.require_sound()
-        announce(job)
-        return _carry_out(job, out, work, weights, model, tokenizer, calibration, test, Clock(report), pages)
+        show(job)
+        context = _Context(job, work, weights, model, tokenizer, calibration, evaluator, Clock(announce))
+        results = _carry_out(context)
+        if pages:
+            write_pages(context.staging, out.name)
+        publish(context.staging, out)
+        return results
 
 
-def _carry_out(
-    job: Job,
-    out: Path,
-    work: Path,
-    weights: Weights,
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: Text | None,
-    test: Trial | None,
-    clock: "Clock",
-    pages: bool,
-) -> dict[str, Any]:
-    """The steps of a run whose input has been checked; `model` is the original if it is in memory."""
-    recipe = job.recipe
-    staging = work / "model"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    stats = None
-    identity = {
-        "layershare": version("layershare"),
-        "model": weights.fingerprint,
-        "method": job.name,
-        "options": asdict(job.method),
-    }
-    scratch = work / "scratch" if model is None else None
-    if calibration is not None:
-        identity["text"] = calibration.identity
-        if job.kinds:
-            with clock.step("calibrate") as progress:
-                folder, size = Path(recipe.calibration.stats or work / "stats"), recipe.calibration.batch_size
-                options: dict[str, Any] = {"batch_size": size, "scratch": scratch, "progress": progress}
-                stats = calibrate(weights, job.spec, calibration, folder, kinds=job.kinds, **options)
-    evidence = Evidence(
-        job.spec, weights, stats, calibration, batch_size=recipe.calibration.batch_size, scratch=scratch
-    )
+def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> dict[str, Any]:
+    """The results of a finished run of this recipe. Raises `LayershareError` if it was of another model or plan."""
+    with reading(f"The results.json in '{out}'", AGAIN):
+        results = read_mapping(out / "results.json")
+        date, fingerprint = results["date"], results["model_fingerprint"]
+    if model is not None and Weights.of(model).fingerprint != fingerprint:
+        raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
+    if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
+        raise LayershareError(
+            f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
+        )
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    warnings.warn(f"'{out}' holds this very run, finished {date}: nothing was done.", stacklevel=3)
+    return results
+
+
+def _texts(
+    job: Job, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, text: Source | None
+) -> tuple[PreTrainedTokenizerBase | None, Text | None, Evaluator | None]:
+    """The tokenizer, what to calibrate on and what to measure on, each as far as the run needs it."""
+    recipe, trust = job.recipe, {"trust_remote_code": job.recipe.trust_remote_code}
+    config = read_config(recipe.model, **trust) if model is None else model.config
+    if tokenizer is None and model is None:
+        tokenizer = read_tokenizer(recipe.model, **trust)
+    elif tokenizer is None and model is not None and (job.calibrated or recipe.evaluation is not None):
+        tokenizer = tokenizer_of(model)
+    calibration = evaluator = None
+    if job.calibrated:
+        assert tokenizer is not None
+        calibration = load_calibration(recipe.calibration, tokenizer, config, text)
+        if job.plan is None:
+            job.method.require_blocks(len(calibration.tokens))
+    if recipe.evaluation is not None:
+        assert tokenizer is not None
+        evaluator = load_evaluator(recipe.evaluation, tokenizer, config)
+        tested = evaluator.text
+        if calibration is not None and tested is not None and calibration.text_sha256 == tested.text_sha256:
+            warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=3)
+    return tokenizer, calibration, evaluator
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the steps of a run work with, all of it checked; `model` is the original if it is in memory.
+
+    `work` is the folder of what is finished of an unfinished run. Texts and tokenizer are `None` where none is needed.
+    """
+
+    job: Job
+    work: Path
+    weights: Weights
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    calibration: Text | None
+    evaluator: Evaluator | None
+    clock: Clock
+
+    @property
+    def staging(self) -> Path:
+        """Where the finished folder comes into being."""
+        return self.work / "model"
+
+    @property
+    def scratch(self) -> Path | None:
+        """Where hidden states are kept; `None`: in memory, as the model is."""
+        return self.work / "scratch" if self.model is None else None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells one run's finished work from another's."""
+        return {
+            "layershare": version("layershare"),
+            "model": self.weights.fingerprint,
+            "method": self.job.name,
+            "options": asdict(self.job.method),
+            **({"text": self.calibration.identity} if self.calibration is not None else {}),
+        }
+
+
+def _carry_out(run: _Context) -> dict[str, Any]:
+    """The steps of a run, which leave all but the pages in `staging`; returns the results."""
+    job, recipe, clock = run.job, run.job.recipe, run.clock
+    shutil.rmtree(run.staging, ignore_errors=True)
+    run.staging.mkdir()
+    evidence = _evidence(run)
     plan = job.plan
     if plan is None:
         with clock.step("plan") as progress:
-            plan = _plan_once(job, replace(evidence, progress=progress), work, identity)
-    factored = Factored(job.spec, plan, weights, work, identity)
+            plan = _plan_once(run, replace(evidence, progress=progress))
+    factored = Factored(job.spec, plan, run.weights, run.work, run.identity)
     with clock.step("solve") as progress:
         factored.solve(job.method, replace(evidence, progress=progress))
     refitted = refits(plan, job.method, recipe.refit)
@@ -306,23 +192,23 @@ def _carry_out(
         with clock.step("refine") as progress:
             seed = recipe.calibration.seed
             settings = {**asdict(recipe.refine), "seed": seed, "rows": recipe.calibration.batch_size, "refit": refitted}
-            store = Store(work / "refine", {**identity, "edits": asdict(plan)["edits"], "refine": settings})
+            store = Store(run.work / "refine", {**run.identity, "edits": asdict(plan)["edits"], "refine": settings})
             refined = refine_blocks(factored, store, replace(evidence, progress=progress), recipe.refine, seed)
-    source = recipe.model if model is None else source_of(model)
+    source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):
-        write_model(factored, recipe, tokenizer, staging, beside)
+        write_model(factored, recipe, run.tokenizer, run.staging, beside)
     results = {
         "model": recipe.model,
         "original": {} if source is None else known_of(source, beside),
-        "model_fingerprint": weights.fingerprint,
+        "model_fingerprint": run.weights.fingerprint,
         "method": plan.method,
         "options": asdict(job.method),
         "keep": plan.keep,
         "of": plan.of,
         "before": asdict(plan.before),
         "after": asdict(plan.after),
-        "calibration": calibration and {**calibration.identity, "seed": recipe.calibration.seed},
+        "calibration": run.calibration and {**run.calibration.identity, "seed": recipe.calibration.seed},
         "ridge": RIDGE,
         "refit": refitted,
         "refit_ridge": REFIT_RIDGE,
@@ -330,55 +216,54 @@ def _carry_out(
         "groups": factored.facts(),
         "shapes": shapes(job.spec),
     }
-    if test is not None:
+    if run.evaluator is not None:
         with clock.step("evaluate") as progress:
-            results |= _measure(recipe, staging, test, model, progress)
-    results |= {"seconds": clock.seconds, **environment(*(test.packages if test else ()))}
-    write_json(staging / "results.json", results)
-    if pages:
-        write_pages(staging, out.name)
-    publish(staging, out)
+            results |= _measure(run, run.evaluator, progress)
+    results |= {"seconds": clock.seconds, **environment(*(run.evaluator.packages if run.evaluator else ()))}
+    write_json(run.staging / "results.json", results)
     return results
 
 
-def _plan_once(job: Job, evidence: Evidence, work: Path, identity: dict[str, Any]) -> Plan:
+def _evidence(run: _Context) -> Evidence:
+    """Weights, text and the statistics that the run needs, which are measured here unless they are there."""
+    job, options, stats = run.job, run.job.recipe.calibration, None
+    passes: Any = {"batch_size": options.batch_size, "scratch": run.scratch}
+    if run.calibration is not None and job.kinds:
+        with run.clock.step("calibrate") as progress:
+            folder = Path(options.stats or run.work / "stats")
+            stats = calibrate(
+                run.weights, job.spec, run.calibration, folder, kinds=job.kinds, progress=progress, **passes
+            )
+    return Evidence(job.spec, run.weights, stats, run.calibration, **passes)
+
+
+def _plan_once(run: _Context, evidence: Evidence) -> Plan:
     """The plan of a method that plans by evidence, kept in the work folder, so that a search is not repeated."""
-    recipe = job.recipe
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = work / f"plan-{digest[:16]}.json"
+    job = run.job
+    digest = hashlib.sha256(json.dumps(run.identity, sort_keys=True).encode()).hexdigest()
+    path = run.work / f"plan-{digest[:16]}.json"
     if path.is_file():
         return Plan.read(path, job.spec)
-    plan = plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence)
+    plan = plan_with(job.spec, job.name, job.method, job.recipe.keep, job.recipe.of, evidence)
     write_atomically(path, plan.to_json().encode())
     return plan
 
 
-def plan_only(recipe: Recipe, folder: Path | None, report: Report = silent) -> Job:
-    """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
-
-    Raises `LayershareError` as `prepare`, and if the method needs statistics that are not there, or a text.
-    """
-    job = prepare(recipe)
-    if job.plan is not None:
-        return job
-    if job.method.searches:
-        raise LayershareError(
-            f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
-        )
-    if job.method.uses and folder is None:
-        raise LayershareError(
-            f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
-        )
-    if folder is not None:
-        require_folder(folder)
-    with TemporaryDirectory(prefix="layershare-") as scratch:
-        weights = _open(recipe, Path(scratch))
-        stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
-        evidence = Evidence(job.spec, weights, stats, progress=report("plan"))
-        return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
+def _measure(run: _Context, evaluator: Evaluator, progress: Progress) -> dict[str, Any]:
+    recipe, device = run.job.recipe, device_of(run.job.recipe.device)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    original = run.model
+    if original is None:
+        dtype = dtype_of(evaluator.settings.dtype, device, read_config(recipe.model, **trust))
+        original = load(recipe.model, dtype=dtype, device_map=device, **trust)
+    small = load(run.staging, dtype=original.dtype, device_map=original.device, **trust)
+    results: dict[str, Any] = {"evaluation": evaluator.measure(small, original, progress)}
+    if evaluator.text is not None:
+        results["samples"] = compare_samples(small, original, evaluator.text, evaluator.tokenizer)
+    return results
 
 
-def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Report = silent) -> Path:
+def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announce: Announce = silent) -> Path:
     """Measure statistics of a recipe's model and keep them in its `calibration.stats` folder, which is returned.
 
     Raises `LayershareError` as `run` does.
@@ -399,62 +284,9 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Kind] = STREAMED, report: Rep
     make_folder(folder)
     with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
-        weights = _open(recipe, scratch, device)
+        weights = open_weights(recipe, scratch, device)
         weights.require_sound()
-        progress = report("calibrate")
+        progress = announce("calibrate")
         passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}
         calibrate(weights, spec, text, folder, kinds=kinds, progress=progress, **passes)
     return folder
-
-
-def _open(recipe: Recipe, scratch: Path, device: str = "cpu") -> Weights:
-    """The weights of a recipe's model, left on disk."""
-    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
-    dtype = dtype_of(recipe.dtype, device, read_config(recipe.model, **trust))
-    return Weights.open(recipe.model, scratch, dtype=dtype, device=device, **trust)
-
-
-def load_calibration(
-    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
-) -> Text:
-    """The calibration text, or `text` in its place, for a model of that config. Raises as `load_text`."""
-    return load_text(
-        options.text if text is None else text,
-        tokenizer,
-        split="train",
-        blocks=options.blocks,
-        length=block_length(config, options.length),
-        seed=options.seed,
-        vocabulary=config.get_text_config().vocab_size,
-    )
-
-
-def _measure(
-    recipe: Recipe, staging: Path, test: Trial, model: PreTrainedModel | None, progress: Progress
-) -> dict[str, Any]:
-    device = device_of(recipe.device)
-    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
-    if model is None:
-        dtype = dtype_of(test.test.dtype, device, read_config(recipe.model, **trust))
-        model = load(recipe.model, dtype=dtype, device_map=device, **trust)
-    original = model
-    small = load(staging, dtype=original.dtype, device_map=original.device, **trust)
-    results: dict[str, Any] = {"evaluation": test.measure(small, original, progress)}
-    if test.text is not None:
-        results["samples"] = compare_samples(small, original, test.text, test.tokenizer)
-    return results
-
-
-class Clock:
-    """Announces steps and keeps their wall time in seconds."""
-
-    def __init__(self, report: Report) -> None:
-        self.seconds: dict[str, float] = {}
-        self._report = report
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Progress]:
-        """Announce and time a step; gives the function that takes its progress."""
-        start = time.perf_counter()
-        yield self._report(name)
-        self.seconds[name] = round(time.perf_counter() - start, 3)

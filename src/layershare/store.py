@@ -53,6 +53,13 @@ def to_json(value: Any) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def as_json(value: Any) -> Any:
+    """A value of dicts, lists, tuples and what JSON has as it would be read from JSON: tuples are lists."""
+    if isinstance(value, Mapping):
+        return {key: as_json(each) for key, each in value.items()}
+    return [as_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     write_atomically(path, to_json(value).encode())
@@ -120,7 +127,7 @@ class Store:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = as_json(identity)
         self._units: dict[str, dict[str, Any]] = {}
         self._verified: set[str] = set()
         manifest = read_manifest(folder / MANIFEST)

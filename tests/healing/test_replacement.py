@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 
 import layershare
 from layershare.errors import LayershareError
-from layershare.healing.replacement import LOGGED, Replacement, ReplacementCallback, gates
+from layershare.healing.replacement import LOGGED, ReplacementCallback, gates
+from layershare.healing.settings import Replacement
 from layershare.model.arch import find_blocks
 from layershare.model.hub import load
 from layershare.model.layers import SharedLinear

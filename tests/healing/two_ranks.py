@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from layershare.healing.objective import Objective
 from layershare.healing.parameters import choose
-from layershare.healing.replacement import Replacement, gates
+from layershare.healing.replacement import gates
+from layershare.healing.settings import Replacement
 from layershare.model.hub import load
 from tests.families import tokens
 from tests.healing.tiny import heal, settings

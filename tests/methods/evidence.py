@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from layershare.calibrate.stats import Kind, calibrate
+from layershare.calibrate.stats import Statistic, calibrate
 from layershare.calibrate.text import load_text
 from layershare.model.arch import describe
 from layershare.model.weights import Weights
@@ -17,7 +17,7 @@ def unmeasured(model: PreTrainedModel) -> Evidence:
     return Evidence(describe(model), Weights.of(model))
 
 
-def measured(model: PreTrainedModel, folder: Path, tokenizer, words: list[str], *kinds: Kind) -> Evidence:
+def measured(model: PreTrainedModel, folder: Path, tokenizer, words: list[str], *kinds: Statistic) -> Evidence:
     """The model with statistics of these kinds, on 24 blocks of 32 tokens."""
     spec, weights = describe(model), Weights.of(model)
     text = load_text(words, tokenizer, split="train", blocks=24, length=32)

@@ -4,7 +4,7 @@ import torch
 from layershare.errors import LayershareError
 from layershare.methods import plan_with
 from layershare.methods.asvd import Asvd, Truncation, search
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.model.arch import describe
 from layershare.plan.budget import Budget, allowed, measure, parse_keep
 from layershare.plan.edits import Share, places
@@ -89,10 +89,10 @@ def test_truncating_what_is_not_used_costs_nothing(evidence):
     model = tiny_model("llama")
     silence(model, 2, "mlp")
     measured = evidence(model)
-    trial = Trial(measured, 1)
-    whole = trial.loss({})
+    probe = Probe(measured, 1)
+    whole = probe.loss({})
     for linear in measured.spec.linears[-14:]:  # layers 2 and 3
-        losses = [each.loss for each in Asvd(ratios=2)._truncations(linear, measured, trial)]
+        losses = [each.loss for each in Asvd(ratios=2)._truncations(linear, measured, probe)]
         unused = (linear.layer, linear.part) == (2, "mlp")
         assert all((loss == whole) == unused for loss in losses), linear.name
 
@@ -101,12 +101,12 @@ def test_sensitivities_are_the_losses_of_truncated_models(evidence):
     measured = evidence(tiny_model("gpt2"))
     linear = measured.spec.linear("up", 3)
     method = Asvd(ratios=3, samples=2)
-    trial = Trial(measured, 2)
-    found = list(method._truncations(linear, measured, trial))
+    probe = Probe(measured, 2)
+    found = list(method._truncations(linear, measured, probe))
     assert [each.rank for each in found] == [6, 12, 19]  # of 32 × 128 weights ¼, ½ and ¾
     for each in found:
         share = Share(places("up", (3,)), each.rank, "input")
         weight = measured.weight(linear)
         factors = method.factors(share, [weight], [method.metric(measured, linear)])
         product = (factors.basis @ factors.coefs[0]).to(weight.dtype)
-        assert each.loss == pytest.approx(trial.loss({measured.spec.weight_name(linear): product}), rel=1e-5)
+        assert each.loss == pytest.approx(probe.loss({measured.spec.weight_name(linear): product}), rel=1e-5)

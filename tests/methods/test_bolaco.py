@@ -5,7 +5,7 @@ import torch
 
 from layershare.errors import LayershareError
 from layershare.methods.bolaco import at_ratios, scaled
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.model.arch import describe
 from layershare.plan.budget import allowed, measure, parse_keep
 from layershare.plan.edits import Share
@@ -52,7 +52,7 @@ def test_the_search_repeats_and_is_no_worse_than_equal_ratios(evidence):
     first = edits_of(measured, "bolaco", 0.6, **options)
     assert first == edits_of(measured, "bolaco", 0.6, **options)
     equal = edits_of(measured, "bolaco", 0.6, trials=1, samples=2)
-    trial = Trial(measured, 2)
+    probe = Probe(measured, 2)
     losses = []
     for edits in (first, equal):
         replaced = {}
@@ -63,7 +63,7 @@ def test_the_search_repeats_and_is_no_worse_than_equal_ratios(evidence):
             _, axes = torch.linalg.eigh(weight.T @ gram @ weight)
             top = axes[:, -edit.rank :]  # W′ = WV_kV_kᵀ
             replaced[SPEC.weight_name(linear)] = (weight @ top @ top.T).T.float()
-        losses.append(trial.loss(replaced))
+        losses.append(probe.loss(replaced))
     assert losses[0] <= losses[1] + 1e-4
     assert losses[0] != losses[1]
 

@@ -298,7 +298,7 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(tmp_path, tokenizer, 
     recipe = make_recipe({**values, "calibration": calibration})
     run(recipe, tmp_path / "whole")
 
-    def report(step: str):
+    def announce(step: str):
         def progress(done: int, total: int) -> None:
             if step == "solve" and done:
                 raise _Killed
@@ -306,7 +306,7 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(tmp_path, tokenizer, 
         return progress
 
     with pytest.raises(_Killed):
-        run(recipe, tmp_path / "killed", report=report)
+        run(recipe, tmp_path / "killed", announce=announce)
     assert len(list((tmp_path / "killed" / ".run" / "units").glob("*.safetensors"))) == 1
     run(recipe, tmp_path / "killed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")

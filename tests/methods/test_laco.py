@@ -6,7 +6,7 @@ import torch
 from layershare.errors import LayershareError
 from layershare.methods.laco import collapsed
 from layershare.methods.merging import merges, unmerged
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.plan.edits import Merge, kept_layers
 from tests.families import tiny_model
 from tests.methods.known import deep_llama, edits_of, keep_without
@@ -42,12 +42,12 @@ def test_the_threshold_is_lowered_until_the_budget_is_met(evidence):
         layer.self_attn.o_proj.weight.mul_(0.2)
         layer.mlp.down_proj.weight.mul_(0.2)
     measured = evidence(model)
-    trial = Trial(measured, 4)
-    original = trial.final_states([]).flatten(1)
+    probe = Probe(measured, 4)
+    original = probe.final_states([]).flatten(1)
     cosines = {}
     for layer in range(4):
         merge = Merge(layer, (layer, layer + 1), (0.0, 1.0))
-        cosines[merge] = torch.cosine_similarity(original, trial.final_states([merge]).flatten(1)).mean().item()
+        cosines[merge] = torch.cosine_similarity(original, probe.final_states([merge]).flatten(1)).mean().item()
     best, second = sorted(cosines.values(), reverse=True)[:2]
     assert best < 0.9
     assert best - second > 0.05

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layershare.errors import LayershareError
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.plan.edits import Drop, Merge
 from tests.families import tiny_model
 from tests.methods.known import deep_llama, edits_of, keep_without, silence
@@ -73,8 +73,8 @@ def test_of_two_equal_layers_laco_leaves_one_even_if_it_comes_from_above(evidenc
     (merge,) = edits_of(measured, "laco", keep_without(model, "block", 1), merged=2)
     assert isinstance(merge, Merge)
     assert merge.layers in ((1, 2), (2, 3))
-    trial = Trial(measured, 2)
-    torch.testing.assert_close(trial.final_states([merge]), trial.final_states([]))
+    probe = Probe(measured, 2)
+    torch.testing.assert_close(probe.final_states([merge]), probe.final_states([]))
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "mka"])

@@ -221,7 +221,7 @@ class _Killed(Exception):
 def test_interrupted_and_in_memory_runs_give_the_same_bits(at, recipe, tmp_path):
     run(recipe, tmp_path / "whole")
 
-    def report(step: str):
+    def announce(step: str):
         def progress(done: int, total: int) -> None:
             if step == "solve" and done == at:
                 raise _Killed
@@ -233,7 +233,7 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(at, recipe, tmp_path)
     assert "--dense" not in card
 
     with pytest.raises(_Killed):
-        run(recipe, tmp_path / "killed", report=report)
+        run(recipe, tmp_path / "killed", announce=announce)
     units = (tmp_path / "killed" / ".run" / "units").glob("*.safetensors")
     finished = sorted(path.stem.partition(".")[2] for path in units)
     assert finished == ["embeddings", *(f"layer-{layer:03d}" for layer in range(at))]

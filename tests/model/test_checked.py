@@ -17,12 +17,13 @@ import layershare
 from layershare.api import evaluate_folder, export_dense
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import continue_text
+from layershare.job import prepare
 from layershare.model.checked import ENTRIES
 from layershare.model.hub import load
 from layershare.model.source import read_config, read_tokenizer
 from layershare.model.weights import Weights
 from layershare.recipe import make_recipe
-from layershare.run import prepare, run
+from layershare.run import run
 from layershare.store import MANIFEST, write_json
 from tests.families import tiny_model
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from layershare.calibrate.stats import Kind
-from layershare.disk import size
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.model.arch import describe
@@ -18,6 +17,7 @@ from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check, place
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.plan.table import plan_table
+from layershare.units import size
 from tests.families import CONFIGS
 
 SPEC = describe(CONFIGS["llama"]())
@@ -188,7 +188,7 @@ def test_the_table_and_the_needs_of_deltas():
 
 
 def test_statistics_take_the_room_of_what_is_measured_and_gradients_and_searches_that_of_the_model():
-    def needs(*kinds: Kind, searches: bool = False):
+    def needs(*kinds: Statistic, searches: bool = False):
         return estimate_needs(SPEC, None, blocks=1000, length=32, batch_size=2, kinds=kinds, searches=searches)
 
     assert needs().stats == needs("fisher").stats == 0

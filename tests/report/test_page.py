@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 
 from layershare.errors import LayershareError
 from layershare.report.figures import Point, describe_cell, frontier, points, sharing
-from layershare.report.page import page, report, write_pages
+from layershare.report.page import page, write_pages, write_report
 from layershare.report.runs import Run
 from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
 
@@ -46,7 +46,7 @@ def html(tmp_path_factory) -> Path:
         make_run(folder / "unmeasured", keep=0.55, perplexity=None, method="svd"),
     ]
     (runs[0] / "speed.json").write_text(json.dumps(SPEED))
-    report(runs, folder / "report.html")
+    write_report(runs, folder / "report.html")
     return folder / "report.html"
 
 
@@ -127,11 +127,11 @@ def test_the_map_shows_whose_weight_is_shared_and_where_a_delta_is_added(tmp_pat
 def test_mistakes_are_one_sentence(tmp_path):
     run = make_run(tmp_path / "run")
     with pytest.raises(LayershareError, match=r"cannot be written \(is a directory"):
-        report([run], tmp_path)
+        write_report([run], tmp_path)
     with pytest.raises(LayershareError, match=r"cannot be written \(no such file or directory"):
-        report([run], tmp_path / "nowhere" / "report.html")
+        write_report([run], tmp_path / "nowhere" / "report.html")
     with pytest.raises(LayershareError, match="is no finished run"):
-        report([run, tmp_path], tmp_path / "report.html")
+        write_report([run, tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
@@ -142,7 +142,7 @@ import sys, warnings
 from pathlib import Path
 import layershare.run
 from layershare.errors import LayershareError
-from layershare.report.page import report, write_pages
+from layershare.report.page import write_pages, write_report
 assert "plotly" not in sys.modules
 sys.modules["plotly"] = None  # as if it were not installed
 run = Path({str(run)!r})
@@ -150,7 +150,7 @@ with warnings.catch_warnings(record=True) as caught:
     write_pages(run, "run")
 print(*[each.message for each in caught])
 try:
-    report([run], run / "report.html")
+    write_report([run], run / "report.html")
 except LayershareError as error:
     print(error)
 """

@@ -13,7 +13,8 @@ from layershare.calibrate.drivers import hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text, load_text
 from layershare.errors import LayershareError
-from layershare.model.arch import describe, find_blocks
+from layershare.model.arch import describe
+from layershare.model.norms import norm_parameters
 from layershare.model.weights import Weights
 from layershare.plan.edits import Delta, Drop, Edit, Share, places
 from layershare.plan.evidence import Evidence
@@ -21,7 +22,7 @@ from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, Refine, make_recipe
 from layershare.run import run
 from layershare.solve.apply import Factored, compressed
-from layershare.solve.refine import norms, refine_blocks
+from layershare.solve.refine import refine_blocks
 from layershare.store import Store
 from tests.families import tiny_model, tokens
 
@@ -93,7 +94,7 @@ def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, t
         return progress
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", report=stop)
+        run(recipe, tmp_path / "stopped", announce=stop)
     assert len(list((tmp_path / "stopped" / ".run" / "refine").glob("*.safetensors"))) == 2
     run(recipe, tmp_path / "stopped")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "stopped")]
@@ -220,18 +221,13 @@ def test_deltas_are_refined_and_anchors_stay(with_norms, tmp_path):
             f"model.layers.{layer}.mlp.{r}_proj.{p}.weight" for r in ("gate", "up", "down") for p in ("up", "down")
         }
     if with_norms:
-        expected |= {f"model.layers.{i}.{name}" for i in (0, 2, 3) for name in norms(model.model.layers[i])}
+        expected |= {f"model.layers.{i}.{name}" for i in (0, 2, 3) for name in norm_parameters(model.model.layers[i])}
     written = {name for unit in ("layer-000", "layer-002", "layer-003") for name in store.names(unit)}
     assert written == expected
     assert "layer-001" not in store
     base = factored.tensor("model.layers.1.mlp.up_proj.base.weight")
     assert torch.equal(base, model.model.layers[1].mlp.up_proj.weight)
     assert not changed(before, model)
-
-
-def test_norms_of_a_block():
-    names = norms(find_blocks(tiny_model("gpt2"))[1][0])
-    assert names == ["ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"]
 
 
 @pytest.mark.parametrize("changes", [{"method": "svd", "keep": 1}, {"method": "mlp-drop", "keep": 0.8}])

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from layershare.disk import require_disk, writing
 from layershare.errors import UnsupportedModelError
+from layershare.model.modes import evaluating
 from layershare.model.weights import Weights
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -292,18 +293,6 @@ def _walking(shell: PreTrainedModel, tokens: Tensor, n_blocks: int) -> Iterator[
         yield walk
     finally:
         walk.leave()
-
-
-@contextmanager
-def evaluating(block: nn.Module) -> Iterator[None]:
-    """Put a block or model into eval mode and every module of it back into its own mode afterwards."""
-    modes = [(module, module.training) for module in block.modules()]
-    block.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def hidden_input(call: Call) -> Tensor:

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from layershare.calibrate.drivers import evaluating, hidden_input, hidden_output
+from layershare.calibrate.drivers import hidden_input, hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import PARTS, Linear, Part, Spec
 from layershare.model.dropped import without_mlp
+from layershare.model.modes import evaluating
 from layershare.model.weights import Weights, require_finite
+from layershare.progress import Progress, no_progress
 from layershare.store import MANIFEST, Store, only_one, read_manifest
 
-Progress = Callable[[int, int], None]
-"""Called with the amount of work done and the amount there is."""
 _ROWS = 256
 """Tokens that are widened to float32 at once."""
 
 
-Kind = Literal["inputs", "blocks", "fisher"]
+Statistic = Literal["inputs", "blocks", "fisher"]
 """`inputs`: a Gram and mean magnitudes per site; `blocks`: how much each block and sub-layer changes the hidden states;
 `fisher`: squared gradients per row of each weight (needs the whole model in memory)."""
-STREAMED: tuple[Kind, ...] = ("inputs", "blocks")
+STREAMED: tuple[Statistic, ...] = ("inputs", "blocks")
 """What one pass, block after block, measures."""
 
 
@@ -63,7 +63,7 @@ class Stats:
             )
         return cls(folder, found[0])
 
-    def has(self, kind: Kind, layer: int) -> bool:
+    def has(self, kind: Statistic, layer: int) -> bool:
         """Whether a layer's statistics of a kind are there, whole and unchanged."""
         return _unit(kind, layer) in self._store
 
@@ -88,12 +88,12 @@ class Stats:
         """The hidden state of each text block's last token (n × width, float32) when it leaves this layer."""
         return self._store.read(_unit("blocks", layer), "pooled")
 
-    def write(self, kind: Kind, layer: int, tensors: dict[str, Tensor]) -> None:
+    def write(self, kind: Statistic, layer: int, tensors: dict[str, Tensor]) -> None:
         """Store a layer's statistics of a kind."""
         self._store.write(_unit(kind, layer), tensors)
 
 
-def _unit(kind: Kind, layer: int) -> str:
+def _unit(kind: Statistic, layer: int) -> str:
     return f"{kind}-{layer:03d}"
 
 
@@ -104,9 +104,9 @@ def calibrate(
     folder: Path,
     *,
     batch_size: int,
-    kinds: Collection[Kind] = STREAMED,
+    kinds: Collection[Statistic] = STREAMED,
     scratch: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Stats:
     """Measure statistics of the asked `kinds`: the streamed ones in one pass over the text, block after block.
 
@@ -120,7 +120,7 @@ def calibrate(
         stats = Stats(folder, identity)
         if "fisher" in kinds:
             _measure_fisher(weights, spec, text, stats, progress)
-        streamed: list[Kind] = [kind for kind in STREAMED if kind in kinds]
+        streamed: list[Statistic] = [kind for kind in STREAMED if kind in kinds]
         missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
         if not missing:
             return stats

@@ -15,12 +15,12 @@ from layershare.calibrate.drivers import (
     Call,
     Driver,
     LockStep,
-    evaluating,
     hidden_input,
     hidden_output,
     record,
     with_hidden_input,
 )
+from layershare.model.modes import evaluating
 from layershare.model.weights import Weights
 
 

@@ -5,18 +5,18 @@ positions as perplexity.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.evaluate.perplexity import Perplexity, logits, negative_log_likelihood, perplexity
+from layershare.model.modes import evaluating
 from layershare.model.weights import require_finite
+from layershare.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def evaluate(
     original: PreTrainedModel | None = None,
     *,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure a model on a text, and against its original if that is given.
 

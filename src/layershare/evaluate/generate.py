@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from layershare.calibrate.drivers import evaluating
 from layershare.calibrate.text import Text
 from layershare.device import dtype_of
 from layershare.errors import LayershareError, unknown
 from layershare.foreign import reading
 from layershare.model.hub import load
+from layershare.model.modes import evaluating
 from layershare.model.source import read_config, read_tokenizer
 from layershare.recipe import Dtype
 

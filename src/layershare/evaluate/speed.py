@@ -7,7 +7,7 @@ Figures are medians over the rounds, ratios medians of the rounds' own ratios.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from layershare.calibrate.drivers import evaluating
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import require_context
+from layershare.model.modes import evaluating
+from layershare.progress import Progress, no_progress
 
 WARM_UP = 1
 """Rounds that are run and not counted."""
@@ -43,7 +44,7 @@ def measure_speed(
     prompt: int = 128,
     new: int = 32,
     rounds: int = 5,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[Rate]:
     """Tokens per second of prefill (of `prompt` tokens) and of decode (of `new` further ones), per batch size.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.drivers import evaluating
+from layershare.bars import alone
 from layershare.calibrate.files import json_lines, text_of
 from layershare.calibrate.text import require_known
 from layershare.connection import asking_hub
 from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.foreign import reading, reason, require_file
-from layershare.progress import alone
+from layershare.model.modes import evaluating
+from layershare.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -131,7 +132,7 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, TaskResult]:
     """Measure a model on tasks, by name of task, and of group where one was asked for."""
     from lm_eval import evaluate

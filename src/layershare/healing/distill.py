@@ -15,13 +15,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from layershare.calibrate.drivers import evaluating, with_hidden_output
-from layershare.calibrate.stats import Progress
+from layershare.calibrate.drivers import with_hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
 from layershare.model.arch import find_blocks
+from layershare.model.modes import evaluating
 from layershare.model.weights import Weights
+from layershare.progress import Progress, no_progress
 from layershare.store import Store, only_one
 
 _POSITIONS = 512
@@ -117,7 +118,7 @@ class StoredLogits:
         k: int,
         batch_size: int,
         identity: Mapping[str, Any] | None = None,
-        progress: Progress = lambda done, total: None,
+        progress: Progress = no_progress,
         *,
         unit: int = UNIT,
     ) -> "StoredLogits":

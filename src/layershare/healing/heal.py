@@ -11,7 +11,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from layershare.calibrate.stats import Progress
 from layershare.device import dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
@@ -21,12 +20,12 @@ from layershare.foreign import reading
 from layershare.healing.job import HealJob, results_of
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
-from layershare.healing.training import Say, train
+from layershare.healing.training import train
 from layershare.model.hub import QUANT_METHOD, load, write_folder
 from layershare.model.original import copy_side_files
+from layershare.progress import Announce, Clock, Progress, Say, no_progress, say_nothing, silent
 from layershare.report.page import write_pages
 from layershare.report.results import environment
-from layershare.run import Clock, Report, silent
 from layershare.store import make_folder, write_atomically, write_json
 
 KEPT = ("plan.json", "recipe.yaml")
@@ -34,7 +33,7 @@ KEPT = ("plan.json", "recipe.yaml")
 
 
 def heal_folder(
-    job: HealJob, out: str | Path, *, report: Report = silent, say: Say = lambda line: None
+    job: HealJob, out: str | Path, *, announce: Announce = silent, say: Say = say_nothing
 ) -> dict[str, Any]:
     """Carry out a healing and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
@@ -57,7 +56,7 @@ def heal_folder(
     state = PartialState()
     main = state.is_main_process
     if not main:
-        report, say = silent, _nothing
+        announce, say = silent, say_nothing
     state.wait_for_everyone()
     needs = job.needs(job.student())
     say(needs.sentence())
@@ -66,7 +65,7 @@ def heal_folder(
     require_disk({out: room})
     with work_folder(out, healing.to_yaml(), HEAL, room) if main else writing(out, needed=room):
         state.wait_for_everyone()
-        return _carry_out(job, out, out / WORK, needs, Clock(report), say)
+        return _carry_out(job, out, out / WORK, needs, Clock(announce), say)
 
 
 def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clock, say: Say) -> dict[str, Any]:
@@ -74,16 +73,17 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
     state, healing = PartialState(), job.healing
     done: dict[str, Any] = {}
     training = work / f"training-{job.fingerprint[:16]}"
-    if job.trial is not None and state.is_main_process:
+    if job.evaluator is not None and state.is_main_process:
         before = training / "before.json"
-        if not before.is_file():
+        if before.is_file():
+            done["before"] = json.loads(before.read_text(encoding="utf-8"))
+        else:
             with clock.step("evaluate before") as progress:
-                measured = _measure(job, job.folder, progress)
+                done["before"] = _measure(job, job.folder, progress)
             make_folder(training)
-            write_json(before, measured)
-        done["before"] = json.loads(before.read_text(encoding="utf-8"))
+            write_json(before, done["before"])
     state.wait_for_everyone()
-    with clock.step("teacher") if healing.loss.store_teacher else nullcontext(silent("")) as progress:
+    with clock.step("teacher") if healing.loss.store_teacher else nullcontext(no_progress) as progress:
         teacher = job.load_teacher(training / "teacher", progress)
     trials = None
     if healing.search is not None:
@@ -100,7 +100,7 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
     staging.mkdir()
     with clock.step("write"):
         _write(job, trained.model, staging)
-    if job.trial is not None:
+    if job.evaluator is not None:
         with clock.step("evaluate after") as progress:
             done["after"] = _measure(job, staging, progress, samples=True)
     results = results_of(job.folder)
@@ -118,7 +118,9 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
         **({"evaluation": done} if done else {}),
         **({"previous": results["healing"]} if "healing" in results else {}),
         "seconds": clock.seconds,
-        **environment(*(job.trial.packages if job.trial else ()), *(("peft",) if healing.train == "lora" else ())),
+        **environment(
+            *(job.evaluator.packages if job.evaluator else ()), *(("peft",) if healing.train == "lora" else ())
+        ),
     }
     write_json(staging / "results.json", results)
     if all((staging / file).is_file() for file in KEPT):
@@ -144,17 +146,13 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
 
 
 def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
-    assert job.trial is not None
-    dtype = dtype_of(job.trial.test.dtype, job.device, job.config)
+    assert job.evaluator is not None
+    dtype = dtype_of(job.evaluator.settings.dtype, job.device, job.config)
     model = load(folder, dtype=dtype, device_map=job.device, **job.trust)
     original = job.teacher
     if isinstance(original, str):
         original = load(original, dtype=dtype, device_map=job.device, **job.trust)
-    measured = job.trial.measure(model, original, progress)
-    if samples and original is not None and job.trial.text is not None:
-        measured["samples"] = compare_samples(model, original, job.trial.text, job.tokenizer)
+    measured = job.evaluator.measure(model, original, progress)
+    if samples and original is not None and job.evaluator.text is not None:
+        measured["samples"] = compare_samples(model, original, job.evaluator.text, job.tokenizer)
     return measured
-
-
-def _nothing(line: str) -> None:
-    """Say nothing."""

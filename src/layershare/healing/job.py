@@ -16,11 +16,10 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.stats import Progress
 from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.device import device_of, precision_of
 from layershare.errors import LayershareError, how_to_install, short
-from layershare.evaluate.trial import Trial, load_trial
+from layershare.evaluate.evaluator import Evaluator, load_evaluator
 from layershare.foreign import read_mapping, reading
 from layershare.healing.arguments import require_known, require_optimizer
 from layershare.healing.distill import StoredLogits
@@ -34,6 +33,7 @@ from layershare.model.original import located
 from layershare.model.source import read_config, read_tokenizer, resolve, values_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
+from layershare.progress import Progress
 from layershare.report.results import RESULTS
 from layershare.store import checksum
 
@@ -55,7 +55,7 @@ class HealJob:
     tokenizer: PreTrainedTokenizerBase
     teacher: PreTrainedModel | str | None
     text: Text
-    trial: Trial | None
+    evaluator: Evaluator | None
     steps: int
     micro: int
     processes: int
@@ -214,10 +214,10 @@ def prepare_healing(
             f"The training would see {seen:,} blocks of text, of which there are {available:,}; lower text.tokens or "
             "text.epochs."
         )
-    trial = None
+    evaluator = None
     if healing.evaluation is not None:
-        trial = load_trial(healing.evaluation, tokenizer, config)
-        if trial.text is not None and trial.text.text_sha256 == blocks.text_sha256:
+        evaluator = load_evaluator(healing.evaluation, tokenizer, config)
+        if evaluator.text is not None and evaluator.text.text_sha256 == blocks.text_sha256:
             warnings.warn("The model is measured on the very text that it is trained on.", stacklevel=2)
     # One process measures, or stores the teacher's logits, while the others wait.
     processes = PartialState(cpu=device == "cpu", timeout=timedelta(days=1)).num_processes
@@ -227,7 +227,7 @@ def prepare_healing(
             f"A batch of {healing.batch_size} blocks cannot be split into micro-batches of {micro} in {processes} "
             "processes; change batch_size or micro_batch."
         )
-    return HealJob(healing, folder, device, config, tokenizer, master, blocks, trial, steps, micro, processes)
+    return HealJob(healing, folder, device, config, tokenizer, master, blocks, evaluator, steps, micro, processes)
 
 
 def _require_replaceable(config: PreTrainedConfig, master: PreTrainedConfig, what: str) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from layershare.disk import size
 from layershare.healing.settings import Healing
 from layershare.model.arch import find_blocks
 from layershare.model.layers import ComposedLinear
-from layershare.report.words import count
+from layershare.units import count, size
 
 _STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 """Optimizer states in float32 per trained parameter, by the beginning of its name; Adam and others have two."""

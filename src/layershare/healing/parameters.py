@@ -13,6 +13,7 @@ from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
 from layershare.model.layers import ComposedLinear, SharedLinear
+from layershare.model.norms import norm_parameters
 from layershare.model.parallel import adapt_sharding
 
 
@@ -24,7 +25,7 @@ def choose(model: PreTrainedModel, healing: Healing) -> Any:
     names = {
         "lora": set,
         "factors": lambda: factors(model),
-        "norms": lambda: norms(model),
+        "norms": lambda: set(norm_parameters(model)),
         "full": lambda: {name for name, _ in model.named_parameters()},
         "deltas": lambda: deltas(model),
     }[healing.train]()
@@ -35,7 +36,7 @@ def choose(model: PreTrainedModel, healing: Healing) -> Any:
     if projected and not any(check_target_module_exists(projected, name) for name, _ in model.named_modules()):
         raise LayershareError(f"No module of '{healing.model}' has one of optimizer.targets in its name; name others.")
     if healing.norms:
-        names |= norms(model)
+        names |= set(norm_parameters(model))
     if targets:
         model = _adapt(model, healing.lora, targets)
         names = {f"base_model.model.{name}" for name in names}
@@ -53,16 +54,6 @@ def factors(model: nn.Module) -> set[str]:
         if not module.composition.whole
         for child, _ in module.named_children()
     }
-
-
-def norms(model: nn.Module) -> set[str]:
-    """The names of the parameters of norms: those of modules that have vectors alone."""
-    found = set()
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters())
-        if own and not any(module.children()) and all(parameter.dim() == 1 for parameter in own.values()):
-            found |= {f"{name}.{each}" for each in own}
-    return found
 
 
 def deltas(model: nn.Module) -> set[str]:

@@ -14,46 +14,23 @@ gradient accumulation and through the second forward of gradient checkpointing, 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from random import Random
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layershare.errors import LayershareError
+from layershare.healing.settings import Replacement
 from layershare.model.arch import find_blocks
 from layershare.model.sliced import SlicedNorm
-from layershare.values import STRICT, Below1, Number, UpTo1
 
 LOGGED = "replacement"
 """The name under which the mean probability is logged."""
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """Progressive module replacement: the schedule of p from p₀ linearly to 1, after which no gate is left."""
-
-    __pydantic_config__ = STRICT
-    start: UpTo1 = 0.3
-    """p₀, the probability with which a block stands in for the original's at first."""
-    ramp: Annotated[Number, Field(gt=0, le=1)] = 0.6
-    """The part of the training after which the last block has replaced the original's for good."""
-    spread: Below1 = 0.5
-    """How much earlier the deepest block does, as a part of `ramp`; 0 treats all blocks alike."""
-
-    def probability(self, done: float, depth: float) -> float:
-        """p = min(1, p₀ + (1 − p₀)·done / (ramp·(1 − spread·depth))).
-
-        `done` ∈ [0, 1] is the part of the training that is over; `depth` is 0 for the first gated block, 1 for the
-        last.
-        """
-        return min(1.0, self.start + (1 - self.start) * done / (self.ramp * (1 - self.spread * depth)))
 
 
 class Gate:

@@ -14,12 +14,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from layershare.calibrate.stats import Progress
 from layershare.errors import LayershareError
 from layershare.healing.distill import StoredLogits
 from layershare.healing.job import HealJob
 from layershare.healing.settings import Healing
-from layershare.healing.training import Diverged, Say, train
+from layershare.healing.training import Diverged, train
+from layershare.progress import Progress, Say, no_progress, say_nothing
 from layershare.store import write_json
 
 TRIALS = "trials.json"
@@ -103,7 +103,7 @@ def _values(healing: Healing, ranges: list[tuple[str, tuple[float, float], bool]
 def _try(job: HealJob, teacher: PreTrainedModel | StoredLogits | None, folder: Path) -> float | None:
     """The held-out loss after a training in a folder that is deleted; `None` if it diverges."""
     try:
-        loss = train(job, teacher, folder, lambda done, total: None, lambda line: None).held_out_loss
+        loss = train(job, teacher, folder, no_progress, say_nothing).held_out_loss
     except Diverged:
         loss = None
     state = PartialState()

@@ -9,8 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from layershare.errors import LayershareError
 from layershare.foreign import write_yaml
-from layershare.healing.replacement import Replacement
-from layershare.recipe import Test, changed, make_as, put, read_values
+from layershare.recipe import EvaluationSettings, changed, make_as, put, read_values
 from layershare.values import (
     STRICT,
     Below1,
@@ -97,6 +96,27 @@ class Loss:
     def teaches(self) -> bool:
         """Whether there is a teacher in it."""
         return self.kind != "ce" or self.hidden > 0
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Progressive module replacement: the schedule of p from p₀ linearly to 1, after which no gate is left."""
+
+    __pydantic_config__ = STRICT
+    start: UpTo1 = 0.3
+    """p₀, the probability with which a block stands in for the original's at first."""
+    ramp: Annotated[Number, Field(gt=0, le=1)] = 0.6
+    """The part of the training after which the last block has replaced the original's for good."""
+    spread: Below1 = 0.5
+    """How much earlier the deepest block does, as a part of `ramp`; 0 treats all blocks alike."""
+
+    def probability(self, done: float, depth: float) -> float:
+        """p = min(1, p₀ + (1 − p₀)·done / (ramp·(1 − spread·depth))).
+
+        `done` ∈ [0, 1] is the part of the training that is over; `depth` is 0 for the first gated block, 1 for the
+        last.
+        """
+        return min(1.0, self.start + (1 - self.start) * done / (self.ramp * (1 - self.spread * depth)))
 
 
 @dataclass(frozen=True)
@@ -205,7 +225,7 @@ class Healing:
     """Run the Python code that comes with a model whose class transformers does not have."""
     max_shard_size: ShardSize = "5GB"
     """The size of the largest weight file (KB, MB, GB or TB)."""
-    evaluation: Test | None = None
+    evaluation: EvaluationSettings | None = None
     search: Search | None = None
 
     def __post_init__(self) -> None:

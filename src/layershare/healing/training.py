@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from layershare.calibrate.drivers import evaluating
-from layershare.calibrate.stats import Progress
 from layershare.errors import LayershareError
 from layershare.foreign import reading
 from layershare.healing.arguments import OPTIMIZER, arguments
@@ -27,10 +25,10 @@ from layershare.healing.objective import Objective
 from layershare.healing.parameters import merge
 from layershare.healing.replacement import ReplacementCallback, gates
 from layershare.model.arch import find_blocks
-from layershare.plan.table import duration
+from layershare.model.modes import evaluating
+from layershare.progress import Progress, Say
+from layershare.units import duration
 
-Say = Callable[[str], None]
-"""Takes a line about how the training goes."""
 WEIGHTS = "trained.safetensors"
 WHOLE = "whole"
 """The file that is written last into a checkpoint; one without it is half of one."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from layershare.errors import LayershareError
 from layershare.formulas.linalg import low_rank
 from layershare.methods.low_rank import LowRank
-from layershare.methods.trial import Trial, truncated
+from layershare.methods.probe import Probe, truncated
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget, target_parameters
 from layershare.plan.edits import Share
@@ -83,11 +83,11 @@ class Asvd(LowRank):
         """Measure every truncation, and carry out the least harmful ones until the budget is met."""
         if budget.fraction == 1:
             return ()
-        trial = Trial(evidence, self.samples)
+        probe = Probe(evidence, self.samples)
         truncations: list[Truncation] = []
         for done, linear in enumerate(spec.linears):
             evidence.progress(done, len(spec.linears))
-            truncations += self._truncations(linear, evidence, trial)
+            truncations += self._truncations(linear, evidence, probe)
         return search(spec, budget, truncations, self.pivot)
 
     def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
@@ -100,13 +100,13 @@ class Asvd(LowRank):
         ratios = [Fraction(step, self.ratios + 1) for step in range(1, self.ratios + 1)]
         return [max(1, int(cost.rank(ratio * cost.whole))) for ratio in ratios]
 
-    def _truncations(self, linear: Linear, evidence: Evidence, trial: Trial) -> Iterator[Truncation]:
+    def _truncations(self, linear: Linear, evidence: Evidence, probe: Probe) -> Iterator[Truncation]:
         weight, ranks = evidence.weight(linear), self._ranks(linear)
         left, right, *_ = low_rank(weight, self.metric(evidence, linear), ranks[-1])
         factors = left.to(weight.dtype), right.to(weight.dtype)
         name = evidence.spec.weight_name(linear)
         for rank in ranks:
-            yield Truncation(linear, rank, trial.loss({name: truncated(linear, factors, rank)}))
+            yield Truncation(linear, rank, probe.loss({name: truncated(linear, factors, rank)}))
 
 
 def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation], pivot: bool = False) -> tuple[Share, ...]:

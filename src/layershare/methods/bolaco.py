@@ -33,7 +33,7 @@ from torch import Tensor
 from layershare.errors import LayershareError, how_to_install
 from layershare.formulas.linalg import low_rank
 from layershare.methods.low_rank import LowRank
-from layershare.methods.trial import Trial, truncated
+from layershare.methods.probe import Probe, truncated
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
@@ -89,7 +89,7 @@ class Bolaco(LowRank):
         if budget.fraction == 1:
             return ()
         names = {x: self._ratio_name(spec, x) for x in spec.linears if x.role not in DENSE}
-        trial = Trial(evidence, self.samples)
+        probe = Probe(evidence, self.samples)
         factors: dict[Linear, tuple[Tensor, Tensor]] = {}
         for x in names:
             weight, cost = evidence.weight(x), matrix_cost(x, self.pivot)
@@ -106,7 +106,7 @@ class Bolaco(LowRank):
             for share in shares(wanted):
                 x = spec.linear(*share.places[0])
                 replaced[spec.weight_name(x)] = truncated(x, factors[x], share.rank)
-            return trial.loss(replaced)
+            return probe.loss(replaced)
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.GPSampler(seed=self.seed)

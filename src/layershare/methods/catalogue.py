@@ -5,8 +5,6 @@ import sys
 from dataclasses import dataclass
 from inspect import getdoc
 
-from rich.table import Table
-
 from layershare.methods import METHODS, make_method
 
 
@@ -48,17 +46,6 @@ def paper_of(name: str) -> str | None:
     """The paper that a method's file names: authors, title, place, arXiv number."""
     found = re.search(r"^Paper: (.*?arXiv\s[\d.]+\d)", _documented(name), re.DOTALL | re.MULTILINE)
     return " ".join(found[1].split()) if found else None
-
-
-def methods_table(entries: list[Entry]) -> Table:
-    """The methods for a terminal, each beside its name."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column()
-    for entry in entries:
-        paper = "" if entry.paper is None else f" Paper: {' '.join(entry.paper.split()[-2:])}."
-        table.add_row(entry.name, f"{entry.does}\nNeeds {entry.needs}. Sizes: {entry.sizes}.{paper}")
-    return table
 
 
 def _entry(name: str) -> Entry:

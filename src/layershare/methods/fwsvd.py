@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.methods.low_rank import UniformLowRank
 from layershare.model.arch import Linear
 from layershare.plan.evidence import Evidence
@@ -30,7 +30,7 @@ class FwSvd(UniformLowRank):
     """FWSVD has no options of its own."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """Squared gradients."""
         return frozenset({"fisher"})
 

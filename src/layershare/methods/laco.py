@@ -27,10 +27,10 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.methods.merging import Block, combine, merges, require_alike, require_mergeable, unmerged
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, allows
 from layershare.plan.edits import Merge
@@ -62,7 +62,7 @@ class LaCo(Method):
     """Blocks of the calibration text on which the models are compared."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """No statistics."""
         return frozenset()
 
@@ -93,13 +93,13 @@ class LaCo(Method):
         """
         if allows(budget, spec, ()):
             return ()
-        trial = Trial(evidence, self.samples)
-        original = trial.final_states(()).flatten(1).float()
+        probe = Probe(evidence, self.samples)
+        original = probe.final_states(()).flatten(1).float()
         known: dict[tuple[Merge, ...], float] = {}
 
         def similarity(edits: tuple[Merge, ...]) -> float:
             if edits not in known:
-                states = trial.final_states(edits).flatten(1).float()
+                states = probe.final_states(edits).flatten(1).float()
                 known[edits] = torch.cosine_similarity(original, states).mean().item()
             return known[edits]
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.methods.merging import combine, merges, require_alike, require_mergeable, unmerged
 from layershare.model.arch import Spec
@@ -49,7 +49,7 @@ class Mka(Method):
     sizes: ClassVar[str] = "steps of a block"
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """What blocks change of the hidden states."""
         return frozenset({"blocks"})
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.model.arch import Part, Spec
 from layershare.plan.budget import Budget, allows
@@ -32,7 +32,7 @@ class DropParts(Method):
     """What may be left out."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """What blocks change of the hidden states."""
         return frozenset({"blocks"})
 

@@ -7,7 +7,7 @@ single ranks are added.
 
 from dataclasses import dataclass
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.methods.low_rank import UniformLowRank
 
 
@@ -16,6 +16,6 @@ class Svd(UniformLowRank):
     """Plain SVD has no options of its own."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """No statistics."""
         return frozenset()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.methods.low_rank import LowRank
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
@@ -35,7 +35,7 @@ class WeLore(LowRank):
     """WeLore has no options of its own."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """No statistics."""
         return frozenset()
 

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from layershare.errors import UnsupportedModelError, quantized_with
 from layershare.model.checked import FLOATS, no_weights, quantized_by
 from layershare.model.composition import Member
+from layershare.model.flow import Flow
 from layershare.model.given import require_model
-from layershare.model.prenorm import Flow, NotPreNorm, PreNorm, find_prenorm
+from layershare.model.prenorm import NotPreNorm, PreNorm, find_prenorm
 from layershare.model.skeleton import run_skeleton
 
 READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
@@ -90,8 +91,8 @@ class Spec:
 
     `base_prefix` leads from a name in the causal LM's state dict to one in the base model (`model.`), `blocks` names
     the stack of blocks relative to the base model, `tensors` has shape and dtype of every tensor that a checkpoint
-    stores (tied ones once, under full names), `buffers` the names among them that are no parameters. `stream` tells how
-    the hidden states are made and read if the model is a plain pre-norm decoder, and otherwise why it is none.
+    stores (tied ones once, under full names), `buffers` the names among them that are no parameters. `prenorm` tells
+    how the hidden states are made and read if the model is a plain pre-norm decoder, and otherwise why it is none.
     """
 
     model_type: str
@@ -102,7 +103,7 @@ class Spec:
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
     buffers: frozenset[str]
     head_multiplications: int
-    stream: PreNorm | str
+    prenorm: PreNorm | str
 
     @cached_property
     def parameters(self) -> int:
@@ -147,12 +148,12 @@ class Spec:
 
     def sliceable(self) -> PreNorm:
         """The residual stream, if it can be sliced. Raises `UnsupportedModelError`, with the reason, if not."""
-        if isinstance(self.stream, str):
+        if isinstance(self.prenorm, str):
             raise UnsupportedModelError(
-                f"A '{self.model_type}' model cannot be sliced, because {self.stream}; "
+                f"A '{self.model_type}' model cannot be sliced, because {self.prenorm}; "
                 "slicing needs blocks x + attention(norm(x)), then x + mlp(norm(x)). Use another method."
             )
-        return self.stream
+        return self.prenorm
 
     def part(self, layer: int, part: Part) -> tuple[Linear, ...]:
         """The linears of one sub-layer of a block, the one that writes into the residual stream last."""
@@ -265,7 +266,7 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
         tensors=tensors,
         buffers=frozenset(tensors) - {name for name, _ in skeleton.named_parameters()},
         head_multiplications=head.weight.numel() if isinstance(head, nn.Linear) else 0,
-        stream=_stream(flow, prefix, linears, len(blocks), head),
+        prenorm=_prenorm(flow, prefix, linears, len(blocks), head),
     )
 
 
@@ -293,7 +294,9 @@ def _require_floats(model: PreTrainedModel) -> None:
             raise no_weights(name, parameter.dtype)
 
 
-def _stream(flow: Flow, prefix: str, linears: Sequence[Linear], n_layers: int, head: nn.Module | None) -> PreNorm | str:
+def _prenorm(
+    flow: Flow, prefix: str, linears: Sequence[Linear], n_layers: int, head: nn.Module | None
+) -> PreNorm | str:
     """The residual stream, or why it is not that of a plain pre-norm decoder."""
     parts = []
     for layer in range(n_layers):

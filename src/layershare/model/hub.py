@@ -41,6 +41,7 @@ from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
 from layershare.model.source import read_model
 from layershare.model.swap import Dropped, drop_modules, first_gone, make_dense, swap_modules
 from layershare.model.weights import require_finite
+from layershare.store import as_json
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "layershare"
@@ -105,7 +106,7 @@ class LayershareConfig(QuantizationConfigMixin):
             values["dropped"] = [{**asdict(each), "members": list(each.members)} for each in self.dropped]
         del values["slice"]
         if self.slice is not None:
-            values["slice"] = json.loads(json.dumps(asdict(self.slice)))
+            values["slice"] = as_json(asdict(self.slice))
         return values
 
 

@@ -1,28 +1,21 @@
 """Find out whether a model is a plain pre-norm decoder: from the flow of data, not from its name.
 
 A plain pre-norm decoder adds up embeddings, then twice per block x ← x + m·write(f(read(norm(x)))), and reads the last
-x through a norm and the head; nothing else may touch x. The one run on shapes that `describe` makes is recorded as
-steps between values: a module without children is one step, every operation outside of such modules another. What
-kind of norm a module is, it is asked by numbers.
+x through a norm and the head; nothing else may touch x. That is read off the steps of the one run on shapes that
+`describe` makes.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-_SAME = {"view", "_unsafe_view", "alias", "detach", "expand", "unsqueeze", "squeeze", "_to_copy", "clone", "slice"}
-"""Operations whose result, if it has as many elements, is the value that it was made from."""
+from layershare.model.flow import Flow, Step
+from layershare.model.norms import UnknownNorm, norm_kind
+
 _PARALLEL = "it runs attention and MLP side by side"
-_LARGE, _SMALL = 2.0**20, 2.0**-10
-"""Sizes of probing inputs for which a norm's ε is negligible, and is not."""
 
 
 @dataclass(frozen=True)
@@ -53,98 +46,6 @@ class PreNorm:
     centered: bool
     shifted: bool
     eps: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something that made a value: a module (by its full name) or an operation (`add`), from which values.
-
-    What no step made, such as a parameter, comes from a step "a tensor". `scalars` are the numbers among an operation's
-    arguments, NaN where a tensor of one element stands for one.
-    """
-
-    name: str
-    inputs: tuple[int, ...]
-    output: int
-    scalars: tuple[float, ...] = ()
-    module: nn.Module | None = None
-
-
-class Flow(TorchDispatchMode):
-    """Records the steps of a forward; values are numbered, a view or a cast of a tensor is the same value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self._values: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # a freed tensor's id could be taken by another
-        self._inside: set[int] | None = None
-
-    @contextmanager
-    def watching(self, model: nn.Module):
-        """Record what the modules of `model` do within this context."""
-        hooks = []
-        for name, module in model.named_modules():
-            if not list(module.children()):
-                hooks.append(module.register_forward_pre_hook(self._enter))
-                hooks.append(module.register_forward_hook(self._leaver(name)))
-        try:
-            with self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        nested = (arg if isinstance(arg, list | tuple) else (arg,) for arg in (*args, *(kwargs or {}).values()))
-        given = [item for items in nested for item in items]
-        tensors = [item for item in given if isinstance(item, Tensor)]
-        if self._inside is not None:
-            self._inside.update(self._values[id(tensor)] for tensor in tensors if id(tensor) in self._values)
-            return result
-        scalars = [float(item) for item in given if isinstance(item, int | float)]
-        scalars += [math.nan for tensor in tensors if tensor.numel() == 1]
-        tensors = [tensor for tensor in tensors if tensor.numel() > 1]
-        for tensor in tensors:
-            if id(tensor) not in self._values:
-                self._record("a tensor", (), tensor)
-        inputs = tuple(self._values[id(tensor)] for tensor in tensors)
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        made = result if isinstance(result, list | tuple) else (result,)
-        for tensor in (item for item in made if isinstance(item, Tensor)):
-            if name in _SAME and len(inputs) == 1 and tensor.numel() == tensors[0].numel():
-                self._set(tensor, inputs[0])
-            else:
-                self._record(name, inputs, tensor, tuple(scalars))
-        return result
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._inside = set()
-
-    def _leaver(self, name: str):
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            used, self._inside = tuple(sorted(self._inside or ())), None
-            for tensor in output if isinstance(output, list | tuple) else (output,):
-                if isinstance(tensor, Tensor) and id(tensor) not in self._values:  # dropout hands on what it is given
-                    self._record(name, used, tensor, module=module)
-
-        return leave
-
-    def _record(
-        self,
-        name: str,
-        inputs: tuple[int, ...],
-        output: Tensor,
-        scalars: tuple[float, ...] = (),
-        module: nn.Module | None = None,
-    ) -> None:
-        self.steps.append(Step(name, inputs, len(self.steps), scalars, module))
-        self._set(output, len(self.steps) - 1)
-
-    def _set(self, tensor: Tensor, value: int) -> None:
-        self._alive.append(tensor)
-        self._values[id(tensor)] = value
 
 
 class NotPreNorm(Exception):
@@ -207,7 +108,10 @@ class _Search:
         readers = self.users.get(last[0].output, [])
         if len(readers) != 1 or readers[0].module is not head or not isinstance(head, nn.Linear):
             raise NotPreNorm("its last norm is not read by a linear output head alone")
-        kinds = {norm_kind(norm.module, head.in_features) for norm in norms if norm.module is not None}
+        try:
+            kinds = {norm_kind(norm.module, head.in_features) for norm in norms if norm.module is not None}
+        except UnknownNorm as error:
+            raise NotPreNorm(str(error)) from error
         if len(kinds) != 1:
             raise NotPreNorm("its norms are of several kinds")
         centered, shifted, eps = kinds.pop()
@@ -278,49 +182,3 @@ class _Search:
         if step.module is None and linear and step.inputs:
             return [name for each in step.inputs for name in self._embeddings(each)]
         raise NotPreNorm(f"'{step.name}' stands between its embeddings and its first block")
-
-
-@torch.no_grad()
-def norm_kind(module: nn.Module, width: int) -> tuple[bool, bool, float]:
-    """Whether a norm subtracts the mean and adds a bias, and its ε; found by asking it, its weights made up.
-
-    Raises `NotPreNorm` if it computes something else than RMSNorm or LayerNorm.
-    """
-    draw = torch.Generator().manual_seed(0)
-    made_up = {
-        name: torch.rand(parameter.shape, generator=draw, dtype=torch.float64) + 0.5
-        for name, parameter in module.named_parameters()
-    }
-    x = torch.randn(width, generator=draw, dtype=torch.float64) + 1
-    try:
-        scale, shift = affine(module, made_up, width)
-        small = (_ask(module, made_up, _SMALL * _unit(width)) - shift) * _unit(width)
-        answer = _ask(module, made_up, x)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise NotPreNorm(f"its norm {type(module).__name__} has weights of its own kind") from error
-    eps = float(f"{_SMALL**2 * max(((scale / small) ** 2).mean().item() - 1, 0):.3g}")
-    for centered in (False, True):
-        moved = x - x.mean() if centered else x
-        expected = scale * moved / (moved.square().mean() + eps).sqrt() + shift
-        if torch.allclose(answer, expected, rtol=1e-4, atol=1e-5):
-            return centered, bool(shift.abs().max() > 1e-3), eps
-    raise NotPreNorm(f"its norm {type(module).__name__} is neither RMSNorm nor LayerNorm")
-
-
-@torch.no_grad()
-def affine(module: nn.Module, parameters: Mapping[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift (float64, `width` each) of a norm with these parameters, norm(x) = scale ⊙ x̂ + shift."""
-    wide = {name: tensor.double() for name, tensor in parameters.items()}
-    unit = _unit(width)
-    shift = _ask(module, wide, 0 * unit)
-    return (_ask(module, wide, _LARGE * unit) - shift) * unit, shift
-
-
-def _ask(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    device = next((tensor.device for tensor in parameters.values()), x.device)
-    return functional_call(module, dict(parameters), (x.to(device)[None, None],))[0, 0].double().cpu()
-
-
-def _unit(width: int) -> Tensor:
-    """An input of mean 0 and mean square 1: 1, −1, 1, −1, …"""
-    return torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(math.ceil(width / 2))[:width]

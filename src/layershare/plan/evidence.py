@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from layershare.calibrate.stats import Progress, Stats
+from layershare.calibrate.stats import Stats
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
@@ -14,6 +14,7 @@ from layershare.formulas.linalg import spectrum
 from layershare.model.arch import Linear, Spec
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.ranks import Group
+from layershare.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Evidence:
     opened: Weights | None = None
     measured: Stats | None = None
     calibration: Text | None = None
-    progress: Progress = lambda done, total: None
+    progress: Progress = no_progress
     batch_size: int = 1
     scratch: Path | None = None
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget
@@ -55,7 +55,7 @@ class Method(ABC):
     """The sizes that it can reach, in a few words."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """The statistics that it plans and solves with; they are measured before."""
         return frozenset({"inputs"})
 

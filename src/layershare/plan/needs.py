@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.model.arch import Spec
 from layershare.model.composition import Composition
 from layershare.plan.budget import measure
@@ -40,7 +40,7 @@ def estimate_needs(
     blocks: int,
     length: int,
     batch_size: int,
-    kinds: Collection[Kind],
+    kinds: Collection[Statistic],
     refits: bool = False,
     epochs: int = 0,
     searches: bool = False,

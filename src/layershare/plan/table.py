@@ -7,12 +7,12 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from layershare.disk import size
 from layershare.model.arch import WRITERS, Linear, Spec
 from layershare.plan.edits import Delta, Merge, Share, composition, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed
+from layershare.units import duration, size
 
 
 def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed | None = None) -> RenderableType:
@@ -70,14 +70,6 @@ def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:
     if speed is None:
         return f"{words}."
     return f"{words}; about {duration(needs.work.seconds(speed))} on this machine ({speed.place})."
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: `47 s`, `3.5 min`, `2.1 h`."""
-    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    unit, factor = next(each for each in units if seconds >= each[1] or each[1] == 1)
-    value = seconds / factor
-    return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
 def _table(title: str | None = None) -> Table:

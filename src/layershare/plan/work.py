@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.model.arch import Spec
 from layershare.plan.edits import Delta, Share, places, sharing, sliced_width
 from layershare.plan.plan import Plan
@@ -58,7 +58,7 @@ def count_work(
     *,
     blocks: int,
     length: int,
-    kinds: Collection[Kind],
+    kinds: Collection[Statistic],
     refits: bool,
     epochs: int,
     runs: int,

@@ -20,11 +20,11 @@ from layershare.report.words import (
     in_blocks,
     loading,
     options,
-    percent,
     scores,
     sizes,
     story,
 )
+from layershare.units import percent
 
 _CARD = """\
 ---

@@ -9,7 +9,7 @@ from typing import Any
 from plotly import graph_objects as go
 
 from layershare.report.runs import Cell, Run
-from layershare.report.words import count, percent
+from layershare.units import count, percent
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's colours that show on white and on black: told apart with every kind of colour vision."""

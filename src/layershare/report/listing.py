@@ -1,4 +1,4 @@
-"""Results for the terminal: tables of evaluations and of compressed models."""
+"""Tables for the terminal: methods, evaluations and compressed models."""
 
 import os
 from collections.abc import Iterator
@@ -10,17 +10,27 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from layershare.disk import size
 from layershare.errors import LayershareError
 from layershare.folders import RECIPE, WORK
 from layershare.foreign import read_mapping, reading
+from layershare.methods.catalogue import Entry
 from layershare.report.results import RESULTS, Listed, read_as
 from layershare.report.runs import PLAN, printable, short
-from layershare.report.words import percent
 from layershare.report.words import score as score_in_words
+from layershare.units import brief_count, percent, size
 
 _CAPTION = "In brackets behind a perplexity: the tokens of a block."
-_UNITS = (("B", 10**9), ("M", 10**6), ("k", 10**3))
+
+
+def methods_table(entries: list[Entry]) -> Table:
+    """The methods for a terminal, each beside its name."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    for entry in entries:
+        paper = "" if entry.paper is None else f" Paper: {' '.join(entry.paper.split()[-2:])}."
+        table.add_row(entry.name, f"{entry.does}\nNeeds {entry.needs}. Sizes: {entry.sizes}.{paper}")
+    return table
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
@@ -108,7 +118,7 @@ def _row(results: dict[str, Any]) -> list[str]:
     return [
         short(results["model"]),
         printable(method) + (", healed" if healing else ""),
-        _count(after["parameters"]),
+        brief_count(after["parameters"]),
         percent(after["parameters"] / before["parameters"], 1),
         size(after["bytes"]),
         f"{measured['perplexity']['value']:.4g} ({measured['text']['length']})" if "perplexity" in measured else "",
@@ -130,8 +140,3 @@ def _ours(place: Path) -> bool:
     with suppress(LayershareError), reading(RESULTS, "it is not ours"):
         return {"model", "method", "keep", "of", "before", "after"} <= read_mapping(place / RESULTS).keys()
     return False
-
-
-def _count(parameters: int) -> str:
-    unit, factor = next(((unit, factor) for unit, factor in _UNITS if parameters >= factor), ("", 1))
-    return f"{parameters / factor:.3g}{unit}"

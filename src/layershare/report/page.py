@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from layershare.disk import OTHER_FILE, size, writing
+from layershare.disk import OTHER_FILE, writing
 from layershare.errors import LayershareError, how_to_install
 from layershare.foreign import reading, reason
 from layershare.report.card import card, citation
@@ -15,7 +15,6 @@ from layershare.report.runs import AGAIN, SPEED, Run
 from layershare.report.words import (
     blocks,
     calibration,
-    count,
     digits_of,
     edits,
     healed,
@@ -25,12 +24,12 @@ from layershare.report.words import (
     made_in,
     method_of,
     options,
-    percent,
     scores,
     sizes,
     story,
 )
 from layershare.store import write_atomically
+from layershare.units import count, percent, size
 
 
 def write_pages(folder: Path, name: str) -> None:
@@ -50,7 +49,7 @@ def write_pages(folder: Path, name: str) -> None:
             warnings.warn(f"The result has no {file} ({reason(error)}), but all else.", stacklevel=2)
 
 
-def report(folders: Sequence[Path], out: Path) -> None:
+def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write one page about the runs in these folders.
 
     Raises `LayershareError` if a folder is no finished run, the file cannot be written or the extra is missing.

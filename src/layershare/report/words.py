@@ -3,37 +3,15 @@
 from collections import Counter
 from typing import Any
 
-from layershare.disk import size
 from layershare.plan.edits import Drop, Merge, Slice
-from layershare.plan.table import duration
 from layershare.report.runs import Run
-
-_UNITS = (("billion", 10**9), ("million", 10**6), ("thousand", 10**3))
-
-
-def count(number: float) -> str:
-    """A count to three digits: `7.61 million`."""
-    for unit, factor in _UNITS:
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def of_count(part: float, whole: float) -> str:
-    """A part of a count in the whole's unit: `6.3 of 7.6 million`."""
-    unit, factor = next(((unit, factor) for unit, factor in _UNITS if whole >= factor), ("", 1))
-    return f"{part / factor:.2g} of {whole / factor:.2g} {unit}".rstrip()
-
-
-def percent(fraction: float, digits: int = 0) -> str:
-    """`0.8` as `80 %`, with a space that does not break."""
-    return f"{fraction:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
+from layershare.units import count, count_of, duration, percent, size
 
 
 def story(run: Run) -> str:
     """A run in one sentence: what is left of what, and what that did to perplexity."""
     before, after = (run.results[when]["all"]["parameters"] for when in ("before", "after"))
-    sentence = f"{run.model} at {percent(run.kept)}: {of_count(after, before)} parameters"
+    sentence = f"{run.model} at {percent(run.kept)}: {count_of(after, before)} parameters"
     if run.evaluation is None:
         return sentence
     return f"{sentence}, perplexity {quality(run, 3)} {in_blocks(run.evaluation['text'])}"

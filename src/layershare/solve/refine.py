@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layershare.calibrate.drivers import evaluating, hidden_output
+from layershare.calibrate.drivers import hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
+from layershare.model.modes import evaluating
+from layershare.model.norms import norm_parameters
 from layershare.plan.edits import Edit, sharing
 from layershare.plan.evidence import Evidence
 from layershare.plan.layout import compositions
@@ -48,7 +50,7 @@ def refine_blocks(factored: Factored, store: Store, evidence: Evidence, options:
     for (layer, block), (_, same) in zip(targets, inputs, strict=True):
         names = own_factors(spec, factored.plan.edits, layer)
         if names and options.norms:
-            names += norms(block)
+            names += norm_parameters(block)
         unit = f"layer-{layer:03d}"
 
         def step(epoch: int, layer: int = layer) -> None:
@@ -80,16 +82,6 @@ def own_factors(spec: Spec, edits: tuple[Edit, ...], layer: int) -> list[str]:
             if all(user.name.startswith(start) for user in users):
                 found.append(f"{member.name.removeprefix(start)}.{factor.name}.weight")
     return found
-
-
-def norms(block: nn.Module) -> list[str]:
-    """Names, relative to a block, of the parameters of its norms: of the modules whose weight is a vector."""
-    names = []
-    for module_name, module in block.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if "weight" in parameters and parameters["weight"].ndim == 1:
-            names += [f"{module_name}.{name}" for name in parameters]
-    return names
 
 
 def _fit(

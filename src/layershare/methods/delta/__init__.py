@@ -36,10 +36,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.formulas.linalg import energy, spectrum
-from layershare.methods.delta.aligned import SubLayer, aligned, as_it_is, folded
+from layershare.methods.delta.aligned import Rewritten, aligned, as_it_is, folded
 from layershare.methods.delta.solving import delta_units, solve_deltas
 from layershare.methods.low_rank import share_units
 from layershare.methods.svd import Svd
@@ -83,7 +83,7 @@ class DeltaLlm(Method):
     """Share the mean of anchor and targets, with a delta for the anchor, too."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """Grams, if errors are weighted by them."""
         return frozenset({"inputs"}) if self.weighted else frozenset()
 
@@ -156,7 +156,7 @@ class DeltaLlm(Method):
         views = replace(self, align=self.align and whole).views(evidence, part, anchor, targets)
         return solve_deltas(deltas, evidence.spec, dict(zip((anchor, *targets), views, strict=True)), self.init)
 
-    def views(self, evidence: Evidence, part: Part, anchor: int, targets: Iterable[int]) -> list[SubLayer]:
+    def views(self, evidence: Evidence, part: Part, anchor: int, targets: Iterable[int]) -> list[Rewritten]:
         """A sub-layer of the anchor's block, then those of the targets', aligned to it if they are to be."""
         shown = [as_it_is(evidence, layer, part, weighted=self.weighted) for layer in (anchor, *targets)]
         if not self.align:

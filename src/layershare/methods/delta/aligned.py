@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from layershare.formulas.align import assign, assign_heads, columns_apart, foldable, members_of, rows_apart
 from layershare.model.arch import READERS, WRITERS, Linear, Part, common_parent
-from layershare.model.prenorm import affine
+from layershare.model.norms import affine
 from layershare.plan.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class SubLayer:
+class Rewritten:
     """Attention or MLP of a block, with the symmetries that are applied to it.
 
     `weighted`: what counts is the error on the sub-layer's inputs, otherwise that of the weights. `divisor` (width) is
@@ -77,29 +77,29 @@ class SubLayer:
         return changed
 
 
-def as_it_is(evidence: Evidence, layer: int, part: Part, *, weighted: bool) -> SubLayer:
+def as_it_is(evidence: Evidence, layer: int, part: Part, *, weighted: bool) -> Rewritten:
     """A sub-layer without any change."""
-    return SubLayer(evidence, layer, part, weighted)
+    return Rewritten(evidence, layer, part, weighted)
 
 
-def folded(sublayer: SubLayer) -> SubLayer:
+def folded(sublayer: Rewritten) -> Rewritten:
     """The sub-layer with its norm's scale in its readers, where the model is a plain pre-norm decoder."""
     evidence = sublayer.evidence
-    if isinstance(evidence.spec.stream, str):
+    if isinstance(evidence.spec.prenorm, str):
         return sublayer
     norm, own = _norm(evidence, _norm_name(evidence, sublayer.layer, sublayer.part))
     if not set(own) <= {"weight", "bias"}:
         return sublayer
-    scale, _ = affine(norm, own, evidence.spec.stream.width)
+    scale, _ = affine(norm, own, evidence.spec.prenorm.width)
     return replace(sublayer, divisor=foldable(scale).to(evidence.weights.device))
 
 
-def aligned(anchor: SubLayer, target: SubLayer) -> SubLayer:
+def aligned(anchor: Rewritten, target: Rewritten) -> Rewritten:
     """The target with its units in the order that brings them nearest to the anchor's, if they can be moved."""
     return _with_neurons_moved(anchor, target) if target.part == "mlp" else _with_heads_moved(anchor, target)
 
 
-def _with_neurons_moved(anchor: SubLayer, target: SubLayer) -> SubLayer:
+def _with_neurons_moved(anchor: Rewritten, target: Rewritten) -> Rewritten:
     inner = target.linears["down"].d_in
     readers = [role for role in target.linears if role in READERS]
     if any(target.linears[role].d_out % inner for role in readers) or _divided_by_unit(target, inner):
@@ -115,7 +115,7 @@ def _with_neurons_moved(anchor: SubLayer, target: SubLayer) -> SubLayer:
     return replace(target, orders={**halves, "down": order})
 
 
-def _with_heads_moved(anchor: SubLayer, target: SubLayer) -> SubLayer:
+def _with_heads_moved(anchor: Rewritten, target: Rewritten) -> Rewritten:
     linears, heads = target.linears, target.evidence.weights.model.config.num_attention_heads
     if set(linears) != {"q", "k", "v", "o"}:
         return target
@@ -132,7 +132,7 @@ def _with_heads_moved(anchor: SubLayer, target: SubLayer) -> SubLayer:
     return replace(target, orders={"q": queries, "k": keys, "v": keys, "o": queries})
 
 
-def _divided_by_unit(sublayer: SubLayer, size: int) -> bool:
+def _divided_by_unit(sublayer: Rewritten, size: int) -> bool:
     """Whether something besides weights and biases may belong to single units: a tensor there of another size.
 
     An MLP may have none of its `size` inner neurons; an attention those of modules alone that all its heads share, such

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layershare.formulas.linalg import energy, low_rank, weighted_mean
-from layershare.methods.delta.aligned import SubLayer
+from layershare.methods.delta.aligned import Rewritten
 from layershare.model.arch import Part, Spec, part_of
 from layershare.plan.edits import Delta, Edit
 from layershare.plan.layout import named_tensors, require_fitting
@@ -29,7 +29,7 @@ def delta_units(spec: Spec, edits: Iterable[Edit]) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def solve_deltas(deltas: Sequence[Delta], spec: Spec, views: Mapping[int, SubLayer], init: str) -> Solution:
+def solve_deltas(deltas: Sequence[Delta], spec: Spec, views: Mapping[int, Rewritten], init: str) -> Solution:
     """The tensors of the deltas of a sub-layer, and of each the error Σ‖Xₜ(Wₜ − W − AₜBₜ)‖² / Σ‖XₜWₜ‖².
 
     `views`: layer -> the sub-layer as it is subtracted, the anchor's first.
@@ -48,7 +48,7 @@ def solve_deltas(deltas: Sequence[Delta], spec: Spec, views: Mapping[int, SubLay
 
 
 def _deltas(
-    edit: Delta, views: Mapping[int, SubLayer], init: str
+    edit: Delta, views: Mapping[int, Rewritten], init: str
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], float]:
     """The shared weight W, of every layer of the edit Aₜ and Bₜ, and the error.
 

@@ -23,7 +23,7 @@ Where this differs
 from dataclasses import dataclass
 from typing import ClassVar
 
-from layershare.calibrate.stats import Kind
+from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.methods.slicegpt.slicing import slice_model, slice_units
 from layershare.model.arch import Spec
@@ -48,7 +48,7 @@ class SliceGpt(Method):
     """The width is a multiple of it; without, of 8 if that uses the budget up to 0.5 %, otherwise of 1."""
 
     @property
-    def uses(self) -> frozenset[Kind]:
+    def uses(self) -> frozenset[Statistic]:
         """No statistics."""
         return frozenset()
 

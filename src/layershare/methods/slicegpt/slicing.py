@@ -19,7 +19,8 @@ from layershare.calibrate.stats import gram_of, measuring
 from layershare.errors import LayershareError
 from layershare.formulas.linalg import principal_axes
 from layershare.model.arch import Spec
-from layershare.model.prenorm import PreNorm, SubLayer, affine
+from layershare.model.norms import affine
+from layershare.model.prenorm import PreNorm, SubLayer
 from layershare.model.sliced import sliced_sublayer, standing_in
 from layershare.plan.edits import Slice
 from layershare.plan.evidence import Evidence

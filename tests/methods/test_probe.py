@@ -9,7 +9,7 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.methods import make_method
 from layershare.methods.merging import combine, merges, unmerged
-from layershare.methods.trial import Trial
+from layershare.methods.probe import Probe
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Drop, Merge
 from tests.families import tiny_model
@@ -22,11 +22,11 @@ def test_the_loss_is_that_of_a_model_with_other_weights_and_the_model_stays(fami
     model = tiny_model(family)
     measured = evidence(model)
     assert measured.text is not None
-    trial = Trial(measured, 3)
+    probe = Probe(measured, 3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = measured.spec.weight_name(measured.spec.linears[-1])
     other = torch.randn_like(before[name])
-    losses = [trial.loss({}), trial.loss({name: other}), trial.loss({})]
+    losses = [probe.loss({}), probe.loss({name: other}), probe.loss({})]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
     changed = tiny_model(family)
@@ -49,15 +49,15 @@ def test_final_states_are_those_of_the_model_that_a_run_writes(family, evidence,
     edits = [Drop("block", (0,)), Merge(1, (1, 3), (-0.5, 1.5))]
     measured = evidence(model)
     assert measured.text is not None
-    trial = Trial(measured, 2)
-    states = trial.final_states(edits)
+    probe = Probe(measured, 2)
+    states = probe.final_states(edits)
     plan = json.loads(layershare.make_plan(model, method="svd", keep=0.9).to_json())
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"edits": [vars(edit) for edit in edits]}))
     small = layershare.compress(model, method="svd", plan=tmp_path / "plan.json")
     expected = small.base_model(measured.text.tokens[:2], use_cache=False).last_hidden_state
     torch.testing.assert_close(states, expected)
     whole = model.base_model(measured.text.tokens[:2], use_cache=False).last_hidden_state
-    torch.testing.assert_close(trial.final_states([]), whole)
+    torch.testing.assert_close(probe.final_states([]), whole)
     assert model.config.num_hidden_layers == 4
 
 

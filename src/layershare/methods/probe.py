@@ -16,7 +16,7 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.layout import origins
 
 
-class Trial:
+class Probe:
     """The whole model, in memory, and the first `samples` blocks of the calibration text.
 
     Raises `LayershareError` if the evidence has no text.

@@ -1,6 +1,5 @@
 """What a recipe's `evaluation` asks for, a text, zero-shot tasks or both: loaded before and measured after the work."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,14 +8,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.calibrate.text import Text, block_length, load_text
 from layershare.evaluate.divergence import evaluate
 from layershare.evaluate.tasks import Tasks, load_tasks, run_tasks
-from layershare.recipe import Test
+from layershare.progress import Progress, no_progress
+from layershare.recipe import EvaluationSettings
 
 
 @dataclass(frozen=True)
-class Trial:
+class Evaluator:
     """A text and tasks to measure models on, of which one may be missing, and the tokenizer that reads them."""
 
-    test: Test
+    settings: EvaluationSettings
     tokenizer: PreTrainedTokenizerBase
     text: Text | None
     tasks: Tasks | None
@@ -30,14 +30,14 @@ class Trial:
         self,
         model: PreTrainedModel,
         original: PreTrainedModel | None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = no_progress,
     ) -> dict[str, Any]:
         """The fields of `Evaluation` if there is a text; `tasks` and, given an original, `original_tasks` if there are.
 
         Raises `LayershareError` as `evaluate` does.
         """
         results: dict[str, Any] = {}
-        size = self.test.batch_size
+        size = self.settings.batch_size
         if self.text is not None:
             results = asdict(evaluate(model, self.text, original, batch_size=size, progress=progress))
         if self.tasks is not None:
@@ -48,17 +48,21 @@ class Trial:
         return results
 
 
-def load_trial(test: Test, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Trial:
+def load_evaluator(
+    settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> Evaluator:
     """Load text and tasks for a model of that config: unless told otherwise, `block_length` is how long blocks are.
 
     Raises as `load_text` and `load_tasks` do.
     """
     text = tasks = None
     vocabulary = config.get_text_config().vocab_size
-    if test.text is not None:
-        length = block_length(config, test.length)
-        text = load_text(test.text, tokenizer, split="test", blocks=test.blocks, length=length, vocabulary=vocabulary)
-    if test.tasks:
-        tasks = load_tasks(test.tasks, test.tasks_data, test.limit)
+    if settings.text is not None:
+        length = block_length(config, settings.length)
+        text = load_text(
+            settings.text, tokenizer, split="test", blocks=settings.blocks, length=length, vocabulary=vocabulary
+        )
+    if settings.tasks:
+        tasks = load_tasks(settings.tasks, settings.tasks_data, settings.limit)
         tasks.require_within(vocabulary, tokenizer)
-    return Trial(test, tokenizer, text, tasks)
+    return Evaluator(settings, tokenizer, text, tasks)

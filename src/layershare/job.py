@@ -1,0 +1,205 @@
+"""What is checked and planned before a run: everything that can be known before a weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from layershare.calibrate.stats import Statistic, Stats
+from layershare.calibrate.text import Source, Text, block_length, load_text
+from layershare.device import device_of, dtype_of
+from layershare.errors import LayershareError
+from layershare.folders import require_folder
+from layershare.methods import make_method, plan_with
+from layershare.model.arch import Spec, describe
+from layershare.model.checked import main_dtype, stored_tensors
+from layershare.model.checkpoint import Tensors
+from layershare.model.source import read_config, require_same_model, resolve, values_of
+from layershare.model.weights import Weights
+from layershare.plan.budget import allowed, parse_keep
+from layershare.plan.edits import Share, sharing, sliced_width
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
+from layershare.plan.needs import Needs, estimate_needs
+from layershare.plan.plan import Plan
+from layershare.plan.work import Speed, measure_speed
+from layershare.progress import Announce, silent
+from layershare.recipe import Calibration, Recipe
+from layershare.solve.refine import require_refinable
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe checked against its model: everything that can be known before a weight is read.
+
+    `spec` has the types in which the result is stored, `computed` those in which the model is run. `plan` is `None`
+    for a method that plans by what it measures.
+    """
+
+    recipe: Recipe
+    spec: Spec
+    computed: Tensors
+    method: Method
+    name: str
+    plan: Plan | None
+    length: int
+
+    @property
+    def refits(self) -> bool:
+        """Whether coefficients will be fitted again to what the compressed layers put out."""
+        if self.plan is None:
+            return self.recipe.refit is True
+        return refits(self.plan, self.method, self.recipe.refit)
+
+    @property
+    def kinds(self) -> frozenset[Statistic]:
+        """The statistics that the run needs: to plan by, or to solve groups with."""
+        solves = self.plan is None or bool(sharing(self.plan.edits))
+        return self.method.uses if solves else frozenset()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the run needs a text."""
+        if self.recipe.refine is not None:
+            return True
+        if self.plan is None:
+            return bool(self.kinds) or self.method.searches or self.refits
+        return bool(self.kinds) or self.refits or sliced_width(self.plan.edits) is not None
+
+    @property
+    def needs(self) -> Needs:
+        """What the run will need of the machine."""
+        options = self.recipe.calibration
+        return estimate_needs(
+            replace(self.spec, tensors=self.computed),
+            self.plan,
+            blocks=options.blocks,
+            length=self.length,
+            batch_size=options.batch_size,
+            kinds=self.kinds,
+            refits=self.refits,
+            epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
+            searches=self.plan is None and self.method.searches,
+            runs=self.method.runs(self.spec) if self.plan is None else 0,
+        )
+
+
+def speed_for(job: Job) -> Speed:
+    """The speed of the job's device at products of its model's size, measured."""
+    linear = max(job.spec.linears, key=lambda linear: linear.parameters)
+    _, dtype = job.computed[job.spec.weight_name(linear)]
+    return measure_speed(device_of(job.recipe.device), dtype, min(linear.d_in, linear.d_out))
+
+
+def refits(plan: Plan, method: Method, wanted: Literal["auto"] | bool) -> bool:
+    """Whether the coefficients of a plan's shares are fitted again; `auto`: as the method says."""
+    kept = plan.after.targets.parameters / plan.before.targets.parameters
+    chosen = method.refits(kept) if wanted == "auto" else wanted
+    return chosen and any(isinstance(edit, Share) for edit in plan.edits)
+
+
+def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None = None) -> Job:
+    """Check a recipe and, where the method can, plan it, without reading a weight.
+
+    The model is read by name if none is given: its config, and which types its weights have if they are here. A plan
+    file is carried out with the method and the options that it names. Raises `LayershareError` for everything that is
+    wrong with the recipe.
+    """
+    method = make_method(recipe.method, recipe.options)
+    source, checkpoint = _described(recipe, model)
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    dtype = dtype_of(recipe.dtype, device_of(recipe.device), config)
+    spec = describe(source, None if dtype == "auto" else getattr(torch, dtype))
+    if checkpoint:
+        require_same_model(recipe.model, spec, checkpoint)
+    computed = spec.tensors
+    if recipe.store_dtype != "auto":
+        spec = spec.stored_as({}, getattr(torch, recipe.store_dtype))
+    elif checkpoint:
+        spec = spec.stored_as({name: each.dtype for name, each in checkpoint.items()}, main_dtype(checkpoint))
+    elif isinstance(source, PreTrainedConfig) and isinstance(source.dtype, torch.dtype):
+        spec = spec.stored_as({}, source.dtype)
+    name, plan = recipe.method, None
+    if recipe.plan is not None:
+        if recipe.options:
+            raise LayershareError("A plan is carried out with the options that it names; give no others beside it.")
+        plan = Plan.read(recipe.plan, spec)
+        if not plan.edits:
+            raise LayershareError(f"The plan '{recipe.plan}' has no edits: there is nothing to carry out.")
+        name, method = plan.method, make_method(plan.method, plan.options)
+    elif not method.adaptive:
+        plan = plan_with(spec, name, method, recipe.keep, recipe.of)
+    else:
+        method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
+    if plan is not None:
+        method.units(spec, plan.edits)
+        if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
+            raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
+        if recipe.refine is not None:
+            require_refinable(plan.edits)
+    return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
+
+
+def _described(
+    recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights | None
+) -> tuple[PreTrainedModel | PreTrainedConfig, Mapping[str, Tensor] | None]:
+    """The model or config that a recipe is about, and what its checkpoint stores, as far as that is here."""
+    if isinstance(model, Weights):
+        return model.model, model.checkpoint
+    if model is not None:
+        return model, None
+    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    source = resolve(recipe.model)
+    return config, stored_tensors(source, values_of(source), fetch=False)
+
+
+def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) -> Job:
+    """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
+
+    Raises `LayershareError` as `prepare`, and if the method needs statistics that are not there, or a text.
+    """
+    job = prepare(recipe)
+    if job.plan is not None:
+        return job
+    if job.method.searches:
+        raise LayershareError(
+            f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
+        )
+    if job.method.uses and folder is None:
+        raise LayershareError(
+            f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
+        )
+    if folder is not None:
+        require_folder(folder)
+    with TemporaryDirectory(prefix="layershare-") as scratch:
+        weights = open_weights(recipe, Path(scratch))
+        stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
+        evidence = Evidence(job.spec, weights, stats, progress=announce("plan"))
+        return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
+
+
+def load_calibration(
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
+) -> Text:
+    """The calibration text, or `text` in its place, for a model of that config. Raises as `load_text`."""
+    return load_text(
+        options.text if text is None else text,
+        tokenizer,
+        split="train",
+        blocks=options.blocks,
+        length=block_length(config, options.length),
+        seed=options.seed,
+        vocabulary=config.get_text_config().vocab_size,
+    )
+
+
+def open_weights(recipe: Recipe, scratch: Path, device: str = "cpu") -> Weights:
+    """The weights of a recipe's model, left on disk."""
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    dtype = dtype_of(recipe.dtype, device, read_config(recipe.model, **trust))
+    return Weights.open(recipe.model, scratch, dtype=dtype, device=device, **trust)
