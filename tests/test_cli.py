@@ -383,6 +383,8 @@ def test_mistakes_with_models(layershare, here):
         ("generate", "text.txt", "x"): "'text.txt' is a file",
         ("generate", "dense", "x", "--dtype", "f16"): "Unknown dtype 'f16'. Did you mean 'float16'?",
         ("generate", "dense", ""): "The prompt has no tokens",
+        ("generate", "dense", "x" * 5000): "5000 + 64 tokens do not fit",
+        **{(verb, "x" * 5000): "(File name too long); name something else" for verb in ("ls", "report", "verify")},
         ("generate", "dense", "x", "--tokens", "128"): "1 + 128 tokens do not fit: this model takes 128",
         ("plan", "dense", "-o", "no/plan.json"): "There is no folder 'no'",
         ("calibrate", "dense", "-o", "text.txt/stats"): "'text.txt' is a file; name a folder",

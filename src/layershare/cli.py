@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from os.path import isdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -161,6 +162,12 @@ def main() -> None:
             app()
         except LayershareError as error:
             say(complaints, f"Error: {error}", "red")
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            words = LayershareError(f"'{error.filename}' cannot be used ({error.strerror}); name something else.")
+            say(complaints, f"Error: {words}", "red")
             sys.exit(2)
 
 
@@ -607,7 +614,7 @@ def generate(
     from layershare.device import device_of
     from layershare.evaluate.generate import continue_text
 
-    if Path(prompt).is_dir() and not Path(folder).is_dir():
+    if isdir(prompt) and not isdir(folder):  # unlike pathlib's, these take text that is too long for a name
         raise LayershareError(f"'{prompt}' is a folder, '{folder}' is none: name the model first, then the prompt.")
     _quiet()
     options: dict[str, Any] = {"temperature": temperature, "seed": seed, "dtype": dtype}
