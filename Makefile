@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: test demo bench check tables clean
+.PHONY: test demo floor bench check tables clean
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.demo.run
+
+# Save, load and heal small models with the oldest transformers, accelerate and PEFT allowed, in an environment of its own.
+floor:
+	$(PYTHON) -m venv .floor
+	grep -vE '^(accelerate|huggingface.hub|peft|tokenizers|transformers)==' constraints.txt > .floor/constraints.txt
+	.floor/bin/python -m pip install --quiet --disable-pip-version-check -c .floor/constraints.txt -e '.[heal]' \
+		'transformers==5.16.*' 'accelerate==1.10.*' 'peft==0.18.*' pytest pytest-xdist
+	.floor/bin/python -m pytest -o filterwarnings= tests/test_floor.py
 
 # Run every method at every size where a result is missing. C4 comes from the hub unless BENCH says where it is:
 # make bench BENCH="--path c4=FILE.jsonl --path stories260K=FOLDER --path tinystories-train=FILE.txt …"
@@ -32,4 +40,4 @@ tables: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .floor out

@@ -17,7 +17,7 @@ from scripts.method_matrix import matrix
 from scripts.recipe_tables import options_page, recipe_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
+PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
 BENCHMARKS = ROOT / "benchmarks"
 METHODS, FORMS, HEAL = (Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "forms", "heal"))
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)

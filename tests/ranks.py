@@ -7,15 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+retries = 0
+"""How often ranks were started again in this process."""
+
 
 def run_ranks(module: str, *arguments: str, world: int = 2) -> None:
     """Run `python -m module arguments…` as `world` ranks; an `AssertionError` with what they printed if one fails.
 
     A rank of torch's CPU collectives has been seen to end with SIGSEGV, rarely and inside a collective step; that, and
-    nothing else, is tried a second time. A second crash shows its stack.
+    nothing else, is tried a second time, and said. A second crash shows its stack.
     """
+    global retries
     codes, outputs = _run(module, arguments, world)
     if -signal.SIGSEGV in codes:
+        retries += 1
+        print(
+            f"A rank of {module} ended with SIGSEGV: tried again, retry {retries} of this process.", *outputs, sep="\n"
+        )
         codes, outputs = _run(module, arguments, world)
     assert not any(codes), "\n".join(outputs)
 

@@ -16,8 +16,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +55,32 @@ def test_the_readme_s_python_runs(user):
     assert "trainable params" in done.stdout
 
 
-def test_the_readme_names_every_family_and_method():
+def test_the_pages_name_every_family_and_method():
     families = re.search(r"Tested families: (.*?)\. Mixture", README, re.DOTALL)
     assert families is not None
     assert set(re.split(r",\s+", families[1])) == set(CONFIGS)
-    described = re.sub(r"<!-- .*? made by .*?<!-- end of .*?-->", "", README, flags=re.DOTALL)
+    described = re.sub(r"<!-- .*? made by .*?<!-- end of .*?-->", "", METHODS_PAGE, flags=re.DOTALL)
     assert all(f"| `{name}` |" in described for name in METHODS)
+
+
+def test_a_method_is_added_as_its_page_says(tmp_path):
+    page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    method, registering, using = blocks("python", page)
+    (tmp_path / "randomized_svd.py").write_text(method, encoding="utf-8")
+    before = "from tests.families import tiny_model\nmodel = tiny_model('llama')\n"
+    after = "print(model.num_parameters(), small.num_parameters())\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", before + registering + using + after],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    dense, small = map(int, done.stdout.split()[-2:])
+    assert 0.75 * dense < small <= 0.8 * dense
 
 
 def test_the_tables_are_those_of_the_results():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from layershare.manifest import Verified, verify
     from layershare.model.arch import Spec, describe
     from layershare.model.hub import load, save
+    from layershare.model.source import resolve
     from layershare.plan.edits import Share
     from layershare.plan.plan import Plan
 
@@ -32,6 +33,7 @@ _HOME = {
     "describe": "model.arch",
     "load": "model.hub",
     "save": "model.hub",
+    "resolve": "model.source",
     "Plan": "plan.plan",
     "Share": "plan.edits",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "load",
     "make_plan",
     "measure",
+    "resolve",
     "save",
     "verify",
 ]
