@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from layershare.model.arch import Spec, describe
     from layershare.model.hub import load, save
     from layershare.model.source import resolve
-    from layershare.plan.edits import Share
+    from layershare.plan.edits import Place, Share
     from layershare.plan.plan import Plan
 
 _HOME = {
@@ -34,6 +34,7 @@ _HOME = {
     "load": "model.hub",
     "save": "model.hub",
     "resolve": "model.source",
+    "Place": "plan.edits",
     "Plan": "plan.plan",
     "Share": "plan.edits",
 }
@@ -41,6 +42,7 @@ _HOME = {
 __all__ = [
     "Evaluation",
     "LayershareError",
+    "Place",
     "Plan",
     "Share",
     "Spec",
