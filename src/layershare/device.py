@@ -43,5 +43,5 @@ def precision_of(wanted: Literal["auto", "bfloat16", "float32"], device: str) ->
 
 @cache
 def multiplies_halves() -> bool:
-    """Whether this CPU has instructions for bfloat16 (AVX-512 or newer, on x86)."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether torch has fast products of bfloat16 on this CPU (AVX-512 or newer, on x86)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
