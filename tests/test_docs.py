@@ -46,13 +46,19 @@ def test_the_readme_s_commands_run_in_order(user):
     assert (user / "from-recipe" / "results.json").is_file()
 
 
-def test_the_readme_s_python_runs(user):
-    script = "\n".join(blocks("python"))
+def run_python(script: str, folder: Path, **environment: str) -> str:
+    """What a script prints that runs in a folder."""
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=user, capture_output=True, text=True, check=False)
+    environment = os.environ | environment
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "top-1 agreement with the original: " in done.stdout
-    assert "trainable params" in done.stdout
+    return done.stdout
+
+
+def test_the_readme_s_python_runs(user):
+    printed = run_python("\n".join(blocks("python")), user)
+    assert "top-1 agreement with the original: " in printed
+    assert "trainable params" in printed
 
 
 def test_the_pages_name_every_family_and_method():
@@ -69,17 +75,9 @@ def test_a_method_is_added_as_its_page_says(tmp_path):
     (tmp_path / "randomized_svd.py").write_text(method, encoding="utf-8")
     before = "from tests.families import tiny_model\nmodel = tiny_model('llama')\n"
     after = "print(model.num_parameters(), small.num_parameters())\n"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", before + registering + using + after],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    dense, small = map(int, done.stdout.split()[-2:])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    printed = run_python(before + registering + using + after, tmp_path, PYTHONPATH=path)
+    dense, small = map(int, printed.split()[-2:])
     assert 0.75 * dense < small <= 0.8 * dense
 
 

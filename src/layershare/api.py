@@ -52,7 +52,7 @@ def compress(
     batch_size: int = Calibration.batch_size,
     stats: str | Path | None = None,
     plan: str | Path | None = None,
-    refit: Literal["auto"] | bool = "auto",
+    refit: Literal["auto"] | bool = Recipe.refit,
     refine: bool | dict[str, Any] = False,
     folder: str | Path | None = None,
     progress: bool | None = None,

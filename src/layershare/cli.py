@@ -161,14 +161,16 @@ def main() -> None:
         try:
             app()
         except LayershareError as error:
-            say(complaints, f"Error: {error}", "red")
-            sys.exit(2)
+            _complain(error)
         except OSError as error:
             if error.filename is None:
                 raise
-            words = LayershareError(f"'{error.filename}' cannot be used ({error.strerror}); name something else.")
-            say(complaints, f"Error: {words}", "red")
-            sys.exit(2)
+            _complain(LayershareError(f"'{error.filename}' cannot be used ({error.strerror}); name something else."))
+
+
+def _complain(error: LayershareError) -> None:
+    say(complaints, f"Error: {error}", "red")
+    sys.exit(2)
 
 
 def _version(show: bool) -> None:

@@ -47,7 +47,12 @@ class Job:
     method: Method
     name: str
     plan: Plan | None
-    length: int
+    config: PreTrainedConfig
+
+    @property
+    def length(self) -> int:
+        """Tokens per block of the calibration text."""
+        return block_length(self.config, self.recipe.calibration.length)
 
     @property
     def refits(self) -> bool:
@@ -142,7 +147,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
             raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
         if recipe.refine is not None:
             require_refinable(plan.edits)
-    return Job(recipe, spec, computed, method, name, plan, block_length(config, recipe.calibration.length))
+    return Job(recipe, spec, computed, method, name, plan, config)
 
 
 def _described(
@@ -177,7 +182,7 @@ def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) 
     if folder is not None:
         require_folder(folder)
     with TemporaryDirectory(prefix="layershare-") as scratch:
-        weights = open_weights(recipe, Path(scratch))
+        weights = open_weights(recipe, job.config, Path(scratch))
         stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
         evidence = Evidence(job.spec, weights, stats, progress=announce("plan"))
         return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
@@ -198,8 +203,8 @@ def load_calibration(
     )
 
 
-def open_weights(recipe: Recipe, scratch: Path, device: str = "cpu") -> Weights:
-    """The weights of a recipe's model, left on disk."""
-    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
-    dtype = dtype_of(recipe.dtype, device, read_config(recipe.model, **trust))
-    return Weights.open(recipe.model, scratch, dtype=dtype, device=device, **trust)
+def open_weights(recipe: Recipe, config: PreTrainedConfig, scratch: Path) -> Weights:
+    """The weights of a recipe's model, which is of that config, left on disk."""
+    device = device_of(recipe.device)
+    place: dict[str, Any] = {"device": device, "trust_remote_code": recipe.trust_remote_code}
+    return Weights.open(recipe.model, scratch, dtype=dtype_of(recipe.dtype, device, config), **place)

@@ -67,7 +67,6 @@ def run(
         recipe = replace(recipe, model=located(recipe.model))
     if is_finished(out, recipe.to_yaml()):
         return _finished(recipe, out, model)
-    device = device_of(recipe.device)
     job = prepare(recipe, model)
     tokenizer, calibration, evaluator = _texts(job, model, tokenizer, text)
     stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
@@ -77,7 +76,7 @@ def run(
         if model is None:
             scratch = work / "scratch"
             shutil.rmtree(scratch, ignore_errors=True)
-            weights = open_weights(recipe, scratch, device)
+            weights = open_weights(recipe, job.config, scratch)
             job = prepare(recipe, weights)  # with the dtypes that the weights really have
         else:
             weights = Weights.of(model)
@@ -111,10 +110,9 @@ def _texts(
     job: Job, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, text: Source | None
 ) -> tuple[PreTrainedTokenizerBase | None, Text | None, Evaluator | None]:
     """The tokenizer, what to calibrate on and what to measure on, each as far as the run needs it."""
-    recipe, trust = job.recipe, {"trust_remote_code": job.recipe.trust_remote_code}
-    config = read_config(recipe.model, **trust) if model is None else model.config
+    recipe, config = job.recipe, job.config
     if tokenizer is None and model is None:
-        tokenizer = read_tokenizer(recipe.model, **trust)
+        tokenizer = read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     elif tokenizer is None and model is not None and (job.calibrated or recipe.evaluation is not None):
         tokenizer = tokenizer_of(model)
     calibration = evaluator = None
@@ -271,7 +269,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announ
     options = recipe.calibration
     assert options.stats is not None
     folder = require_stats_folder(Path(options.stats))
-    device = device_of(recipe.device)
+    device_of(recipe.device)  # refuses an unknown one before anything is read or written
     config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     spec = describe(config)
     text = load_calibration(options, read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code), config)
@@ -284,7 +282,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announ
     make_folder(folder)
     with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
-        weights = open_weights(recipe, scratch, device)
+        weights = open_weights(recipe, config, scratch)
         weights.require_sound()
         progress = announce("calibrate")
         passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}

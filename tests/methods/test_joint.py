@@ -94,3 +94,16 @@ def test_joint_ranks_keep_to_the_budget():
         assert plan.options == {**vars(method)}
         assert 0.995 * 0.7 * spec.parameters <= plan.after.all.parameters <= 0.7 * spec.parameters
         assert any(isinstance(edit, Share) and edit.places[:2] == (Place("q", 0), Place("k", 0)) for edit in plan.edits)
+
+
+def test_units_tell_what_was_solved_for_one_plan_from_another():
+    spec, places = describe(CONFIGS["llama"]()), (Place("q", 0), Place("k", 0))
+    shares = [
+        Share(places, rank, side, private_rank=private, pivot=pivot)
+        for rank in (4, 5)
+        for side in ("input", "output")
+        for private in (0, 2)
+        for pivot in (False, True)
+    ]
+    names = [unit.name for share in shares for unit in make_method("svd").units(spec, (share,))]
+    assert len(set(names)) == len(names) == 16

@@ -124,10 +124,10 @@ def share_and_own(
             down, up, error, _ = low_rank(rest, gram, private_rank)
             own.append((down, up))
             lost += error * energy(rest, gram)
-        error = lost / whole if whole else 0.0
-        if best is not None and error > best.error * (1 - SETTLED):
-            return best if best.error <= error else replace(made, error=error, spectrum=None, own=tuple(own))
-        best = replace(made, error=error, spectrum=None, own=tuple(own))
+        now = replace(made, error=lost / whole if whole else 0.0, spectrum=None, own=tuple(own))
+        if best is not None and now.error > best.error * (1 - SETTLED):
+            return min(best, now, key=lambda each: each.error)
+        best = now
         left = [weight.double() - down @ up for weight, (down, up) in zip(weights, own, strict=True)]
 
 

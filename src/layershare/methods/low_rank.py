@@ -12,7 +12,7 @@ from torch import Tensor
 from layershare.formulas.linalg import Factors, low_rank, pivot_factors, share_and_own, share_input, share_output
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
-from layershare.plan.edits import Edit, Share
+from layershare.plan.edits import Share
 from layershare.plan.evidence import Evidence
 from layershare.plan.layout import named_tensors
 from layershare.plan.method import Method, Solution, Unit
@@ -36,13 +36,16 @@ class LowRank(Method):
         return evidence.gram(linear) if "inputs" in self.uses else None
 
     def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
-        """The factors of one group, `weights` n of d_in × d_out in the order of its places: the optimum."""
-        return best_factors(share, weights, metrics)
+        """The factors of one group, `weights` n of d_in × d_out in the order of its places: the optimum.
 
-    def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
-        """Every group for itself."""
-        self.require_solvable(edits)
-        return share_units(spec, edits)
+        With private directions beside, the best that alternating finds.
+        """
+        if share.private_rank:
+            return share_and_own(weights, metrics, share.rank, share.private_rank, share.side)
+        if len(weights) > 1:
+            best = share_input if share.side == "input" else share_output
+            return best(weights, metrics, share.rank)
+        return as_factors(share, *low_rank(weights[0], metrics[0], share.rank))
 
     def solve(self, unit: Unit, evidence: Evidence) -> Solution:
         """The factors of a group, as layers hold them."""
@@ -63,33 +66,10 @@ class UniformLowRank(LowRank):
         return uniform(spec, private_groups(spec.linears, self.pivot), budget)
 
 
-def best_factors(share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
-    """The optimum for a group under its Grams, or what takes their place (`None`: all directions count the same).
-
-    With private directions beside, the best that alternating finds.
-    """
-    if share.private_rank:
-        return share_and_own(weights, metrics, share.rank, share.private_rank, share.side)
-    if len(weights) > 1:
-        best = share_input if share.side == "input" else share_output
-        return best(weights, metrics, share.rank)
-    return as_factors(share, *low_rank(weights[0], metrics[0], share.rank))
-
-
 def as_factors(share: Share, left: Tensor, right: Tensor, error: float, spectrum: Tensor | None = None) -> Factors:
     """One matrix W ≈ left · right as basis and coefficients on the side of its group of one."""
     basis, coef = (left, right) if share.side == "input" else (right, left)
     return Factors(basis, (coef,), error, spectrum)
-
-
-def share_units(spec: Spec, edits: Sequence[Edit]) -> tuple[Unit, ...]:
-    """The shares among a plan's edits, every group for itself."""
-    units = []
-    for share in (edit for edit in edits if isinstance(edit, Share)):
-        private = f"+{share.private_rank}" if share.private_rank else ""
-        name = f"{share.id}.{share.side}.{share.rank}{private}{'.pivoted' if share.pivot else ''}"
-        units.append(Unit(name, (share,), sum(spec.linear(*place).parameters for place in share.places)))
-    return tuple(units)
 
 
 def solution(spec: Spec, share: Share, factors: Factors, dtype: torch.dtype) -> Solution:

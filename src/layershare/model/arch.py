@@ -129,10 +129,12 @@ class Spec:
 
     def linear(self, role: str, layer: int) -> Linear:
         """The linear of one role in one layer. Raises `KeyError` if that layer has none."""
-        for linear in self.by_role.get(role, ()):
-            if linear.layer == layer:
-                return linear
-        raise KeyError(f"layer {layer} has no {role}")
+        return self.by_place[role, layer]
+
+    @cached_property
+    def by_place(self) -> dict[tuple[str, int], Linear]:
+        """(role, layer) -> that linear."""
+        return {(linear.role, linear.layer): linear for linear in self.linears}
 
     def stored_as(self, dtypes: Mapping[str, torch.dtype], other: torch.dtype | None) -> "Spec":
         """The same with the floating types that a checkpoint stores, by names with or without prefix, `other` else."""

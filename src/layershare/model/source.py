@@ -1,7 +1,6 @@
 """From a model's name to config and tokenizer. A name is a folder, a hub id, or `sample`, the model that we ship."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
@@ -150,9 +149,8 @@ def require_same_model(source: str, spec: Spec, stored: Mapping[str, Tensor]) ->
         found = stored.get(name, stored.get(name.removeprefix(spec.base_prefix)))
         if found is not None and found.dtype in FLOATS and found.shape != torch.Size(shape):
             raise mismatched(name, found.shape, shape)
-    layer = re.compile(rf"(?:{re.escape(spec.base_prefix)})?{re.escape(spec.blocks)}\.(\d+)\.")
-    beyond = {name for name in stored if (found := layer.match(name)) and int(found[1]) >= spec.n_layers}
-    require_all_used(source, beyond)
+    layers = {name: (spec.layer_of(name), spec.layer_of(f"{spec.base_prefix}{name}")) for name in stored}
+    require_all_used(source, {name for name, found in layers.items() if any((n or 0) >= spec.n_layers for n in found)})
 
 
 @contextmanager

@@ -166,11 +166,10 @@ def composition(spec: Spec, edit: Share | Delta) -> Composition:
 
     Raises `LayershareError` if the model lacks one of them, or if they cannot share.
     """
-    there = {Place(linear.role, linear.layer): linear.member for linear in spec.linears}
-    if missing := [place for place in edit.places if place not in there]:
+    if missing := [place for place in edit.places if place not in spec.by_place]:
         role, layer = missing[0]
         raise LayershareError(f"The plan names {role} of layer {layer}, which this model does not have.")
-    return composed(edit, there)
+    return composed(edit, {place: spec.by_place[place].member for place in edit.places})
 
 
 def composed(edit: Share | Delta, members: Mapping[Place, Member]) -> Composition:

@@ -15,8 +15,8 @@ from layershare.plan.evidence import Evidence
 from layershare.store import Store
 from layershare.values import STRICT
 
-_SOLVED = {Share: "low-rank factors", Delta: "deltas", Slice: "a slice"}
-"""The edits that need tensors which the model does not have."""
+_SOLVED = {Share: ("low-rank factors", "svd-llm"), Delta: ("deltas", "delta"), Slice: ("a slice", "slicegpt")}
+"""The edits that need tensors which the model does not have: what they are, and a method that makes them."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,22 @@ class Method(ABC):
         return False
 
     def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
-        """What a plan's edits are solved as, in order: each that needs a solution for itself.
+        """What a plan's edits are solved as, in order: every group for itself.
 
         Raises `LayershareError` for a plan, as it may have been written by hand, that the method has no solution for.
         """
         self.require_solvable(edits)
-        return tuple(Unit(edit.id, (edit,)) for edit in edits if isinstance(edit, Share | Delta))
+        units = []
+        for share in (edit for edit in edits if isinstance(edit, Share)):
+            private = f"+{share.private_rank}" if share.private_rank else ""
+            name = f"{share.id}.{share.side}.{share.rank}{private}{'.pivoted' if share.pivot else ''}"
+            units.append(Unit(name, (share,), sum(spec.linear(*place).parameters for place in share.places)))
+        return tuple(units)
 
     def require_solvable(self, edits: tuple[Edit, ...]) -> None:
         """Raise `LayershareError` for edits that the method has no solution for."""
-        for kind, called in _SOLVED.items():
+        for kind, (called, method) in _SOLVED.items():
             if kind not in self.solves and any(isinstance(edit, kind) for edit in edits):
-                method = {Share: "svd-llm", Delta: "delta", Slice: "slicegpt"}[kind]
                 raise LayershareError(
                     f"The plan has {called}, which its method cannot make; set its method to one that can, such as "
                     f"'{method}'."

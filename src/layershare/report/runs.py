@@ -1,5 +1,6 @@
 """A finished run as its folder tells it: files in, and for the eyes what was done to every linear."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +54,7 @@ class Cell:
     def together(self) -> str:
         """What shares or goes together, in words: `layers 2, 3`, `gate and up of layer 2`."""
         roles = list(dict.fromkeys(place.role for place in self.places))
-        layers = f"layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))}"
+        layers = in_layers(self.layers)
         return f"{', '.join(roles[:-1])} and {roles[-1]} of {layers}" if len(roles) > 1 else layers
 
 
@@ -192,6 +193,11 @@ class Run:
             kept = composition.parameters_of(member) / (member.d_in * member.d_out)
             cells.append(Cell(*place, kind, layers, places, number, side=side, rank=rank, kept=kept, **what))
         return cells
+
+
+def in_layers(layers: Sequence[int]) -> str:
+    """Layers by their numbers: `layer 2`, `layers 2, 3`."""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 def printable(name: str) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from layershare.plan.edits import Drop, Merge, Slice
-from layershare.report.runs import Run
+from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
 
@@ -110,7 +110,7 @@ def edits(run: Run) -> str:
         if isinstance(edit, Slice):
             parts.append(f"all hidden states sliced to {edit.width:,} components")
             continue
-        layers = f"layer{'s' * (len(edit.layers) > 1)} {', '.join(map(str, edit.layers))}"
+        layers = in_layers(edit.layers)
         if isinstance(edit, Drop):
             parts.append(f"{layers} dropped" if edit.part == "block" else f"{edit.part} of {layers} dropped")
         elif isinstance(edit, Merge):

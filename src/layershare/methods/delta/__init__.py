@@ -41,7 +41,6 @@ from layershare.errors import LayershareError
 from layershare.formulas.linalg import energy, spectrum
 from layershare.methods.delta.aligned import Rewritten, aligned, as_it_is, folded
 from layershare.methods.delta.solving import delta_units, solve_deltas
-from layershare.methods.low_rank import share_units
 from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.model.arch import PARTS, Part, Spec, part_of
@@ -141,8 +140,7 @@ class DeltaLlm(Method):
 
     def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
         """Sub-layers with their anchors, after the low-rank factors that a plan by hand may have."""
-        self.require_solvable(edits)
-        return (*share_units(spec, edits), *delta_units(spec, edits))
+        return (*super().units(spec, edits), *delta_units(spec, edits))
 
     def solve(self, unit: Unit, evidence: Evidence) -> Solution:
         """The deltas of a sub-layer, or the factors of a group."""

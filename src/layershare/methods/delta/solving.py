@@ -37,13 +37,13 @@ def solve_deltas(deltas: Sequence[Delta], spec: Spec, views: Mapping[int, Rewrit
     tensors: dict[str, Tensor] = {}
     for view in views.values():
         tensors |= view.others()
+    require_fitting(tensors)
     facts = {}
     for delta in deltas:
         base, made, error = _deltas(delta, views, init)
         own = {spec.linear(delta.role, layer).name: pair for layer, pair in made.items()}
         tensors |= named_tensors(spec, delta, base, own, base.dtype)
         facts[delta.id] = {"error": error}
-    require_fitting(tensors)
     return Solution(tensors, facts)
 
 
