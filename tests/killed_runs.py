@@ -1,9 +1,9 @@
 """Run a recipe in child processes that are killed at random points, until one finishes. Its arguments: recipe, output
 of the interrupted runs, output of an uninterrupted one, number of kills, seed."""
 
-import os
+import glob
+import multiprocessing
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -17,35 +17,40 @@ torch.set_num_threads(1)
 recipe = read_recipe(sys.argv[1])
 interrupted, whole, kills = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 chance = random.Random(int(sys.argv[5]))
+forks = multiprocessing.get_context("fork")
 
 
-def start(out: Path) -> int:
-    """Fork a child that carries out the recipe; its process id."""
-    child = os.fork()
-    if child == 0:
-        run(recipe, out)
-        os._exit(0)
-    return child
+def finish(out: Path) -> None:
+    """Carry out the recipe in a child process that nothing stops."""
+    child = forks.Process(target=run, args=(recipe, out))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
 
 
 begin = time.monotonic()
-assert os.waitpid(start(whole), 0)[1] == 0
+finish(whole)
 duration = time.monotonic() - begin
 
 # What shows that a child is in the middle of calibrating, of solving, of refitting, of writing.
-signs = (".run/stats/*/inputs-001*", ".run/units/*.safetensors", ".run/refit/layer-001*", ".run/model/*.safetensors*")
+measured = "gradients" if recipe.method == "auto" else "inputs"
+signs = [f".run/stats/*/{measured}-001*", ".run/units/*.safetensors", ".run/model/*.safetensors*"]
+if recipe.method == "basis-sharing":
+    signs.insert(2, ".run/refit/layer-001*")
 seen = set()
 for attempt in range(kills):
-    child = start(interrupted)
+    child = forks.Process(target=run, args=(recipe, interrupted))
+    child.start()
     if attempt < len(signs):
-        while not list(interrupted.glob(signs[attempt])) and os.waitpid(child, os.WNOHANG)[0] == 0:
+        # The child moves and deletes folders meanwhile: glob.glob passes over what is gone, Path.glob raises.
+        while not glob.glob(signs[attempt], root_dir=interrupted) and child.is_alive():
             time.sleep(0.0005)
     else:
         time.sleep(chance.uniform(0.1, 0.9) * duration)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join()
     seen |= {path.parent.name for path in interrupted.rglob("*.safetensors")}
     if (interrupted / "config.json").exists():
         break
-assert os.waitpid(start(interrupted), 0)[1] == 0  # of a finished run it clears away what the kill left
+finish(interrupted)  # of a finished run it clears away what the kill left
 print(" ".join(sorted(seen)))

@@ -315,8 +315,11 @@ def calibrate(
     text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
+    gradients: Annotated[
+        bool, typer.Option(help="Gradients at the outputs of matrices, which auto plans by: three times the work.")
+    ] = True,
     fisher: Annotated[
-        bool, typer.Option("--fisher", help="Gradients, too, for fwsvd: needs the whole model in memory.")
+        bool, typer.Option("--fisher", help="Gradients of weights, too, for fwsvd: needs the whole model in memory.")
     ] = False,
     dtype: Dtype = Recipe.dtype,
     device: Device = Recipe.device,
@@ -334,7 +337,7 @@ def calibrate(
     with _progress() as (announce, _):
         folder = calibrate_to(
             _recipe({"model": model, "calibration": calibration, **where}),
-            (*STREAMED, "fisher") if fisher else STREAMED,
+            (*STREAMED, *(["gradients"] if gradients else ()), *(["fisher"] if fisher else ())),
             announce,
         )
     say(console, f"Statistics are in {folder}.")

@@ -183,7 +183,10 @@ def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) 
         require_folder(folder)
     with TemporaryDirectory(prefix="layershare-") as scratch:
         weights = open_weights(recipe, job.config, Path(scratch))
-        stats = Stats.find(folder, weights.fingerprint) if folder is not None and job.method.uses else None
+        stats = None
+        if folder is not None and job.method.uses:
+            stats = Stats.find(folder, weights.fingerprint)
+            stats.require(job.method.uses, job.spec.n_layers)
         evidence = Evidence(job.spec, weights, stats, progress=announce("plan"))
         return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
 

@@ -12,7 +12,7 @@ from layershare.methods import METHODS
 from layershare.methods.low_rank import LowRank
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
-from tests.families import CONFIGS, OPTIONS, tiny_model, tokens
+from tests.families import OPTIONS, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 LOW_RANK = [name for name, method in METHODS.items() if issubclass(method, LowRank)]
@@ -55,15 +55,6 @@ def check(small: Any, folder, plan: dict[str, Any]) -> None:
     loaded.save_pretrained(folder.parent / "again")
     assert torch.equal(load(folder.parent / "again")(tokens()).logits, expected)
     torch.testing.assert_close(loaded.dequantize()(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_every_family(family, tmp_path, tokenizer, words):
-    small = compressed(tiny_model(family), tokenizer, words, "basis-sharing", tmp_path / "small")
-    assert pivoted(small)
-    plan = json.loads((tmp_path / "small" / "plan.json").read_text())
-    assert all(edit["pivot"] for edit in plan["edits"])
-    check(small, tmp_path / "small", plan)
 
 
 @pytest.mark.parametrize("method", LOW_RANK)

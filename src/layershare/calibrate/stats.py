@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from layershare.calibrate.backward import Trail
 from layershare.calibrate.drivers import hidden_input, hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
@@ -26,10 +28,15 @@ from layershare.store import MANIFEST, Store, only_one, read_manifest
 _ROWS = 256
 """Tokens that are widened to float32 at once."""
 
+BACKWARD = 2
+"""Passes forwards that a way back takes as long as."""
+EDGE = 8
+SPAN = 10.0
 
-Statistic = Literal["inputs", "blocks", "fisher"]
+Statistic = Literal["inputs", "blocks", "gradients", "fisher"]
 """`inputs`: a Gram and mean magnitudes per site; `blocks`: how much each block and sub-layer changes the hidden states;
-`fisher`: squared gradients per row of each weight (needs the whole model in memory)."""
+`gradients`: a Gram of the loss's gradients at the output of each linear (a forward and a backward pass); `fisher`:
+squared gradients per row of each weight (needs the whole model in memory)."""
 STREAMED: tuple[Statistic, ...] = ("inputs", "blocks")
 """What one pass, block after block, measures."""
 
@@ -67,6 +74,15 @@ class Stats:
         """Whether a layer's statistics of a kind are there, whole and unchanged."""
         return _unit(kind, layer) in self._store
 
+    def require(self, kinds: Collection[Statistic], n_layers: int) -> None:
+        """Raise `LayershareError` for kinds that were not measured of all layers."""
+        for kind in sorted(kinds):
+            if not all(self.has(kind, layer) for layer in range(n_layers)):
+                raise LayershareError(
+                    f"The statistics have no {kind} of some layers; measure them with `layershare calibrate`, which "
+                    "has an option for each kind."
+                )
+
     def gram(self, linear: Linear) -> Tensor:
         """G = XᵀX of a linear's input (d_in × d_in, float32), summed over all tokens."""
         return self._store.read(_unit("inputs", linear.layer), linear.site)
@@ -78,6 +94,16 @@ class Stats:
     def fisher(self, linear: Linear) -> Tensor:
         """Σⱼ E[(∂L/∂W)²ᵢⱼ] (d_in, float32), L the mean loss of one block of the text."""
         return self._store.read(_unit("fisher", linear.layer), linear.name)
+
+    def gradient_gram(self, linear: Linear) -> Tensor:
+        """Γ, the mean of gᵀg over tokens (d_out × d_out, float32), g the gradient of Σ −log p at a linear's output."""
+        return self._store.read(_unit("gradients", linear.layer), linear.name)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text, which Grams of inputs are summed over."""
+        text = self._store.identity["text"]
+        return text["blocks"] * text["length"]
 
     def cosines(self, layer: int) -> dict[Part, float]:
         """The mean cosine, over all tokens, between what enters a block or sub-layer and what leaves it."""
@@ -122,13 +148,19 @@ def calibrate(
             _measure_fisher(weights, spec, text, stats, progress)
         streamed: list[Statistic] = [kind for kind in STREAMED if kind in kinds]
         missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
-        if not missing:
+        backwards = "gradients" in kinds and not all(stats.has("gradients", layer) for layer in range(spec.n_layers))
+        if not missing and not backwards:
             return stats
         if "inputs" in streamed:
             _warn_if_deficient(spec, text.tokens.numel())
         stream = Stream(weights, text.tokens, batch_size, scratch)
+        trail = Trail(stream)
+        last = spec.n_layers - 1 if backwards else missing[-1]
+        steps = last + 1 + BACKWARD * spec.n_layers * backwards
         for layer, block in stream:
-            progress(layer, missing[-1] + 1)
+            progress(layer, steps)
+            if backwards:
+                trail.keep()
             if layer in missing:
                 require_finite(block.named_parameters(weights.block_name(layer)))
                 wants_inputs = "inputs" in streamed and not stats.has("inputs", layer)
@@ -138,10 +170,47 @@ def calibrate(
                     stats.write("inputs", layer, measured)
                 if "blocks" in streamed and not stats.has("blocks", layer):
                     stats.write("blocks", layer, _change(stream, spec, layer, block))
-            if layer == missing[-1]:
+            if layer == last:
                 break
-        progress(missing[-1] + 1, missing[-1] + 1)
+        if backwards:
+            _measure_gradients(trail, spec, stats, lambda done: progress(spec.n_layers + BACKWARD * done, steps))
+        progress(steps, steps)
         return stats
+
+
+def _measure_gradients(trail: Trail, spec: Spec, stats: Stats, done: Callable[[int], None]) -> None:
+    """Store the Grams of gradients of every layer, last one first. Raises `LayershareError` if one is not finite."""
+    inside = {layer: {} for layer in range(spec.n_layers)}  # name within the block -> full name
+    for linear in spec.linears:
+        inside[linear.layer][linear.name.removeprefix(f"{spec.blocks}.{linear.layer}.")] = linear.name
+    for layer, batches in trail.back(inside.__getitem__):
+        done(spec.n_layers - 1 - layer)
+        grams: dict[str, Tensor] = {}
+        seen = Counter()  # tokens
+        for gradients in batches:
+            for inner, gradient in gradients.items():
+                name, rows = inside[layer][inner], tempered(gradient)
+                grams.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1])).addmm_(rows.T, rows)
+                seen[name] += len(rows)
+        for name, gram in grams.items():
+            if not gram.diagonal().isfinite().all():
+                raise LayershareError(f"The gradients of '{name}' overflow; run the model in a wider dtype.")
+        if not stats.has("gradients", layer):
+            stats.write("gradients", layer, {name: gram / seen[name] for name, gram in grams.items()})
+
+
+def tempered(gradients: Tensor) -> Tensor:
+    """Gradients [rows, length, d] of blocks of text as [tokens, d] in float32, without what would rule their Gram.
+
+    The first and last `EDGE` of each block are left out: there is little before those tokens, or after them. A token's
+    norm is brought within `SPAN` times its block's mean, either way. (As the published code of KFAC-SVD does.)
+    """
+    edge = gradients.shape[1] // EDGE
+    inner = gradients[:, edge : gradients.shape[1] - edge].float()
+    norms = torch.linalg.vector_norm(inner, dim=-1, keepdim=True)
+    mean = norms.mean(1, keepdim=True)
+    scale = norms.clamp(mean / SPAN, mean * SPAN) / norms
+    return (inner * torch.where(norms > 0, scale, 0.0)).flatten(0, 1)
 
 
 def site_modules(spec: Spec, layer: int) -> dict[str, str]:

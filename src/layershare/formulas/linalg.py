@@ -341,6 +341,16 @@ def _balance(basis: Tensor, coefs: Sequence[Tensor]) -> Tensor:
     return torch.where(ours * theirs > 0, theirs / ours, 1.0).sqrt()
 
 
+def balanced(factors: Factors, side: Literal["input", "output"]) -> Factors:
+    """The same product with equal norms of basis and coefficients in every component, so that half precision fits."""
+    if side == "input":
+        scale = _balance(factors.basis, [coef.T for coef in factors.coefs])
+        coefs = tuple(coef / scale[:, None] for coef in factors.coefs)
+        return replace(factors, basis=factors.basis * scale, coefs=coefs)
+    scale = _balance(factors.basis.T, factors.coefs)
+    return replace(factors, basis=factors.basis * scale[:, None], coefs=tuple(coef / scale for coef in factors.coefs))
+
+
 def _dropped(values: Tensor, rank: int) -> float:
     total = float(values.sum())
     return float(values[rank:].sum()) / total if total else 0.0

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from layershare.errors import LayershareError, unknown
 from layershare.methods.asvd import Asvd
+from layershare.methods.auto import Auto
 from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.bolaco import Bolaco
 from layershare.methods.d_rank import DRank
@@ -33,6 +34,7 @@ from layershare.plan.ranks import private_groups, uniform
 from layershare.values import checked, first_fault
 
 METHODS: dict[str, type[Method]] = {
+    "auto": Auto,
     "basis-sharing": BasisSharing,
     "d-rank": DRank,
     "svd-llm": SvdLlm,

@@ -50,14 +50,14 @@ def paper_of(name: str) -> str | None:
 
 def _entry(name: str) -> Entry:
     method = make_method(name)
-    gradients = "fisher" in method.uses
+    whole_model = "fisher" in method.uses
     return Entry(
         name=name,
         paper=paper_of(name),
         does=_does(name),
         text=method.reads_text,
-        gradients=gradients,
-        whole_model=gradients or method.searches,
+        gradients=whole_model or "gradients" in method.uses,
+        whole_model=whole_model or method.searches,
         training=method.wants_training,
         sizes=method.sizes,
     )

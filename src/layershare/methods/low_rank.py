@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from layershare.formulas.linalg import Factors, low_rank, pivot_factors, share_and_own, share_input, share_output
+from layershare.formulas.two_sided import seen_plainly, seen_through
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Share
@@ -35,6 +36,10 @@ class LowRank(Method):
         """What errors in a linear's inputs count, d_in × d_in: their Gram, `None` for all directions the same."""
         return evidence.gram(linear) if "inputs" in self.uses else None
 
+    def outer_root(self, evidence: Evidence, linear: Linear) -> Tensor | None:
+        """What errors in a linear's outputs count, as R with RᵀR the metric, d_out × d_out; `None`: all the same."""
+        return None
+
     def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
         """The factors of one group, `weights` n of d_in × d_out in the order of its places: the optimum.
 
@@ -53,7 +58,13 @@ class LowRank(Method):
         assert isinstance(share, Share)
         linears = [evidence.spec.linear(*place) for place in share.places]
         weights = [evidence.weight(linear) for linear in linears]
-        factors = self.factors(share, weights, [self.metric(evidence, linear) for linear in linears])
+        metrics = [self.metric(evidence, linear) for linear in linears]
+        roots = [root for linear in linears if (root := self.outer_root(evidence, linear)) is not None]
+        if roots:
+            seen = [seen_through(weight, root) for weight, root in zip(weights, roots, strict=True)]
+            factors = seen_plainly(self.factors(share, seen, metrics), roots, share.side)
+        else:
+            factors = self.factors(share, weights, metrics)
         return solution(evidence.spec, share, factors, weights[0].dtype)
 
 

@@ -72,6 +72,10 @@ class Evidence:
         """G = XᵀX of a linear's inputs, d_in × d_in, summed over all tokens."""
         return self.stats.gram(linear).to(self.weights.device)
 
+    def gradient_gram(self, linear: Linear) -> Tensor:
+        """Γ, the mean of gᵀg over tokens, d_out × d_out, g the gradient of the loss at a linear's output."""
+        return self.stats.gradient_gram(linear).to(self.weights.device)
+
     def magnitude(self, linear: Linear) -> Tensor:
         """The mean of |x| of a linear's inputs over all tokens, d_in."""
         return self.stats.magnitude(linear).to(self.weights.device)

@@ -61,14 +61,17 @@ def estimate_needs(
     for name, (shape, dtype) in spec.tensors.items():
         if name.startswith(stack):
             block[int(name[len(stack) :].partition(".")[0])] += prod(shape) * dtype.itemsize
-    grams = [0] * spec.n_layers
+    grams, outer = [0] * spec.n_layers, [0] * spec.n_layers
     for site in {linear.site: linear for linear in spec.linears}.values():
         grams[site.layer] += site.d_in**2 * GRAM_ITEMSIZE
+    for linear in spec.linears:
+        outer[linear.layer] += linear.d_out**2 * GRAM_ITEMSIZE
     width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
     widest = max(max(linear.d_in, linear.d_out) for linear in spec.linears)
     itemsize = spec.tensors[spec.weight_name(spec.linears[0])][1].itemsize
     batch = batch_size * length * (4 * width + 3 * widest) * itemsize
-    states = 2 * blocks * length * width * itemsize
+    entering = blocks * length * width * itemsize
+    states = 2 * entering
     work = count_work(spec, plan, blocks=blocks, length=length, kinds=kinds, refits=refits, epochs=epochs, runs=runs)
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
@@ -84,7 +87,7 @@ def estimate_needs(
     else:
         composed, after = compositions(spec, plan.edits), plan.after
     steps = [_solving(each) for each in composed]
-    streams = refits or "inputs" in kinds or "blocks" in kinds
+    streams = refits or not {"inputs", "blocks", "gradients"}.isdisjoint(kinds)
     if streams:
         steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
     if epochs:
@@ -93,6 +96,10 @@ def estimate_needs(
         states *= 2
     model, text = measure(spec, ()).all.bytes, batch // batch_size
     logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
+    if "gradients" in kinds:
+        # What the way back needs of a block: all that it has computed, and gradients of the same size.
+        steps.append(max(block) + max(outer) + 3 * batch + batch_size * logits)
+        states += (spec.n_layers + 2) * entering
     if "fisher" in kinds:
         steps.append(model + spec.n_layers * text + logits)
     if searches:
@@ -101,7 +108,11 @@ def estimate_needs(
     pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
         memory=int(SLACK * max(steps, default=0)),
-        stats=(sum(grams) if "inputs" in kinds else 0) + (pooled if "blocks" in kinds else 0),
+        stats=sum(
+            size
+            for kind, size in (("inputs", sum(grams)), ("gradients", sum(outer)), ("blocks", pooled))
+            if kind in kinds
+        ),
         output=2 * after.all.bytes + states,
         states=states,
         work=work,

@@ -75,9 +75,13 @@ def count_work(
     forward = sum(linear.parameters for linear in spec.linears) + attention
     whole = forward + spec.head_multiplications
     grams = tokens * sum(d * d for d in sites)
-    passes = single = 0
+    passes = single = head = 0
     if "inputs" in kinds or "blocks" in kinds:
         passes, single = 1, grams if "inputs" in kinds else 0
+    if "gradients" in kinds:  # every block forwards once more, and backwards to its inputs, which is as much again
+        passes = max(passes, 1) + 2
+        head = 2 * tokens * spec.head_multiplications
+        single += tokens * sum(linear.d_out**2 for linear in spec.linears)
     if plan is not None and sliced_width(plan.edits):
         width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
         turned = 2 * spec.n_layers * width**3 + width * sum(linear.parameters for linear in spec.linears)
@@ -86,7 +90,7 @@ def count_work(
         passes, single = passes + 2, single + grams
     if epochs:
         passes += 3 + 4 * epochs  # original, compressed, start; then forward, backward (twice a forward) and error
-    model = tokens * passes * forward + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
+    model = tokens * passes * forward + head + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
     if plan is not None:
         edits = list(dict.fromkeys(sharing(plan.edits).values()))
     elif kinds == {"blocks"} or (runs and not kinds):

@@ -1,0 +1,139 @@
+"""Auto: ranks, joint bases and dense matrices chosen together by what each costs the loss, in pivoted form.
+
+The curvature of the loss at a matrix is taken to be G ⊗ Γ (K-FAC), G the Gram of its inputs and Γ that of the loss's
+gradients at its outputs. The truncation that costs least under it is the closed form of every low-rank method, of the
+matrix seen through Γ^½ (`formulas/two_sided`: OBD-LLM, arXiv 2604.00821; KFAC-SVD, arXiv 2610.32878), and half the sum
+of the dropped eigenvalues is the predicted rise of the loss per token. So errors of different matrices can be compared:
+the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
+same input share a basis where that costs less (`plan/search`). Bases are in pivoted form, k² parameters fewer each.
+
+Every ingredient is an option. Without `two_sided` the loss of a matrix is its relative error ‖X(W − Ŵ)‖² / ‖XW‖², and
+no gradients are measured.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from layershare.calibrate.stats import Statistic
+from layershare.errors import LayershareError, unknown
+from layershare.formulas.linalg import spectrum, square_root
+from layershare.formulas.two_sided import seen_through, shrunk
+from layershare.methods.low_rank import LowRank
+from layershare.model.arch import ROLES, Linear, Spec
+from layershare.plan.budget import Budget
+from layershare.plan.edits import Place, Share
+from layershare.plan.evidence import Evidence
+from layershare.plan.ranks import Group, group_cost, in_order, private_groups
+from layershare.plan.search import Curve, Window, choose
+from layershare.values import Count, Flag, Names, Number
+
+Part = Annotated[Number, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Auto(LowRank):
+    """Options of the planner."""
+
+    pivot: Flag = True
+    """Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."""
+    two_sided: Flag = True
+    """Weigh errors by the gradients of the loss at a matrix's outputs, not by their relative size alone."""
+    joint: Names = ("gate+up",)
+    """Roles that may share a basis in a layer, where they read the same input: gate+up, q+k, k+v, q+k+v."""
+    shrink_inputs: Part = 0.0
+    """How far Grams of inputs are pulled towards one that favours no direction (0: not, 1: all the way)."""
+    shrink_gradients: Part = 0.0
+    """The same of Grams of gradients."""
+    multiple: Count = 1
+    """Ranks are multiples of this."""
+
+    @property
+    def uses(self) -> frozenset[Statistic]:
+        """Grams of inputs and of gradients."""
+        return frozenset({"inputs", "gradients"} if self.two_sided else {"inputs"})
+
+    @property
+    def adaptive(self) -> bool:
+        """It plans by what it measures."""
+        return True
+
+    def require(self, spec: Spec, budget: Budget) -> None:
+        """Raise `LayershareError` for roles in `joint` that cannot share a basis."""
+        for together in self.joint:
+            roles = together.split("+")
+            for role in roles:
+                if role not in ROLES:
+                    raise unknown("role in joint", role, ROLES)
+            if len(set(roles)) < max(2, len(roles)):
+                raise LayershareError(f"'{together}' in joint must name two or more roles, such as gate+up.")
+            if set(roles) <= set(spec.roles) and len({spec.linear(role, 0).site for role in roles}) > 1:
+                raise LayershareError(f"'{together}' in joint: these roles do not read the same input in this model.")
+
+    def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
+        """The Gram of a linear's inputs."""
+        gram = evidence.gram(linear)
+        return shrunk(gram, self.shrink_inputs) if self.shrink_inputs else gram
+
+    def outer_root(self, evidence: Evidence, linear: Linear) -> Tensor | None:
+        """R with RᵀR the Gram of the gradients at a linear's outputs."""
+        if not self.two_sided:
+            return None
+        return square_root([shrunk(evidence.gradient_gram(linear), self.shrink_gradients)])
+
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
+        """The ranks that cost the loss least, by what is predicted."""
+        if budget.fraction == 1:
+            return ()
+        families = {site: list(self._windows(spec, linears, evidence)) for site, linears in _by_site(spec).items()}
+        try:
+            choices = choose(families, 1, budget.parameters)
+        except ValueError as error:
+            raise LayershareError("keep leaves less than rank 1 for every matrix; keep more.") from error
+        return in_order(spec, [x.curve.group.share(x.rank) for x in choices if x.rank is not None])
+
+    def _windows(self, spec: Spec, linears: Sequence[Linear], evidence: Evidence) -> Iterator[Window]:
+        """What may stand in the place of linears that read the same input."""
+        for groups in self._partitions(linears):
+            yield Window(0, 1, tuple(self._curve(spec, group, evidence) for group in groups))
+
+    def _partitions(self, linears: Sequence[Linear]) -> Iterator[list[Group]]:
+        """Ways to put linears into groups: each for itself, and with bases that roles may share."""
+        of_role = {linear.role: linear for linear in linears}
+        sets = [tuple(each.split("+")) for each in self.joint]
+        sets = [roles for roles in sets if of_role.keys() >= set(roles)]
+        for count in range(len(sets) + 1):
+            for chosen in combinations(sets, count):
+                joined = [role for roles in chosen for role in roles]
+                if len(set(joined)) == len(joined):
+                    shared = [Group(tuple(Place(r, of_role[r].layer) for r in x), "input", self.pivot) for x in chosen]
+                    yield shared + private_groups((x for x in linears if x.role not in joined), self.pivot)
+
+    def _curve(self, spec: Spec, group: Group, evidence: Evidence) -> Curve:
+        """Predicted loss and parameters of a group by rank."""
+        linears = [spec.linear(*place) for place in group.places]
+        weights = [evidence.weight(linear) for linear in linears]
+        roots = [root for linear in linears if (root := self.outer_root(evidence, linear)) is not None]
+        seen = [seen_through(*each) for each in zip(weights, roots, strict=True)] if roots else weights
+        values = spectrum(seen, [self.metric(evidence, linear) for linear in linears], group.side).cpu()
+        whole = float(values.sum()) or 1.0
+        values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole
+        tails = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
+        cost = group_cost(spec, group)
+        ranks = [k for k in range(self.multiple, len(values), self.multiple) if cost.size(k) < cost.whole]
+        losses = torch.cat([tails[ranks].clamp(min=0), tails.new_zeros(1)])
+        sizes = torch.tensor([*(cost.size(k) for k in ranks), cost.whole], dtype=torch.float64)
+        return Curve(group, (*ranks, None), losses, sizes)
+
+
+def _by_site(spec: Spec) -> dict[str, list[Linear]]:
+    """Site -> the linears that read the same input."""
+    found: dict[str, list[Linear]] = {}
+    for linear in spec.linears:
+        found.setdefault(linear.site, []).append(linear)
+    return found
