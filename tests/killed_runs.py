@@ -34,9 +34,12 @@ duration = time.monotonic() - begin
 
 # What shows that a child is in the middle of calibrating, of solving, of refitting, of writing.
 measured = "gradients" if recipe.method == "auto" else "inputs"
-signs = [f".run/stats/*/{measured}-001*", ".run/units/*.safetensors", ".run/model/*.safetensors*"]
-if recipe.method == "basis-sharing":
-    signs.insert(2, ".run/refit/layer-001*")
+signs = (
+    f".run/stats/*/{measured}-001*",
+    ".run/units/*.safetensors",
+    ".run/refit/layer-001*",
+    ".run/model/*.safetensors*",
+)
 seen = set()
 for attempt in range(kills):
     child = forks.Process(target=run, args=(recipe, interrupted))

@@ -32,6 +32,10 @@ SECOND_FACTORS = (
 )
 
 
+METHODS = ("basis-sharing", "auto")
+"""With a refit to the compressed inputs alone, and with one that follows the original."""
+
+
 def recipe_for(folder: Path, **changes) -> Recipe:
     values = {
         "model": str(folder),
@@ -49,10 +53,11 @@ def weights_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in timed}
 
 
-def test_from_disk_and_in_memory_give_the_same_bits(folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    run(recipe_for(folder), tmp_path / "disk")
-    run(recipe_for(folder), tmp_path / "memory", model=tiny_model("llama"), tokenizer=tokenizer)
+@pytest.mark.parametrize("method", METHODS)
+def test_from_disk_and_in_memory_give_the_same_bits(folder, tmp_path, method):
+    tokenizer, recipe = AutoTokenizer.from_pretrained(folder), recipe_for(folder, method=method)
+    run(recipe, tmp_path / "disk")
+    run(recipe, tmp_path / "memory", model=tiny_model("llama"), tokenizer=tokenizer)
     disk, memory = weights_of(tmp_path / "disk"), weights_of(tmp_path / "memory")
     assert disk.keys() == memory.keys()
     assert sum(name.endswith(".safetensors") for name in disk) > 3
@@ -225,8 +230,8 @@ def test_damaged_factors_are_solved_again(tmp_path):
     assert "b" not in Store(tmp_path, {"model": "m"})
 
 
-@pytest.mark.parametrize(("method", "steps"), [("basis-sharing", {"units", "refit", "model"}), ("auto", {"units"})])
-def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, method, steps):
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, method):
     (tmp_path / "recipe.yaml").write_text(recipe_for(folder, method=method, options={}).to_yaml())
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", "0"],
@@ -237,7 +242,7 @@ def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, method, steps):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert steps <= set(done.stdout.split())  # the kills came in the middle of the work
+    assert {"units", "refit", "model"} <= set(done.stdout.split())  # the kills came in the middle of the work
     killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
     assert killed.keys() == whole.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []
@@ -285,8 +290,9 @@ def test_a_refit_beside_deltas_leaves_these_as_they_are(folder, tmp_path):
         run(recipe_for(folder, plan=str(tmp_path / "plan.json")), tmp_path / "out")
 
 
-def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_path):
-    whole = recipe_for(folder, refit=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refit_that_is_resumed_goes_on_from_the_refitted_layers(folder, tmp_path, method):
+    whole = recipe_for(folder, method=method, refit=True)
     run(whole, tmp_path / "whole")
 
     def stop(step: str):

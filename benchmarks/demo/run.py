@@ -25,7 +25,7 @@ from layershare.store import write_json
 from layershare.units import size
 
 OUT = Path("out/demo")
-METHODS = ("svd", "svd-llm", "basis-sharing")
+METHODS = ("svd-llm", "basis-sharing", "auto")
 KEEPS = (0.8, 0.6)
 PROMPT = "def read_lines(path):"
 # A process of its own that knows nothing of layershare: transformers finds the loader by itself.

@@ -58,7 +58,7 @@ class Job:
     def refits(self) -> bool:
         """Whether coefficients will be fitted again to what the compressed layers put out."""
         if self.plan is None:
-            return self.recipe.refit is True
+            return self.recipe.refit is True or (self.recipe.refit == "auto" and self.method.follows_original)
         return refits(self.plan, self.method, self.recipe.refit)
 
     @property
@@ -87,7 +87,7 @@ class Job:
             length=self.length,
             batch_size=options.batch_size,
             kinds=self.kinds,
-            refits=self.refits,
+            streams=self.refits * (2 if self.method.follows_original else 1),
             epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
             searches=self.plan is None and self.method.searches,
             runs=self.method.runs(self.spec) if self.plan is None else 0,
@@ -195,12 +195,36 @@ def load_calibration(
     options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> Text:
     """The calibration text, or `text` in its place, for a model of that config. Raises as `load_text`."""
+    return _load(options, tokenizer, config, text, 0)
+
+
+def load_and_hold_out(
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
+) -> tuple[Text, Text]:
+    """The same, and blocks beside it that are held out; of a short text some of its own.
+
+    Raises `LayershareError` as `load_text`, and if there is no more than one block.
+    """
+    whole = _load(options, tokenizer, config, text, options.held_out)
+    count = len(whole.tokens)
+    if count < 2:
+        raise LayershareError(
+            f"The text '{whole.source}' is one block of {whole.tokens.shape[1]} tokens, and choices are tried on "
+            "another one; give a longer text or a smaller length."
+        )
+    return whole.split(options.blocks if count > options.blocks else count - max(1, count // 8))
+
+
+def _load(
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None, spare: int
+) -> Text:
     return load_text(
         options.text if text is None else text,
         tokenizer,
         split="train",
         blocks=options.blocks,
         length=block_length(config, options.length),
+        spare=spare,
         seed=options.seed,
         vocabulary=config.get_text_config().vocab_size,
     )

@@ -41,6 +41,8 @@ class Calibration:
     """How many blocks of the text are used."""
     length: Length | None = None
     """Tokens per block; without, the model's context, up to 2048."""
+    held_out: Count = 16
+    """Blocks beside these on which a refit's choices are tried, where the method makes any."""
     seed: Seed = 2023
     """Chooses the blocks."""
     batch_size: Count = 4

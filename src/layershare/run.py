@@ -24,7 +24,7 @@ from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
 from layershare.foreign import read_mapping, reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
-from layershare.job import Job, load_calibration, open_weights, prepare, refits
+from layershare.job import Job, load_and_hold_out, load_calibration, open_weights, prepare, refits
 from layershare.methods import plan_with
 from layershare.model.arch import describe
 from layershare.model.hub import load
@@ -40,6 +40,7 @@ from layershare.report.page import write_pages
 from layershare.report.results import environment, shapes
 from layershare.solve.apply import Factored, refit_coefficients
 from layershare.solve.refine import refine_blocks
+from layershare.solve.two_streams import refit_to_original
 from layershare.solve.write import write_model
 from layershare.store import Store, make_folder, write_atomically, write_json
 
@@ -68,7 +69,7 @@ def run(
     if is_finished(out, recipe.to_yaml()):
         return _finished(recipe, out, model)
     job = prepare(recipe, model)
-    tokenizer, calibration, evaluator = _texts(job, model, tokenizer, text)
+    tokenizer, calibration, held_out, evaluator = _texts(job, model, tokenizer, text)
     stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
     require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
@@ -82,7 +83,7 @@ def run(
             weights = Weights.of(model)
         weights.require_sound()
         show(job)
-        context = _Context(job, work, weights, model, tokenizer, calibration, evaluator, Clock(announce))
+        context = _Context(job, work, weights, model, tokenizer, calibration, held_out, evaluator, Clock(announce))
         results = _carry_out(context)
         if pages:
             write_pages(context.staging, out.name)
@@ -108,17 +109,20 @@ def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> dict[
 
 def _texts(
     job: Job, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, text: Source | None
-) -> tuple[PreTrainedTokenizerBase | None, Text | None, Evaluator | None]:
-    """The tokenizer, what to calibrate on and what to measure on, each as far as the run needs it."""
+) -> tuple[PreTrainedTokenizerBase | None, Text | None, Text | None, Evaluator | None]:
+    """The tokenizer, what to calibrate on, to try choices and to measure on, each as far as the run needs it."""
     recipe, config = job.recipe, job.config
     if tokenizer is None and model is None:
         tokenizer = read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     elif tokenizer is None and model is not None and (job.calibrated or recipe.evaluation is not None):
         tokenizer = tokenizer_of(model)
-    calibration = evaluator = None
+    calibration = held_out = evaluator = None
     if job.calibrated:
         assert tokenizer is not None
-        calibration = load_calibration(recipe.calibration, tokenizer, config, text)
+        if job.method.follows_original and recipe.refit is not False:
+            calibration, held_out = load_and_hold_out(recipe.calibration, tokenizer, config, text)
+        else:
+            calibration = load_calibration(recipe.calibration, tokenizer, config, text)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
     if recipe.evaluation is not None:
@@ -127,7 +131,7 @@ def _texts(
         tested = evaluator.text
         if calibration is not None and tested is not None and calibration.text_sha256 == tested.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=3)
-    return tokenizer, calibration, evaluator
+    return tokenizer, calibration, held_out, evaluator
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class _Context:
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     calibration: Text | None
+    held_out: Text | None
     evaluator: Evaluator | None
     clock: Clock
 
@@ -165,6 +170,7 @@ class _Context:
             "method": self.job.name,
             "options": asdict(self.job.method),
             **({"text": self.calibration.identity} if self.calibration is not None else {}),
+            **({"held_out": self.held_out.identity} if self.held_out is not None else {}),
         }
 
 
@@ -184,7 +190,11 @@ def _carry_out(run: _Context) -> dict[str, Any]:
     refitted = refits(plan, job.method, recipe.refit)
     if refitted:
         with clock.step("refit") as progress:
-            refit_coefficients(factored, replace(evidence, progress=progress))
+            watched = replace(evidence, progress=progress)
+            if job.method.follows_original:
+                refit_to_original(factored, watched, job.method.outer_root)
+            else:
+                refit_coefficients(factored, watched)
     refined = None
     if recipe.refine is not None:
         with clock.step("refine") as progress:
@@ -232,7 +242,7 @@ def _evidence(run: _Context) -> Evidence:
             stats = calibrate(
                 run.weights, job.spec, run.calibration, folder, kinds=job.kinds, progress=progress, **passes
             )
-    return Evidence(job.spec, run.weights, stats, run.calibration, **passes)
+    return Evidence(job.spec, run.weights, stats, run.calibration, run.held_out, **passes)
 
 
 def _plan_once(run: _Context, evidence: Evidence) -> Plan:

@@ -8,7 +8,7 @@ from layershare.plan.work import START, Speed, Work, count_work, measure_speed
 from tests.families import tiny_model
 
 SPEC = describe(tiny_model("llama"))
-NOTHING = {"blocks": 2, "length": 8, "kinds": frozenset(), "refits": False, "epochs": 0, "runs": 0}
+NOTHING = {"blocks": 2, "length": 8, "kinds": frozenset(), "streams": 0, "epochs": 0, "runs": 0}
 
 
 def work(**changes) -> Work:
@@ -22,7 +22,7 @@ def test_a_pass_of_the_text_goes_once_through_every_matrix_and_makes_a_gram_at_e
     assert measured.model == 2 * 8 * (matrices + scores)
     assert measured.single == 2 * 8 * 4 * (3 * 32**2 + 56**2)
     assert measured.eigen == sum(min(linear.d_in, linear.d_out) ** 3 for linear in SPEC.linears)
-    assert work(kinds=frozenset({"inputs"}), refits=True).model == 3 * measured.model
+    assert work(kinds=frozenset({"inputs"}), streams=1).model == 3 * measured.model
     assert work(kinds=frozenset({"inputs"}), epochs=10).model == 44 * measured.model
     assert work(kinds=frozenset({"inputs"}), blocks=20).model == 10 * measured.model
     head = 2 * 8 * SPEC.head_multiplications

@@ -20,7 +20,7 @@ from layershare.model.modes import evaluating
 from layershare.model.weights import Weights
 
 Gradients = dict[str, Tensor]
-"""A linear's name, relative to its block -> the gradient at its output [rows, length, d_out]."""
+"""A linear's name, relative to its block -> the gradients at its output [tokens, d_out]."""
 
 
 class Trail:
@@ -94,8 +94,7 @@ class Trail:
                     wanted = [entering, *outputs.values()]
                     first, *others = torch.autograd.grad(target, wanted, cotangent)
                 batches.rows(arriving, batch).copy_(first)
-                rows = len(entering)  # some models run their MLPs on all tokens in one row
-                yield {name: each.reshape(rows, -1, each.shape[-1]) for name, each in zip(outputs, others, strict=True)}
+                yield {name: each.flatten(0, -2) for name, each in zip(outputs, others, strict=True)}
                 outputs.clear()
 
 

@@ -30,8 +30,6 @@ _ROWS = 256
 
 BACKWARD = 2
 """Passes forwards that a way back takes as long as."""
-EDGE = 8
-SPAN = 10.0
 
 Statistic = Literal["inputs", "blocks", "gradients", "fisher"]
 """`inputs`: a Gram and mean magnitudes per site; `blocks`: how much each block and sub-layer changes the hidden states;
@@ -189,28 +187,16 @@ def _measure_gradients(trail: Trail, spec: Spec, stats: Stats, done: Callable[[i
         seen = Counter()  # tokens
         for gradients in batches:
             for inner, gradient in gradients.items():
-                name, rows = inside[layer][inner], tempered(gradient)
-                grams.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1])).addmm_(rows.T, rows)
-                seen[name] += len(rows)
+                name, width = inside[layer][inner], gradient.shape[1]
+                gram = grams.setdefault(name, torch.zeros(width, width, device=gradient.device))
+                for _ in _add_to_gram(gram, gradient):
+                    pass
+                seen[name] += len(gradient)
         for name, gram in grams.items():
             if not gram.diagonal().isfinite().all():
                 raise LayershareError(f"The gradients of '{name}' overflow; run the model in a wider dtype.")
         if not stats.has("gradients", layer):
             stats.write("gradients", layer, {name: gram / seen[name] for name, gram in grams.items()})
-
-
-def tempered(gradients: Tensor) -> Tensor:
-    """Gradients [rows, length, d] of blocks of text as [tokens, d] in float32, without what would rule their Gram.
-
-    The first and last `EDGE` of each block are left out: there is little before those tokens, or after them. A token's
-    norm is brought within `SPAN` times its block's mean, either way. (As the published code of KFAC-SVD does.)
-    """
-    edge = gradients.shape[1] // EDGE
-    inner = gradients[:, edge : gradients.shape[1] - edge].float()
-    norms = torch.linalg.vector_norm(inner, dim=-1, keepdim=True)
-    mean = norms.mean(1, keepdim=True)
-    scale = norms.clamp(mean / SPAN, mean * SPAN) / norms
-    return (inner * torch.where(norms > 0, scale, 0.0)).flatten(0, 1)
 
 
 def site_modules(spec: Spec, layer: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -75,6 +75,14 @@ class Text:
             "tokens_sha256": self.tokens_sha256,
         }
 
+    def split(self, count: int) -> tuple["Text", "Text"]:
+        """The first `count` blocks, and the others."""
+
+        def part(tokens: Tensor) -> Text:
+            return replace(self, tokens=tokens, tokens_sha256=_sha256(tokens))
+
+        return part(self.tokens[:count]), part(self.tokens[count:])
+
     def require_within(self, vocabulary: int) -> None:
         """Raise `LayershareError` if there is a token that a model of so many tokens does not know."""
         require_known(int(self.tokens.max()), vocabulary)
@@ -95,10 +103,13 @@ def load_text(
     split: Split,
     blocks: int | None,
     length: int,
+    spare: int = 0,
     seed: int = SEED,
     vocabulary: int | None = None,
 ) -> Text:
     """Load a text as at most `blocks` blocks (`None`: all) of `length` tokens; warns if there are fewer.
+
+    `spare`: so many blocks more, where the text has them.
 
     `source`: `wikitext2`, `c4`, `ptb`, `alpaca` (read through `datasets`), `stdlib` (the Python standard library's
     source on this machine), a `.txt`, `.jsonl` or `.parquet` file (field `text`, or `messages` for the tokenizer's chat
@@ -128,17 +139,21 @@ def load_text(
     order = torch.arange(count)
     if split == "train":
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    tokens = ids[: count * length].view(count, length)[order[:blocks]]
+    tokens = ids[: count * length].view(count, length)[order[: None if blocks is None else blocks + spare]]
     text = Text(
         tokens=tokens,
         source=name,
         text_sha256=text_sha256,
-        tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        tokens_sha256=_sha256(tokens),
         bos=adds_bos(tokenizer),
     )
     if vocabulary is not None:
         text.require_within(vocabulary)
     return text
+
+
+def _sha256(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:

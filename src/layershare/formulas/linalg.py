@@ -160,6 +160,18 @@ def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     return torch.linalg.solve(normal, target)
 
 
+def ridge_fits(normal: Tensor, target: Tensor, present: Tensor, ridges: Sequence[float]) -> list[Tensor]:
+    """(N + λ1)⁻¹(T + λC₀) for several λ, relative to the mean eigenvalue of N = PᵀG′P (k × k), from one `eigh`.
+
+    `target`: T = PᵀKW and `present`: C₀, both k × d_out: the coefficients that a ridge pulls towards.
+    """
+    values, axes = torch.linalg.eigh(normal)
+    values = values.clamp(min=0)
+    aim, start = axes.T @ target, axes.T @ present
+    scale = float(values.mean()) or 1.0
+    return [axes @ ((aim + ridge * scale * start) / (values + ridge * scale)[:, None]) for ridge in ridges]
+
+
 def pivoted(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """B = P[1; T]B_p with k of its rows as the identity's: T ((d−k) × k), the order of B's rows (d), B_p (k × k).
 

@@ -7,6 +7,9 @@ of the dropped eigenvalues is the predicted rise of the loss per token. So error
 the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
 same input share a basis where that costs less (`plan/search`). Bases are in pivoted form, k² parameters fewer each.
 
+What is solved is then fitted again to the outputs of the original, matrix by matrix, with the text passing through both
+(`solve/two_streams`; the recipe's `refit: false` leaves that out).
+
 Every ingredient is an option. Without `two_sided` the loss of a matrix is its relative error ‖X(W − Ŵ)‖² / ‖XW‖², and
 no gradients are measured.
 """
@@ -14,7 +17,7 @@ no gradients are measured.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -40,6 +43,7 @@ Part = Annotated[Number, Field(ge=0, lt=1)]
 class Auto(LowRank):
     """Options of the planner."""
 
+    follows_original: ClassVar[bool] = True
     pivot: Flag = True
     """Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."""
     two_sided: Flag = True
@@ -61,6 +65,10 @@ class Auto(LowRank):
     @property
     def adaptive(self) -> bool:
         """It plans by what it measures."""
+        return True
+
+    def refits(self, fraction: float) -> bool:
+        """At every size."""
         return True
 
     def require(self, spec: Spec, budget: Budget) -> None:

@@ -36,10 +36,6 @@ class LowRank(Method):
         """What errors in a linear's inputs count, d_in × d_in: their Gram, `None` for all directions the same."""
         return evidence.gram(linear) if "inputs" in self.uses else None
 
-    def outer_root(self, evidence: Evidence, linear: Linear) -> Tensor | None:
-        """What errors in a linear's outputs count, as R with RᵀR the metric, d_out × d_out; `None`: all the same."""
-        return None
-
     def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
         """The factors of one group, `weights` n of d_in × d_out in the order of its places: the optimum.
 

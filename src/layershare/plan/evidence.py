@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from layershare.calibrate.stats import Stats
@@ -29,6 +30,7 @@ class Evidence:
     opened: Weights | None = None
     measured: Stats | None = None
     calibration: Text | None = None
+    spare: Text | None = None
     progress: Progress = no_progress
     batch_size: int = 1
     scratch: Path | None = None
@@ -54,9 +56,19 @@ class Evidence:
             raise LayershareError("This method runs the model on a text; compress with one.")
         return self.calibration
 
-    def stream(self) -> Stream:
-        """The model, block after block, with the text passing through."""
-        return Stream(self.weights, self.text.tokens, self.batch_size, self.scratch)
+    @property
+    def held_out(self) -> Text:
+        """Blocks of the same source that nothing is measured or fitted on, so that choices can be tried on them."""
+        if self.spare is None:
+            raise LayershareError("This needs blocks of text to try its choices on; give a longer text.")
+        return self.spare
+
+    def stream(self, *, held_out: bool = False) -> Stream:
+        """The model, block after block, with the text passing through; with `held_out`, those blocks after it."""
+        tokens = self.text.tokens
+        if held_out:
+            tokens = torch.cat([tokens, self.held_out.tokens])
+        return Stream(self.weights, tokens, self.batch_size, self.scratch)
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight of a linear as W: d_in × d_out, on the device of `Weights`.

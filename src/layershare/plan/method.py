@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
-from layershare.model.arch import Spec
+from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Delta, Edit, Share, Slice
 from layershare.plan.evidence import Evidence
@@ -49,6 +49,8 @@ class Method(ABC):
     """The kinds of edits that it has solutions for."""
     searches: ClassVar[bool] = False
     """Whether it runs the model on the text while it plans."""
+    follows_original: ClassVar[bool] = False
+    """Whether a refit aims at what the original puts out, and tries its choices on text that is held out."""
     wants_training: ClassVar[bool] = False
     """Whether what it leaves is a start for training rather than a result."""
     sizes: ClassVar[str] = "any"
@@ -95,6 +97,10 @@ class Method(ABC):
         That is what is done where the recipe leaves it to the method.
         """
         return False
+
+    def outer_root(self, evidence: Evidence, linear: Linear) -> Tensor | None:
+        """What errors in a linear's outputs count, as R with RᵀR the metric, d_out × d_out; `None`: all the same."""
+        return None
 
     def units(self, spec: Spec, edits: tuple[Edit, ...]) -> tuple[Unit, ...]:
         """What a plan's edits are solved as, in order: every group for itself.

@@ -41,14 +41,15 @@ def estimate_needs(
     length: int,
     batch_size: int,
     kinds: Collection[Statistic],
-    refits: bool = False,
+    streams: int = 0,
     epochs: int = 0,
     searches: bool = False,
     runs: int = 0,
 ) -> Needs:
     """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
-    It refines in so many `epochs` (0: not at all) and, if the method searches, runs the model on so many blocks then.
+    It refits to so many `streams` of text and refines in so many `epochs` (0: not at all) and, if the method searches,
+    runs the model on so many blocks then.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
@@ -72,7 +73,7 @@ def estimate_needs(
     batch = batch_size * length * (4 * width + 3 * widest) * itemsize
     entering = blocks * length * width * itemsize
     states = 2 * entering
-    work = count_work(spec, plan, blocks=blocks, length=length, kinds=kinds, refits=refits, epochs=epochs, runs=runs)
+    work = count_work(spec, plan, blocks=blocks, length=length, kinds=kinds, streams=streams, epochs=epochs, runs=runs)
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
             memory=2 * max(block) + batch + _eigenproblem(width),
@@ -87,9 +88,12 @@ def estimate_needs(
     else:
         composed, after = compositions(spec, plan.edits), plan.after
     steps = [_solving(each) for each in composed]
-    streams = refits or not {"inputs", "blocks", "gradients"}.isdisjoint(kinds)
-    if streams:
-        steps.append(max(block) + (max(grams) if refits or "inputs" in kinds else 0) + batch)
+    passes = streams or not {"inputs", "blocks", "gradients"}.isdisjoint(kinds)
+    if passes:
+        steps.append(max(block) + (max(grams) if streams or "inputs" in kinds else 0) + batch)
+    if streams == 2:  # both blocks, and two moments each of the blocks to fit on and of those that are held out
+        steps.append(2 * max(block) + 4 * max(grams) + 2 * batch)
+        states *= 2
     if epochs:
         dense = max(sum(x.parameters for x in spec.linears if x.layer == layer) for layer in range(spec.n_layers))
         steps.append(2 * max(block) + 4 * 4 * dense + 4 * batch)
@@ -104,7 +108,7 @@ def estimate_needs(
         steps.append(model + spec.n_layers * text + logits)
     if searches:
         steps.append(2 * model + text + logits)
-    states = states if streams or epochs else 0
+    states = states if passes or epochs else 0
     pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
         memory=int(SLACK * max(steps, default=0)),

@@ -19,6 +19,8 @@ START = 3.0
 """Seconds to open the model and the text, and to write the result."""
 _ROWS = 1024
 _WIDEST = 1024
+_REFIT = {1: 2, 2: 5}
+"""Passes of a refit, by its streams of text: with two, both blocks run up to every site, and through."""
 _ENOUGH = 0.08
 """Seconds that each kind of product is measured."""
 
@@ -59,15 +61,15 @@ def count_work(
     blocks: int,
     length: int,
     kinds: Collection[Statistic],
-    refits: bool,
+    streams: int,
     epochs: int,
     runs: int,
 ) -> Work:
     """The work of a run, without evaluation, of which nothing is done yet.
 
-    It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit, and to refine in so
-    many `epochs`, and while it plans, `runs` × `length` tokens. Without a plan, every matrix counts as solved at its
-    full rank, if the method solves anything.
+    It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit to so many `streams`,
+    to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. Without a plan, every matrix counts as
+    solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length
     sites = {linear.site: linear.d_in for linear in spec.linears}.values()
@@ -86,8 +88,8 @@ def count_work(
         width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
         turned = 2 * spec.n_layers * width**3 + width * sum(linear.parameters for linear in spec.linears)
         return Work(2 * tokens * forward, 2 * tokens * spec.n_layers * width**2, turned, 2 * spec.n_layers * width**3)
-    if refits:
-        passes, single = passes + 2, single + grams
+    if streams:
+        passes, single = passes + _REFIT[streams], single + streams * grams
     if epochs:
         passes += 3 + 4 * epochs  # original, compressed, start; then forward, backward (twice a forward) and error
     model = tokens * passes * forward + head + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
@@ -110,7 +112,7 @@ def count_work(
         double += rounds * side**3
         for d_in, d_out in shapes:
             double += max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)
-            if refits:
+            if streams:
                 double += edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
     return Work(model, single, double, eigen)
 

@@ -128,32 +128,32 @@ def _refit_layer(
 ) -> dict[str, Tensor]:
     """Run the compressed block, set the second factors that are its own and return them by name."""
     spec = factored.spec
-    fitted = {name: x for name, x in modules.items() if not x.composition.whole and _fitted(x)}
+    fitted = {name: x for name, x in modules.items() if not x.composition.whole and fitted_terms(x)}
     needed = {x.linear.site for x in fitted.values()}
     with measuring(block, {site: name for site, name in site_modules(spec, layer).items() if site in needed}) as grams:
         stream.run()
     new = {}
     for name, x in fitted.items():
-        module, terms = x.module, _fitted(x)
+        module, terms = x.module, fitted_terms(x)
         dense = x.linear.matrix(x.weight.to(module.coefficient.weight.device))
         for term in (term for term in module.terms if term not in terms):
             dense = dense.double() - module.product(term.factors, wide=True).T
         bases = [module.product(term.factors[:1], wide=False) for term in terms]
         fit = refit(torch.cat(bases).T, grams[x.linear.site], dense)
         for term, coef in zip(terms, fit.split([len(basis) for basis in bases]), strict=True):
-            for factor, weight in _exchanged(module, term, coef).items():
+            for factor, weight in exchanged(module, term, coef).items():
                 module.part(factor).weight.copy_(weight)
                 for key in factor.keys:
                     new[f"{spec.base_prefix}{name}.{key}"] = module.state_dict()[key]
     return new
 
 
-def _fitted(x: Replaced) -> list[Term]:
+def fitted_terms(x: Replaced) -> list[Term]:
     """The products whose last factor is the layer's own."""
     return [term for term in x.module.terms if not x.composition.joins(term.factors[-1])]
 
 
-def _exchanged(module: ComposedLinear, term: Term, coef: Tensor) -> dict[Factor, Tensor]:
+def exchanged(module: ComposedLinear, term: Term, coef: Tensor) -> dict[Factor, Tensor]:
     """The weights of a pair of factors whose second one becomes `coef` (k × d_out), with its pivots chosen anew."""
     first, second = term.factors
     if not second.pivots:
