@@ -47,8 +47,8 @@ def compress(method: str, keep: float) -> dict[str, Any]:
             "method": method,
             "keep": keep,
             "of": "targets",
-            "calibration": {"text": "stdlib", "blocks": 64, "length": 512, "stats": str(OUT / "stats")},
-            "evaluation": {"text": "stdlib", "blocks": 32, "length": 512, "dtype": "float32"},
+            "calibration": {"text": "stdlib", "blocks": 32, "length": 512, "stats": str(OUT / "stats")},
+            "evaluation": {"text": "stdlib", "blocks": 16, "length": 512, "dtype": "float32"},
         }
     )
     return run(recipe, OUT / f"{method}-{keep}")

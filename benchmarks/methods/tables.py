@@ -115,37 +115,41 @@ def _perplexity(results: list[Values], method: str, keep: float, test: int) -> s
     return ""
 
 
-def forms_page(every: Results, model: str) -> str:
-    """Perplexity on the first text by form of the bases and size; the part of log-perplexity that is lost beside it."""
+def variants_page(every: Results, model: str, folder: str) -> str:
+    """Perplexity on each text by what was done and size, worst first, with what is added to its logarithm."""
     found = [each for name, each in every.read().items() if name.startswith(f"{model}/")]
     found = done([each for each in found if "method" in each["experiment"]])
     if not found:
         return UNMEASURED
     require_same(
         model,
-        "benchmarks/forms",
+        f"benchmarks/{folder}",
         {
             "weights": {each["experiment"]["model_fingerprint"] for each in found},
             "test texts": {each["evaluations"][0]["text"]["tokens_sha256"] for each in found},
         },
     )
-    test = found[0]["evaluations"][0]
-    text, original = test["text"], test["original_perplexity"]["value"]
     keeps = sorted({each["experiment"]["keep"] for each in found}, reverse=True)
-    cells: dict[str, dict[float, str]] = {}
-    for each in found:
-        value = each["evaluations"][0]["perplexity"]["value"]
-        mark = " †" if off_size(each) else ""
-        name, keep = each["experiment"]["method"], each["experiment"]["keep"]
-        cells.setdefault(name, {})[keep] = f"{value:.4g} (+{log(value / original):.3f}){mark}"
-    order = sorted(cells, key=lambda name: (name.partition(",")[0] != "svd-llm", len(name)))
-    rows = [[name, *(cells[name].get(keep, "") for keep in keeps)] for name in order]
-    title = (
-        f"{model}, perplexity on {text['source']}, {text['blocks']} blocks of {text['length']} tokens; original "
-        f"{original:.2f}; in brackets what is added to its logarithm"
-    )
-    header = ["kept of the targets", *(f"{keep:.0%}" for keep in keeps)]
-    return f"{title}:\n\n{markdown(header, rows)}\n\n{machine(found[0])}"
+    tables = []
+    for number, test in enumerate(found[0]["evaluations"]):
+        text, original = test["text"], test["original_perplexity"]["value"]
+        values: dict[str, dict[float, float]] = {}
+        marks = {}
+        for each in found:
+            name, keep = each["experiment"]["method"], each["experiment"]["keep"]
+            values.setdefault(name, {})[keep] = each["evaluations"][number]["perplexity"]["value"]
+            marks[name, keep] = " †" if off_size(each) else ""
+        rows = []
+        for name in sorted(values, key=lambda name: -values[name].get(keeps[-1], 0)):
+            cells = {keep: f"{x:.4g} ({log(x / original):+.4f}){marks[name, keep]}" for keep, x in values[name].items()}
+            rows.append([name, *(cells.get(keep, "") for keep in keeps)])
+        title = (
+            f"{model}, perplexity on {text['source']}, {text['blocks']} blocks of {text['length']} tokens; original "
+            f"{original:.2f}; in brackets what is added to its logarithm"
+        )
+        header = ["kept of the targets", *(f"{keep:.0%}" for keep in keeps)]
+        tables.append(f"{title}:\n\n{markdown(header, rows)}")
+    return "\n\n".join([*tables, machine(found[0])])
 
 
 def _everything(results: list[Values]) -> str:
