@@ -101,6 +101,27 @@ def test_matrices_that_stayed_dense_are_fitted_too(tmp_path, tokenizer, words):
     assert all(torch.equal(before[name], tiny_model("llama").state_dict()[name]) for name in before)
 
 
+def test_deltas_and_parts_that_were_dropped_are_passed_over(tmp_path, tokenizer, words):
+    model = tiny_model("llama")
+    plan = json.loads(layershare.make_plan(model, method="svd", keep=0.5, of="targets").to_json())
+    plan |= {"method": "auto", "options": {}}
+    plan["edits"] = [
+        {"places": [["q", 0], ["k", 0]], "rank": 8, "side": "input", "pivot": True},
+        {"part": "attention", "layers": [1]},
+        {"part": "mlp", "layers": [2]},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    common: Any = {"method": "auto", "plan": tmp_path / "plan.json", "text": words, "blocks": 60, "length": 32}
+    small = layershare.compress(model, tokenizer, **common)
+    plain = layershare.compress(model, tokenizer, **common, refit=False)
+    assert plain.state_dict().keys() == small.state_dict().keys()
+    basis = "model.layers.0.self_attn.q_proj.basis.weight"
+    assert torch.equal(plain.state_dict()[basis], small.state_dict()[basis])
+    changed = {name for name, value in small.state_dict().items() if not torch.equal(value, plain.state_dict()[name])}
+    assert changed
+    assert all(name.endswith(("coef.weight", "_proj.weight")) for name in changed)
+
+
 @pytest.mark.filterwarnings("ignore:The text 'strings' has 1 blocks")
 def test_text_of_one_block_cannot_be_held_out(tokenizer):
     with pytest.raises(LayershareError, match="one block"):

@@ -23,7 +23,7 @@ from layershare.calibrate.stream import Stream
 from layershare.formulas.linalg import ridge_fits
 from layershare.model.arch import Linear
 from layershare.model.modes import evaluating
-from layershare.plan.edits import sharing
+from layershare.plan.edits import dropped_parts, sharing
 from layershare.plan.evidence import Evidence
 from layershare.solve.apply import Factored, Replaced, compressed, exchanged, fitted_terms
 
@@ -56,25 +56,28 @@ def refit_to_original(
 ) -> None:
     """Fit every layer that is not stored yet, block after block; from then on `factored` has its tensors.
 
+    What is the layer's own is fitted: last factors, and matrices that stayed dense; deltas stay as they are.
     `metric` gives R with RᵀR what errors in a linear's outputs count where λ is chosen; `None`: all the same.
     """
     spec = factored.spec
-    shared = sharing(factored.plan.edits)
+    shared, dropped = sharing(factored.plan.edits), dropped_parts(factored.plan.edits)
     original, small = evidence.stream(held_out=True), evidence.stream(held_out=True)
     for (layer, block), (_, same) in zip(original, small, strict=True):
         evidence.progress(layer, spec.n_layers)
         original.run()
         done = factored.refitted(layer)
         dense = copy.deepcopy(block, {id(x): x for x in (*block.parameters(), *block.buffers())})
-        inside = {x.name.removeprefix(f"{spec.blocks}.{layer}."): x for x in spec.linears if x.layer == layer}
+        here = [x for x in spec.linears if x.layer == layer and (layer, x.part) not in dropped]
+        inside = {x.name.removeprefix(f"{spec.blocks}.{layer}."): x for x in here}
         own = [f"{name}.weight" for name, x in inside.items() if (x.role, x.layer) not in shared]
         with compressed(same, layer, factored, own) as replaced:
             if not done:
                 new: dict[str, Tensor] = {}
                 for site in dict.fromkeys(x.site for x in inside.values()):
-                    here = {name: x for name, x in inside.items() if x.site == site}
-                    train, test = _measure(next(iter(here)), dense, original, same, small, len(evidence.text.tokens))
-                    for name, linear in here.items():
+                    readers = {name: x for name, x in inside.items() if x.site == site}
+                    first = next(iter(readers))
+                    train, test = _measure(first, dense, original, same, small, len(evidence.text.tokens))
+                    for name, linear in readers.items():
                         weight = linear.matrix(dense.get_parameter(f"{name}.weight"))
                         fit = _Fit(weight, train, test, metric(evidence, linear))
                         if linear.name in replaced:
@@ -108,7 +111,7 @@ def _measure(
 def _fit_factors(factored: Factored, x: Replaced, fit: "_Fit") -> dict[str, Tensor]:
     """Set the last factors that are a linear's own, and return what changed by its name in the checkpoint."""
     module, terms = x.module, fitted_terms(x)
-    if not terms:
+    if x.composition.whole or not terms:
         return {}
     others = [module.product(term.factors, wide=True).T for term in module.terms if term not in terms]
     bases = [module.product(term.factors[:1], wide=True).T for term in terms]
