@@ -101,7 +101,7 @@ def test_methods(layershare, monkeypatch):
     assert code == 0
     for name in METHODS:
         assert f"{name} " in out
-        assert name == "svd" or paper_of(name)
+        assert name in ("svd", "auto") or paper_of(name)
     assert "Needs a text and gradients and the whole model in memory." in out
     entries = {entry["name"]: entry for entry in json.loads(layershare("methods", "--json")[1])}
     needs = {
@@ -245,7 +245,7 @@ def test_calibrate_once_run_a_recipe_with_it(layershare, here):
     assert code == 0
     assert "stats" in out
     measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
-    assert len(measured) == 8  # two kinds for each of 4 layers
+    assert len(measured) == 12  # three kinds for each of 4 layers
     recipe = "model: dense\nmethod: svd-llm\ncalibration: {text: text.txt, blocks: 24, length: 64, stats: stats}\n"
     (here / "recipe.yaml").write_text(recipe)
     code, _, err = layershare("run", "recipe.yaml", "-o", "small", "--set", "keep=0.7")
@@ -266,15 +266,28 @@ def test_plans_by_weights_and_by_measured_statistics(layershare, here):
     code, _, err = layershare(*measuring, "--fisher", "--dtype", "bfloat16")
     assert code == 0, err
     measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
-    assert len(measured) == 12  # three kinds for each of 4 layers
+    assert len(measured) == 16  # four kinds for each of 4 layers
     code, _, err = layershare("plan", "dense", "-m", "d-rank", "--stats", "stats")
     assert (code, "statistics of this model on 0 texts" in err) == (2, True)
     code, out, err = layershare("plan", "dense", "-m", "d-rank", "--stats", "stats", "--dtype", "bfloat16")
     assert code == 0, err
     assert "d-rank on llama" in out
+    code, out, err = layershare("plan", "dense", "-m", "auto", "--stats", "stats", "--dtype", "bfloat16")
+    assert code == 0, err
+    assert "auto on llama" in out
     code, _, err = layershare(*COMPRESS, "-m", "fwsvd", "--stats", "stats", "--dtype", "bfloat16")
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")} == measured
+
+
+def test_a_plan_by_gradients_that_were_not_measured_is_refused(layershare, here):
+    measuring = ("calibrate", "dense", "-o", "stats", "--text", "text.txt", "--blocks", "24", "--length", "64")
+    assert layershare(*measuring, "--no-gradients")[0] == 0
+    code, _, err = layershare("plan", "dense", "-m", "auto", "--stats", "stats")
+    assert (code, "The statistics have no gradients" in err) == (2, True)
+    code, out, err = layershare("plan", "dense", "-m", "auto", "-O", "two_sided=false", "--stats", "stats")
+    assert code == 0, err
+    assert "auto on llama" in out
 
 
 def spoil_weights(here):

@@ -32,6 +32,7 @@ console = Console()
 complaints = Console(stderr=True)
 
 METHOD_NAMES = (
+    "auto",
     "basis-sharing",
     "d-rank",
     "svd-llm",

@@ -58,7 +58,8 @@ class Job:
     def refits(self) -> bool:
         """Whether coefficients will be fitted again to what the compressed layers put out."""
         if self.plan is None:
-            return self.recipe.refit is True or (self.recipe.refit == "auto" and self.method.follows_original)
+            kept = allowed(self.spec, parse_keep(self.recipe.keep), self.recipe.of).fraction
+            return self.method.refits(float(kept)) if self.recipe.refit == "auto" else self.recipe.refit
         return refits(self.plan, self.method, self.recipe.refit)
 
     @property
