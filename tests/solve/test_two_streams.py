@@ -93,7 +93,7 @@ def test_matrices_that_stayed_dense_are_fitted_too(tmp_path, tokenizer, words):
     plan["edits"] = [edit for edit in plan["edits"] if edit["places"][0][1] < 2]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     small = layershare.compress(
-        model, tokenizer, method="auto", plan=tmp_path / "plan.json", text=words, blocks=60, length=32
+        model, tokenizer, method="auto", plan=tmp_path / "plan.json", text=words, blocks=60, length=32, refit=True
     )
     before, after = model.state_dict(), small.state_dict()
     dense = [name for name in before if name in after and "_proj" in name]
@@ -112,7 +112,7 @@ def test_deltas_and_parts_that_were_dropped_are_passed_over(tmp_path, tokenizer,
     ]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     common: Any = {"method": "auto", "plan": tmp_path / "plan.json", "text": words, "blocks": 60, "length": 32}
-    small = layershare.compress(model, tokenizer, **common)
+    small = layershare.compress(model, tokenizer, **common, refit=True)
     plain = layershare.compress(model, tokenizer, **common, refit=False)
     assert plain.state_dict().keys() == small.state_dict().keys()
     basis = "model.layers.0.self_attn.q_proj.basis.weight"
