@@ -188,8 +188,9 @@ def _measure_gradients(trail: Trail, spec: Spec, stats: Stats, done: Callable[[i
         for gradients in batches:
             for inner, gradient in gradients.items():
                 name, width = inside[layer][inner], gradient.shape[1]
-                gram = grams.setdefault(name, torch.zeros(width, width, device=gradient.device))
-                for _ in _add_to_gram(gram, gradient):
+                if name not in grams:
+                    grams[name] = torch.zeros(width, width, device=gradient.device)
+                for _ in _add_to_gram(grams[name], gradient):
                     pass
                 seen[name] += len(gradient)
         for name, gram in grams.items():

@@ -29,7 +29,7 @@ from torch import Tensor
 from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError, unknown
 from layershare.formulas.linalg import spectrum, square_root
-from layershare.formulas.two_sided import seen_through, shrunk
+from layershare.formulas.two_sided import shrunk
 from layershare.methods.low_rank import LowRank
 from layershare.model.arch import ROLES, Linear, Spec
 from layershare.plan.budget import Budget
@@ -112,8 +112,12 @@ class Auto(LowRank):
 
     def _windows(self, spec: Spec, linears: Sequence[Linear], evidence: Evidence) -> Iterator[Window]:
         """What may stand in the place of linears that read the same input."""
+        curves: dict[Group, Curve] = {}  # most groups are in several partitions
         for groups in self._partitions(linears):
-            yield Window(0, 1, tuple(self._curve(spec, group, evidence) for group in groups))
+            for group in groups:
+                if group not in curves:
+                    curves[group] = self._curve(spec, group, evidence)
+            yield Window(0, 1, tuple(curves[group] for group in groups))
 
     def _partitions(self, linears: Sequence[Linear]) -> Iterator[list[Group]]:
         """Ways to put linears into groups: each for itself, and with bases that roles may share."""
@@ -130,9 +134,7 @@ class Auto(LowRank):
     def _curve(self, spec: Spec, group: Group, evidence: Evidence) -> Curve:
         """Predicted loss and parameters of a group by rank."""
         linears = [spec.linear(*place) for place in group.places]
-        weights = [evidence.weight(linear) for linear in linears]
-        roots = [root for linear in linears if (root := self.outer_root(evidence, linear)) is not None]
-        seen = [seen_through(*each) for each in zip(weights, roots, strict=True)] if roots else weights
+        seen, roots = self.weighed(evidence, linears, [evidence.weight(linear) for linear in linears])
         values = spectrum(seen, [self.metric(evidence, linear) for linear in linears], group.side).cpu()
         whole = float(values.sum()) or 1.0
         values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole

@@ -54,14 +54,18 @@ class LowRank(Method):
         assert isinstance(share, Share)
         linears = [evidence.spec.linear(*place) for place in share.places]
         weights = [evidence.weight(linear) for linear in linears]
-        metrics = [self.metric(evidence, linear) for linear in linears]
-        roots = [root for linear in linears if (root := self.outer_root(evidence, linear)) is not None]
+        seen, roots = self.weighed(evidence, linears, weights)
+        factors = self.factors(share, seen, [self.metric(evidence, linear) for linear in linears])
         if roots:
-            seen = [seen_through(weight, root) for weight, root in zip(weights, roots, strict=True)]
-            factors = seen_plainly(self.factors(share, seen, metrics), roots, share.side)
-        else:
-            factors = self.factors(share, weights, metrics)
+            factors = seen_plainly(factors, roots, share.side)
         return solution(evidence.spec, share, factors, weights[0].dtype)
+
+    def weighed(
+        self, evidence: Evidence, linears: Sequence[Linear], weights: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights seen through the roots of their outputs' metrics, and the roots; as they are, without."""
+        roots = [root for linear in linears if (root := self.outer_root(evidence, linear)) is not None]
+        return ([seen_through(*each) for each in zip(weights, roots, strict=True)] if roots else weights), roots
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Describe a causal language model: its blocks, its linears, who reads what. No weights, no per-family code."""
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from math import prod
 from typing import Literal
@@ -239,7 +238,7 @@ def describe(model: PreTrainedModel | PreTrainedConfig, dtype: torch.dtype | Non
     config = model if isinstance(model, PreTrainedConfig) else require_model(model, weights=False).config
     _refuse_config(config)
     try:
-        skeleton, seen = _run(_Built.of(config, dtype or config.dtype or torch.float32))
+        skeleton, seen = run_skeleton(config, dtype or config.dtype or torch.float32, _watch)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -369,29 +368,6 @@ def _refuse_blocks(kind: str, blocks: nn.ModuleList) -> None:
             raise UnsupportedModelError(
                 f"'{kind}' is a mixture-of-experts model ('{name}' holds the experts); only dense models are supported."
             )
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What a skeleton is built from: equal where the skeletons are."""
-
-    kind: type
-    values: str
-    attention: str | None
-    dtype: torch.dtype | str
-    config: PreTrainedConfig = field(compare=False)
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, dtype: torch.dtype | str) -> "_Built":
-        """Of a config, which may be changed afterwards."""
-        attention = getattr(config, "_attn_implementation", None)
-        return cls(type(config), config.to_json_string(use_diff=False), attention, dtype, copy.deepcopy(config))
-
-
-@lru_cache(maxsize=32)
-def _run(built: _Built) -> tuple[PreTrainedModel, tuple[str, nn.ModuleList, Flow, dict[str, str]]]:
-    """The skeleton and what `_watch` sees of it. A run describes its model several times, from memory and from disk."""
-    return run_skeleton(built.config, built.dtype, _watch)
 
 
 def _watch(

@@ -1,8 +1,10 @@
 """A model that is built and run from its config alone, without memory for its weights."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +31,27 @@ def run_skeleton(
     """A skeleton of the model, and what `watch` returns that runs it within the context that it is given.
 
     The tensors have shapes alone. If the model's code looks at values, as dynamic rotary positions do, it gets real
-    ones, made by `_hollow`.
+    ones, made by `_hollow`. Both are kept, since a run describes its model several times, and are not to be changed.
     """
+    attention = getattr(config, "_attn_implementation", None)
+    values = config.to_json_string(use_diff=False)
+    return _run(_Built(type(config), values, attention, dtype, copy.deepcopy(config)), watch)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a skeleton is built from: equal where the skeletons are."""
+
+    kind: type
+    values: str
+    attention: str | None
+    dtype: torch.dtype | str
+    config: PreTrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=32)
+def _run(built: _Built, watch: Callable[[PreTrainedModel, AbstractContextManager[Any]], Any]) -> Any:
+    config, dtype = built.config, built.dtype
     try:
         with FakeTensorMode() as fake:
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()

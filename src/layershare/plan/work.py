@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from layershare.calibrate.stats import Statistic
+from layershare.calibrate.stats import BACKWARD, Statistic
 from layershare.model.arch import Spec
 from layershare.plan.edits import Delta, Share, places, sharing, sliced_width
 from layershare.plan.plan import Plan
@@ -81,8 +81,8 @@ def count_work(
     if "inputs" in kinds or "blocks" in kinds:
         passes, single = 1, grams if "inputs" in kinds else 0
     if "gradients" in kinds:  # every block forwards once more, and backwards to its inputs, which is as much again
-        passes = max(passes, 1) + 2
-        head = 2 * tokens * spec.head_multiplications
+        passes = max(passes, 1) + BACKWARD
+        head = BACKWARD * tokens * spec.head_multiplications
         single += tokens * sum(linear.d_out**2 for linear in spec.linears)
     if plan is not None and sliced_width(plan.edits):
         width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
