@@ -63,6 +63,16 @@ class Job:
         return refits(self.plan, self.method, self.recipe.refit)
 
     @property
+    def compares(self) -> bool:
+        """Whether the method's plan is compared with others on held-out text."""
+        return self.plan is None and bool(self.method.rivals())
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the run needs blocks of text on which choices are tried."""
+        return self.compares or (self.method.follows_original and self.refits)
+
+    @property
     def kinds(self) -> frozenset[Statistic]:
         """The statistics that the run needs: to plan by, or to solve groups with."""
         solves = self.plan is None or bool(sharing(self.plan.edits))

@@ -143,6 +143,10 @@ class Store:
             self._verified.add(unit)
         return unit in self._verified
 
+    def __iter__(self) -> Iterator[str]:
+        """The units that are there, in the order in which they were written."""
+        return (unit for unit in self._units if unit in self)
+
     def write(self, unit: str, tensors: dict[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Store a finished unit with some facts about it."""
         path = self._path(unit)
