@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from layershare.calibrate.measures import Changes, GradientGrams, InputGrams, Measure, SquaredGradients, site_modules
-from layershare.model.arch import Linear, describe
+from layershare.model.arch import Linear
+from layershare.model.describe import describe
 from layershare.model.weights import Weights
 from tests.families import tiny_model, tokens
 
