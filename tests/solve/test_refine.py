@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import layershare
-from layershare.calibrate.drivers import hidden_output
+from layershare.calibrate.drivers.calls import hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text, load_text
 from layershare.errors import LayershareError

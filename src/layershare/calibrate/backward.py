@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from layershare.calibrate.drivers import Call, hidden_input, hidden_output, with_hidden_input
+from layershare.calibrate.drivers.calls import Call, hidden_input, hidden_output, with_hidden_input
 from layershare.calibrate.stream import Stream
 from layershare.errors import UnsupportedModelError
 from layershare.model.modes import evaluating

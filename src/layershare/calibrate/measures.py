@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from layershare.calibrate.drivers import Call, hidden_input, hidden_output, with_hidden_input
+from layershare.calibrate.drivers.calls import Call, hidden_input, hidden_output, with_hidden_input
 from layershare.errors import LayershareError
 from layershare.model.arch import Linear, Spec
 from layershare.model.dropped import drop_mlp

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershare.calibrate.drivers import Call
+from layershare.calibrate.drivers.calls import Call
 from layershare.calibrate.stream import Stream
 from layershare.formulas.linalg import ridge_fits
 from layershare.model.arch import Linear

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layershare.calibrate.drivers import Call, hidden_input, with_hidden_input
+from layershare.calibrate.drivers.calls import Call, hidden_input, with_hidden_input
 from layershare.calibrate.measures import InputGrams, gram_of
 from layershare.errors import LayershareError
 from layershare.formulas.linalg import principal_axes
