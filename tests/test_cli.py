@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layershare as package
-from layershare.cli import METHOD_NAMES, main
+from layershare.cli import main
+from layershare.cli.options import METHOD_NAMES
 from layershare.methods import METHODS
 from layershare.methods.catalogue import paper_of
 from layershare.report.listing import listing
@@ -41,7 +42,7 @@ def layershare(monkeypatch, capfd):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
-        monkeypatch.setattr("layershare.cli.console", Console(width=160))
+        monkeypatch.setattr("layershare.cli.output.console", Console(width=160))
         with pytest.raises(SystemExit) as end:
             main()
         captured = capfd.readouterr()

@@ -30,7 +30,7 @@ from benchmarks.results import Results, thinned
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import Healing
-from layershare.healing.training import held_out_loss
+from layershare.healing.watch import held_out_loss
 from layershare.model.hub import load
 from layershare.model.source import SAMPLE, resolve
 from layershare.model.weights import Weights

@@ -24,7 +24,8 @@ from layershare.healing.job import HealJob, prepare_healing
 from layershare.healing.settings import Healing
 from layershare.healing.training import train
 from layershare.methods import make_method, plan_with
-from layershare.model.arch import Spec, describe
+from layershare.model.arch import Spec
+from layershare.model.describe import describe
 from layershare.model.source import SAMPLE, read_tokenizer, resolve
 from layershare.model.weights import Weights
 from layershare.plan.layout import checkpoint_tensors

@@ -35,7 +35,8 @@ from benchmarks.results import Results
 from layershare.api import evaluate_folder
 from layershare.errors import LayershareError, unknown
 from layershare.methods import METHODS
-from layershare.model.arch import Spec, describe
+from layershare.model.arch import Spec
+from layershare.model.describe import describe
 from layershare.model.source import SAMPLE, read_config, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import target_parameters

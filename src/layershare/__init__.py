@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from layershare.errors import LayershareError, UnsupportedModelError
     from layershare.evaluate.divergence import Evaluation
     from layershare.manifest import Verified, verify
-    from layershare.model.arch import Spec, describe
+    from layershare.model.arch import Spec
+    from layershare.model.describe import describe
     from layershare.model.hub import load, save
     from layershare.model.source import resolve
     from layershare.plan.edits import Place, Share
@@ -30,7 +31,7 @@ _HOME = {
     "Verified": "manifest",
     "verify": "manifest",
     "Spec": "model.arch",
-    "describe": "model.arch",
+    "describe": "model.describe",
     "load": "model.hub",
     "save": "model.hub",
     "resolve": "model.source",

@@ -22,7 +22,7 @@ from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.given import require_model, require_runnable
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear

@@ -16,9 +16,10 @@ from layershare.device import device_of, dtype_of
 from layershare.errors import LayershareError
 from layershare.folders import require_folder
 from layershare.methods import make_method, plan_with
-from layershare.model.arch import Spec, describe
+from layershare.model.arch import Spec
 from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.checkpoint import Tensors
+from layershare.model.describe import describe
 from layershare.model.source import read_config, require_same_model, resolve, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep

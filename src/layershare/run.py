@@ -21,7 +21,7 @@ from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_
 from layershare.foreign import read_mapping, reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
 from layershare.job import Job, load_and_hold_out, load_calibration, open_weights, prepare, refits
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, tokenizer_of

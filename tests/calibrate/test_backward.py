@@ -9,7 +9,7 @@ from layershare.calibrate.stats import Statistic, calibrate
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError, UnsupportedModelError
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.weights import Weights
 from tests.families import CONFIGS, tiny_model, tokens
 

@@ -4,7 +4,7 @@ import torch
 from layershare.calibrate.stats import Stats, calibrate
 from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.weights import Weights
 from tests.families import tiny_model
 

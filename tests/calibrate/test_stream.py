@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from layershare.calibrate import drivers
+from layershare.calibrate.drivers.batches import Batches
+from layershare.calibrate.drivers.calls import hidden_output
+from layershare.calibrate.drivers.replay import record
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError, UnsupportedModelError
 from layershare.model.weights import Weights
@@ -24,7 +26,7 @@ def real_outputs(model: PreTrainedModel, text: Tensor = TEXT, batch_size: int = 
     seen: list[list[Tensor]] = [[] for _ in blocks]
 
     def watch(index: int):
-        return lambda _module, _args, output: seen[index].append(drivers.hidden_output(output))
+        return lambda _module, _args, output: seen[index].append(hidden_output(output))
 
     handles = [block.register_forward_hook(watch(i)) for i, block in enumerate(blocks)]
     with torch.no_grad():
@@ -90,7 +92,7 @@ def test_masks_and_tables_are_recorded_once() -> None:
         elif isinstance(value, dict):
             collect(tuple(value.values()))
 
-    replay = drivers.record(Weights.of(model), drivers.Batches(tokens(9, 40), 2, None))
+    replay = record(Weights.of(model), Batches(tokens(9, 40), 2, None))
     assert replay is not None
     collect(replay._calls)
     masks = [tensor.shape for tensor in stored.values() if tensor.dim() == 4]
@@ -243,7 +245,7 @@ def test_the_body_may_call_the_block_with_gradients() -> None:
     stream = Stream(Weights.of(tiny_model("llama")), TEXT, batch_size=2)
     for i, block in stream:
         args, kwargs = stream.call(2)
-        output = drivers.hidden_output(block(*args, **kwargs))
+        output = hidden_output(block(*args, **kwargs))
         output.sum().backward()
         assert block.get_parameter("mlp.up_proj.weight").grad is not None
         stream.run()

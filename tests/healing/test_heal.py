@@ -13,7 +13,7 @@ from layershare.healing.job import prepare_healing
 from layershare.healing.objective import Objective
 from layershare.healing.parameters import choose, lora_targets, merge
 from layershare.healing.settings import Lora
-from layershare.healing.training import HealTrainer, Ordered, last_checkpoint
+from layershare.healing.trainer import HealTrainer, Ordered, last_checkpoint
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.store import MANIFEST

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from layershare.calibrate.stats import Statistic, calibrate
 from layershare.calibrate.text import load_text
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.weights import Weights
 from layershare.plan.evidence import Evidence
 

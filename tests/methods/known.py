@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layershare.methods import make_method, plan_with
-from layershare.model.arch import PARTS, Part, describe
+from layershare.model.arch import PARTS, Part
+from layershare.model.describe import describe
 from layershare.plan.edits import Edit
 from layershare.plan.evidence import Evidence
 from tests.families import CONFIGS

@@ -5,7 +5,7 @@ from layershare.errors import LayershareError
 from layershare.methods import plan_with
 from layershare.methods.asvd import Asvd, Truncation, search
 from layershare.methods.probe import Probe
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.budget import Budget, allowed, measure, parse_keep
 from layershare.plan.edits import Share, places
 from tests.families import CONFIGS, tiny_model

@@ -15,7 +15,7 @@ from layershare.formulas.linalg import low_rank
 from layershare.formulas.two_sided import seen_through
 from layershare.methods import make_method, plan_with
 from layershare.methods.auto import Auto
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.source import read_model, read_tokenizer
 from layershare.model.weights import Weights
 from layershare.plan.edits import Share

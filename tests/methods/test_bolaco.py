@@ -6,7 +6,7 @@ import torch
 from layershare.errors import LayershareError
 from layershare.methods.bolaco import at_ratios, scaled
 from layershare.methods.probe import Probe
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.budget import allowed, measure, parse_keep
 from layershare.plan.edits import Share
 from tests.families import CONFIGS, tiny_model

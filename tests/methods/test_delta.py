@@ -14,7 +14,7 @@ import layershare
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
 from layershare.methods.delta import floor_rank
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.budget import allowed, parse_keep
 from layershare.plan.edits import Delta, Edit
 from layershare.plan.plan import Plan

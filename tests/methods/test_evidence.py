@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layershare.errors import LayershareError
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.weights import Weights
 from layershare.plan.evidence import Evidence
 from tests.families import tiny_model

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import layershare
 from layershare.methods import make_method
 from layershare.methods.basis_sharing import sharing_groups
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.edits import Place, Share
 from layershare.recipe import make_recipe
 from layershare.run import run

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError
 from layershare.methods.delta import DeltaLlm
-from layershare.model.arch import Spec, describe
+from layershare.model.arch import Spec
 from layershare.model.composition import Composition
+from layershare.model.describe import describe
 from layershare.model.layers import ComposedLinear
 from layershare.model.weights import Weights
 from layershare.plan.budget import measure

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import layershare
 from layershare.calibrate.stream import Stream
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.weights import Weights
 from tests.calibrate.test_stream import TEXT, assert_exact, opened, real_outputs, streamed_outputs
 from tests.families import CONFIGS

@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from layershare.errors import LayershareError
 from layershare.methods import METHODS, make_method, plan_with
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.budget import Keep, measure, parse_keep
 from layershare.plan.edits import Delta, Share, places
 from layershare.plan.ranks import uniform_rank

@@ -11,7 +11,7 @@ from rich.console import Console
 from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError
 from layershare.methods import make_method, plan_with
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.budget import measure
 from layershare.plan.edits import Delta, Drop, Merge, Share, Slice, check, places
 from layershare.plan.needs import estimate_needs

@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 
 from layershare.errors import LayershareError
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.budget import measure
 from layershare.plan.edits import Share, composition, places
 from layershare.plan.ranks import TOLERANCE, Group, allocate, group_cost, private_groups

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.plan.work import START, Speed, Work, count_work, measure_speed
 from tests.families import tiny_model
 

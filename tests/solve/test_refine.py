@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import layershare
-from layershare.calibrate.drivers import hidden_output
+from layershare.calibrate.drivers.calls import hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text, load_text
 from layershare.errors import LayershareError
-from layershare.model.arch import describe
+from layershare.model.describe import describe
 from layershare.model.norms import norm_parameters
 from layershare.model.weights import Weights
 from layershare.plan.edits import Delta, Drop, Edit, Share, places

@@ -5,22 +5,18 @@ first, and hands the gradient at its input on to the one before. Memory holds on
 hidden states of all blocks, the last in files if asked for.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from layershare.calibrate.drivers import Call, hidden_input, hidden_output, with_hidden_input
+from layershare.calibrate.drivers.calls import Call, hidden_input, hidden_output, with_hidden_input
 from layershare.calibrate.stream import Stream
 from layershare.errors import UnsupportedModelError
 from layershare.model.modes import evaluating
 from layershare.model.weights import Weights
-
-Gradients = dict[str, Tensor]
-"""A linear's name, relative to its block -> the gradients at its output [tokens, d_out]."""
 
 
 class Trail:
@@ -28,15 +24,18 @@ class Trail:
 
     for layer, block in stream:
         trail.keep()    # for every block, before or after it runs
-    for layer, batches in trail.back(lambda layer: names of linears):
-        for gradients in batches:
-            ...
+    for layer, block in trail.back():
+        ...             # attach hooks to `block`
+        trail.run()     # once
     """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._states: list[Tensor] = []
         self._calls: list[list[Call]] = []
+        self._layer = 0
+        self._block: nn.Module | None = None
+        self._leaving: Tensor | None = None  # the gradient at the output of the current block, of all batches
 
     def keep(self) -> None:
         """Keep how the current block of the stream is called.
@@ -60,42 +59,38 @@ class Trail:
         self._states.append(states)
         self._calls.append(calls)
 
-    def back(self, linears: Callable[[int], Collection[str]]) -> Iterator[tuple[int, Iterator[Gradients]]]:
-        """Yield every layer, last one first, with the gradients of its `linears`, batch after batch.
-
-        They are those of Σ −log p(next token) over all tokens that have a next one. All batches are to be taken before
-        the next layer is asked for.
-        """
-        leaving: Tensor | None = None  # the gradient at a block's output, of all batches
+    def back(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield (index, loaded block), last block first; every one is to be run before the next is asked for."""
         for layer in reversed(range(len(self._calls))):
-            states = self._states.pop()
-            arriving = self._stream.batches.room(states[:1])
-            yield layer, self._through(layer, linears(layer), states, leaving, arriving)
-            leaving = arriving
+            with self._stream.weights.block(layer) as block:
+                self._layer, self._block = layer, block
+                yield layer, block
+            self._block = None
 
-    def _through(
-        self, layer: int, names: Collection[str], states: Tensor, leaving: Tensor | None, arriving: Tensor
-    ) -> Iterator[Gradients]:
-        """Run a block forwards and backwards, batch after batch, and fill in the gradient at its input, `arriving`."""
-        weights, batches = self._stream.weights, self._stream.batches
-        head = Head(weights) if leaving is None else None
-        with weights.block(layer) as block, evaluating(block), _outputs(block, names) as outputs:
+    def run(self) -> None:
+        """Run the current block forwards and backwards on every batch.
+
+        What comes back is the gradient of Σ −log p(next token) over all tokens that have a next one.
+        """
+        assert self._block is not None
+        weights, batches, states = self._stream.weights, self._stream.batches, self._states.pop()
+        arriving = batches.room(states[:1])
+        head = Head(weights) if self._leaving is None else None
+        with evaluating(self._block):
             for batch in range(len(batches)):
                 entering = batches.rows(states, batch).to(weights.device, copy=True).requires_grad_()
-                args, kwargs = with_hidden_input(self._calls[layer][batch], entering)
+                args, kwargs = with_hidden_input(self._calls[self._layer][batch], entering)
                 with torch.enable_grad():
-                    output = block(*args, **kwargs)
+                    output = self._block(*args, **kwargs)
                     if head is not None:
                         target, cotangent = head.loss(batches.rows(batches.tokens, batch), output), None
                     else:
-                        assert leaving is not None
+                        assert self._leaving is not None
                         target = hidden_output(output)
-                        cotangent = batches.rows(leaving, batch).to(weights.device)
-                    wanted = [entering, *outputs.values()]
-                    first, *others = torch.autograd.grad(target, wanted, cotangent)
-                batches.rows(arriving, batch).copy_(first)
-                yield {name: each.flatten(0, -2) for name, each in zip(outputs, others, strict=True)}
-                outputs.clear()
+                        cotangent = batches.rows(self._leaving, batch).to(weights.device)
+                    (gradient,) = torch.autograd.grad(target, entering, cotangent)
+                batches.rows(arriving, batch).copy_(gradient)
+        self._leaving = arriving
 
 
 class Head:
@@ -119,19 +114,3 @@ class Head:
         """Σ −log p(next token) [] of `tokens`, given what the last block returns."""
         logits = self.logits(tokens, output)[:, :-1].float()
         return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(self._device), reduction="sum")
-
-
-@contextmanager
-def _outputs(block: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """What the named linears of a block return while it runs, by name."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: outputs.__setitem__(name, output)
-
-    hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -3,30 +3,25 @@
 import hashlib
 import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from layershare.calibrate.backward import Trail
-from layershare.calibrate.drivers import hidden_input, hidden_output
+from layershare.calibrate.measures import Changes, GradientGrams, InputGrams, Measure, SquaredGradients, site_modules
 from layershare.calibrate.stream import Stream
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.arch import PARTS, Linear, Part, Spec
-from layershare.model.dropped import without_mlp
 from layershare.model.modes import evaluating
 from layershare.model.weights import Weights, require_finite
 from layershare.progress import Progress, no_progress
 from layershare.store import MANIFEST, Store, only_one, read_manifest
-
-_ROWS = 256
-"""Tokens that are widened to float32 at once."""
 
 BACKWARD = 2
 """Passes forwards that a way back takes as long as."""
@@ -112,9 +107,9 @@ class Stats:
         """The hidden state of each text block's last token (n × width, float32) when it leaves this layer."""
         return self._store.read(_unit("blocks", layer), "pooled")
 
-    def write(self, kind: Statistic, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Store a layer's statistics of a kind."""
-        self._store.write(_unit(kind, layer), tensors)
+    def write(self, kind: Statistic, layer: int, measure: Measure) -> None:
+        """Finish a layer's statistics of a kind and store them. Raises `LayershareError` as `Measure.finish` does."""
+        self._store.write(_unit(kind, layer), measure.finish())
 
 
 def _unit(kind: Statistic, layer: int) -> str:
@@ -142,11 +137,12 @@ def calibrate(
     identity = {"model": weights.fingerprint, "text": text.identity}
     with only_one(Stats.place(folder, identity), wait=True):
         stats = Stats(folder, identity)
-        if "fisher" in kinds:
-            _measure_fisher(weights, spec, text, stats, progress)
+        layers = range(spec.n_layers)
+        if "fisher" in kinds and not all(stats.has("fisher", layer) for layer in layers):
+            _through_the_whole(weights, spec, text, stats, progress)
         streamed: list[Statistic] = [kind for kind in STREAMED if kind in kinds]
-        missing = [layer for layer in range(spec.n_layers) if not all(stats.has(kind, layer) for kind in streamed)]
-        backwards = "gradients" in kinds and not all(stats.has("gradients", layer) for layer in range(spec.n_layers))
+        missing = [layer for layer in layers if not all(stats.has(kind, layer) for kind in streamed)]
+        backwards = "gradients" in kinds and not all(stats.has("gradients", layer) for layer in layers)
         if not missing and not backwards:
             return stats
         if "inputs" in streamed:
@@ -161,177 +157,65 @@ def calibrate(
                 trail.keep()
             if layer in missing:
                 require_finite(block.named_parameters(weights.block_name(layer)))
-                wants_inputs = "inputs" in streamed and not stats.has("inputs", layer)
-                with measuring(block, site_modules(spec, layer) if wants_inputs else {}, magnitudes=True) as measured:
+                made = _streamed(spec, layer, len(text.tokens))
+                measures: dict[Statistic, Measure] = {x: made[x] for x in streamed if not stats.has(x, layer)}
+                with ExitStack() as attached:
+                    for measure in reversed(measures.values()):  # the copy that `Changes` makes is not to be watched
+                        attached.enter_context(measure.attach(block))
                     stream.run()
-                if wants_inputs:
-                    stats.write("inputs", layer, measured)
-                if "blocks" in streamed and not stats.has("blocks", layer):
-                    stats.write("blocks", layer, _change(stream, spec, layer, block))
+                for kind, measure in measures.items():
+                    stats.write(kind, layer, measure)
             if layer == last:
                 break
         if backwards:
-            _measure_gradients(trail, spec, stats, lambda done: progress(spec.n_layers + BACKWARD * done, steps))
+            _back(trail, spec, stats, lambda done: progress(spec.n_layers + BACKWARD * done, steps))
         progress(steps, steps)
         return stats
 
 
-def _measure_gradients(trail: Trail, spec: Spec, stats: Stats, done: Callable[[int], None]) -> None:
-    """Store the Grams of gradients of every layer, last one first. Raises `LayershareError` if one is not finite."""
-    inside = {layer: {} for layer in range(spec.n_layers)}  # name within the block -> full name
-    for linear in spec.linears:
-        inside[linear.layer][linear.name.removeprefix(f"{spec.blocks}.{linear.layer}.")] = linear.name
-    for layer, batches in trail.back(inside.__getitem__):
+def _streamed(spec: Spec, layer: int, rows: int) -> dict[Statistic, Measure]:
+    """What can be measured of a layer while a text of so many rows passes through its block."""
+    start = len(f"{spec.blocks}.{layer}.")
+    mlp = [linear.name[start:] for linear in spec.part(layer, "mlp")]
+    return {
+        "inputs": InputGrams(site_modules(spec, layer), magnitudes=True),
+        "blocks": Changes(f"{spec.blocks}.{layer}", mlp, rows),
+    }
+
+
+def _back(trail: Trail, spec: Spec, stats: Stats, done: Callable[[int], None]) -> None:
+    """Measure the gradients of every layer, last one first."""
+    for layer, block in trail.back():
         done(spec.n_layers - 1 - layer)
-        grams: dict[str, Tensor] = {}
-        seen = Counter()  # tokens
-        for gradients in batches:
-            for inner, gradient in gradients.items():
-                name, width = inside[layer][inner], gradient.shape[1]
-                if name not in grams:
-                    grams[name] = torch.zeros(width, width, device=gradient.device)
-                for _ in _add_to_gram(grams[name], gradient):
-                    pass
-                seen[name] += len(gradient)
-        for name, gram in grams.items():
-            if not gram.diagonal().isfinite().all():
-                raise LayershareError(f"The gradients of '{name}' overflow; run the model in a wider dtype.")
-        if not stats.has("gradients", layer):
-            stats.write("gradients", layer, {name: gram / seen[name] for name, gram in grams.items()})
+        if stats.has("gradients", layer):
+            trail.run()
+            continue
+        start = len(f"{spec.blocks}.{layer}.")
+        measure = GradientGrams({x.name[start:]: x.name for x in spec.linears if x.layer == layer})
+        with measure.attach(block):
+            trail.run()
+        stats.write("gradients", layer, measure)
 
 
-def site_modules(spec: Spec, layer: int) -> dict[str, str]:
-    """Site -> the name, within its block, of the module whose input it is."""
-    start = len(f"{spec.blocks}.{layer}.")
-    return {linear.site: linear.site[start:] for linear in spec.linears if linear.layer == layer}
-
-
-@contextmanager
-def measuring(block: nn.Module, sites: dict[str, str], *, magnitudes: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within this context, Grams (float32, by site) of the inputs of the named modules add up in what it yields.
-
-    With `magnitudes` it holds afterwards also the mean of |x| (d_in) under `SITE.magnitude`. Raises `LayershareError`
-    at the end if a Gram is not finite.
-    """
-    measured: dict[str, Tensor] = {}
-    rows_seen = dict.fromkeys(sites, 0)
-
-    def watch(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-            if site not in measured:
-                measured[site] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                if magnitudes:
-                    measured[f"{site}.magnitude"] = torch.zeros(x.shape[1], device=x.device)
-            for wide in _add_to_gram(measured[site], x):
-                if magnitudes:
-                    measured[f"{site}.magnitude"] += torch.linalg.vector_norm(wide, 1, dim=0)
-            rows_seen[site] += len(x)
-
-        return add
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(watch(site)) for site, name in sites.items()]
-    try:
-        yield measured
-    finally:
-        for hook in hooks:
-            hook.remove()
-    _require_finite_grams((site, measured[site]) for site in sites)
-    if magnitudes:
-        for site, rows in rows_seen.items():
-            measured[f"{site}.magnitude"] /= rows
-
-
-def gram_of(batches: Iterable[Tensor]) -> Tensor:
-    """XᵀX (float32) of tensors [..., d], of which there is at least one."""
-    gram = None
-    for batch in batches:
-        x = batch.reshape(-1, batch.shape[-1])
-        gram = torch.zeros(x.shape[1], x.shape[1], device=x.device) if gram is None else gram
-        for _ in _add_to_gram(gram, x):
-            pass
-    assert gram is not None
-    return gram
-
-
-def _add_to_gram(gram: Tensor, x: Tensor) -> Iterator[Tensor]:
-    """Add XᵀX of x [n, d], and give x in float32, some rows at a time."""
-    for rows in x.split(_ROWS):
-        wide = rows.float()
-        gram.addmm_(wide.T, wide)
-        yield wide
-
-
-@torch.no_grad()
-def _change(stream: Stream, spec: Spec, layer: int, block: nn.Module) -> dict[str, Tensor]:
-    """What a block that has just been run does to the hidden states, as the statistics of kind `blocks`.
-
-    The hidden states between attention and MLP are the block's output without its MLP (in a block that runs the two in
-    parallel, with the attention's contribution alone). Raises `LayershareError` if hidden states are not finite.
-    """
-    start = len(f"{spec.blocks}.{layer}.")
-    total, pooled = torch.zeros(3, dtype=torch.float64), []
-    with without_mlp(block, [linear.name[start:] for linear in spec.part(layer, "mlp")]), evaluating(block):
-        for batch in range(len(stream.batches)):
-            entering = hidden_input(stream.call(batch)).float()
-            args, kwargs = stream.call(batch)
-            between = hidden_output(block(*args, **kwargs)).float()
-            leaving = stream.batches.rows(stream.outputs, batch).to(between.device).float()
-            for i, (before, after) in enumerate(((entering, between), (between, leaving), (entering, leaving))):
-                total[i] += torch.cosine_similarity(before, after, dim=-1).sum().item()
-            pooled.append(leaving[:, -1].cpu())
-    if not total.isfinite().all():
-        raise LayershareError(
-            f"The hidden states of '{spec.blocks}.{layer}' overflow or contain NaN on this text; run the model in a "
-            "wider dtype."
-        )
-    return {"cosines": total / stream.batches.tokens.numel(), "pooled": torch.cat(pooled)}
-
-
-def _measure_fisher(weights: Weights, spec: Spec, text: Text, stats: Stats, progress: Progress) -> None:
-    """Back-propagate the loss of every block of text and add up squared gradients, one gradient at a time in memory.
-
-    Never of several blocks at once: the square of their mean gradient would depend on the batch size. The loss is
-    summed over the tokens and divided by their number afterwards, so that float16 holds the gradients.
-    """
-    if all(stats.has("fisher", layer) for layer in range(spec.n_layers)):
-        return
+def _through_the_whole(weights: Weights, spec: Spec, text: Text, stats: Stats, progress: Progress) -> None:
+    """Measure squared gradients of all layers at once: the whole model is in memory, and sees one block at a time."""
     model = weights.whole()
-    sums = {linear: torch.zeros(linear.d_in, device=weights.device) for linear in spec.linears}
-
-    def watch(linear: Linear) -> Callable[[Tensor], None]:
-        def add(weight: Tensor) -> None:
-            assert weight.grad is not None
-            sums[linear] += weight.grad.float().square().sum(1 if linear.conv1d else 0)
-            weight.grad = None
-
-        return add
-
-    for linear in spec.linears:
-        weight = model.get_parameter(spec.weight_name(linear)).requires_grad_()
-        weight.register_post_accumulate_grad_hook(watch(linear))
-    with evaluating(model), torch.enable_grad():
+    blocks, length = text.tokens.shape
+    measures = []
+    for layer in range(spec.n_layers):
+        own = {spec.weight_name(linear): linear for linear in spec.linears if linear.layer == layer}
+        measures.append(SquaredGradients(own, blocks, length - 1))
+    with ExitStack() as attached, evaluating(model), torch.enable_grad():
+        for measure in measures:
+            attached.enter_context(measure.attach(model))
         for done, block in enumerate(text.tokens):
-            progress(done, len(text.tokens))
+            progress(done, blocks)
             tokens = block[None].to(weights.device)
             logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
             cross_entropy(logits.float(), tokens[0, 1:], reduction="sum").backward()
-    progress(len(text.tokens), len(text.tokens))
-    for linear, total in sums.items():
-        if not total.isfinite().all():
-            raise LayershareError(f"The gradients of '{linear.name}' overflow; run the model in a wider dtype.")
-    blocks, length = text.tokens.shape
-    for layer in range(spec.n_layers):
-        own = [linear for linear in spec.linears if linear.layer == layer]
-        stats.write("fisher", layer, {x.name: sums[x] / blocks / (length - 1) ** 2 for x in own})
-
-
-def _require_finite_grams(grams: Iterable[tuple[str, Tensor]]) -> None:
-    for site, gram in grams:
-        if not gram.diagonal().isfinite().all():
-            raise LayershareError(
-                f"The inputs of '{site}' overflow or contain NaN on this text; run the model in a wider dtype."
-            )
+    progress(blocks, blocks)
+    for layer, measure in enumerate(measures):
+        stats.write("fisher", layer, measure)
 
 
 def _warn_if_deficient(spec: Spec, tokens: int) -> None:

@@ -10,16 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layershare.calibrate.drivers import (
-    Batches,
-    Call,
-    Driver,
-    LockStep,
-    hidden_input,
-    hidden_output,
-    record,
-    with_hidden_input,
-)
+from layershare.calibrate.drivers import Driver
+from layershare.calibrate.drivers.batches import Batches
+from layershare.calibrate.drivers.calls import Call, hidden_input, hidden_output, with_hidden_input
+from layershare.calibrate.drivers.lock_step import LockStep
+from layershare.calibrate.drivers.replay import record
 from layershare.model.modes import evaluating
 from layershare.model.weights import Weights
 

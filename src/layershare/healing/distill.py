@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from layershare.calibrate.drivers import with_hidden_output
+from layershare.calibrate.drivers.calls import with_hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.disk import require_disk
 from layershare.errors import LayershareError

@@ -26,8 +26,8 @@ from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
 from layershare.healing.settings import Healing
-from layershare.model.arch import describe
 from layershare.model.checked import main_dtype, stored_tensors
+from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import located
 from layershare.model.source import read_config, read_tokenizer, resolve, values_of

@@ -18,7 +18,8 @@ from layershare.errors import LayershareError
 from layershare.healing.distill import StoredLogits
 from layershare.healing.job import HealJob
 from layershare.healing.settings import Healing
-from layershare.healing.training import Diverged, train
+from layershare.healing.trainer import Diverged
+from layershare.healing.training import train
 from layershare.progress import Progress, Say, no_progress, say_nothing
 from layershare.store import write_json
 

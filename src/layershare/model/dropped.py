@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -55,17 +54,6 @@ def drop_mlp(parent: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear | C
         d_out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
         parent.set_submodule(name, DroppedLinear(module, d_out if name == names[-1] else 0))
     return dense
-
-
-@contextmanager
-def without_mlp(block: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """A block without its MLP, whose linears have these names, for the duration."""
-    dense = drop_mlp(block, names)
-    try:
-        yield
-    finally:
-        for name, module in dense.items():
-            block.set_submodule(name, module)
 
 
 class DroppedAttention(nn.Module):

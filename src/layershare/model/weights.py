@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
@@ -25,6 +25,7 @@ _NOT_ARCHITECTURE = {
     *("architectures", "auto_map", "dtype", "id2label", "label2id", "output_attentions", "output_hidden_states"),
     *("quantization_config", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
 }
+_Module = TypeVar("_Module", bound=nn.Module)
 _SAMPLED = 256  # elements of each tensor that enter the fingerprint
 
 
@@ -175,8 +176,7 @@ class Weights:
         without `head`, the output head is loaded (on the CPU: memory-mapped, so an embedding costs only the rows that
         are looked up).
         """
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        shell = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}).eval()
+        shell = twin(self.model).eval()
         if self._stored is None:
             return shell
         output = self.model.get_output_embeddings()
@@ -210,6 +210,11 @@ class Weights:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def twin(module: _Module) -> _Module:
+    """A copy of a module whose modules are its own, while its tensors are the module's."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

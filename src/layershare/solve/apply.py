@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershare.calibrate.stats import measuring, site_modules
+from layershare.calibrate.measures import InputGrams, site_modules
 from layershare.calibrate.stream import Stream
 from layershare.formulas.linalg import pivoted, refit
 from layershare.model.arch import Linear, Spec, common_parent
@@ -133,8 +133,10 @@ def _refit_layer(
     spec = factored.spec
     fitted = {name: x for name, x in modules.items() if not x.composition.whole and fitted_terms(x)}
     needed = {x.linear.site for x in fitted.values()}
-    with measuring(block, {site: name for site, name in site_modules(spec, layer).items() if site in needed}) as grams:
+    inputs = InputGrams({site: name for site, name in site_modules(spec, layer).items() if site in needed})
+    with inputs.attach(block):
         stream.run()
+    grams = inputs.finish()
     new = {}
     for name, x in fitted.items():
         module, terms = x.module, fitted_terms(x)

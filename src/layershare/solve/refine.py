@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layershare.calibrate.drivers import hidden_output
+from layershare.calibrate.drivers.calls import hidden_output
 from layershare.calibrate.stream import Stream
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec

@@ -9,7 +9,6 @@ Few tokens overfit. So λ pulls towards the coefficients C₀ that are there, (P
 every matrix, the one of `RIDGES` whose error is least on blocks of text that were held out; C₀ itself is among them.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layershare.calibrate.drivers import Call
+from layershare.calibrate.drivers.calls import Call
 from layershare.calibrate.stream import Stream
 from layershare.formulas.linalg import ridge_fits
 from layershare.model.arch import Linear
 from layershare.model.modes import evaluating
+from layershare.model.weights import twin
 from layershare.plan.edits import dropped_parts, sharing
 from layershare.plan.evidence import Evidence
 from layershare.solve.apply import Factored, Replaced, compressed, exchanged, fitted_terms
@@ -66,7 +66,7 @@ def refit_to_original(
         evidence.progress(layer, spec.n_layers)
         original.run()
         done = factored.refitted(layer)
-        dense = copy.deepcopy(block, {id(x): x for x in (*block.parameters(), *block.buffers())})
+        dense = twin(block)
         here = [x for x in spec.linears if x.layer == layer and (layer, x.part) not in dropped]
         inside = {x.name.removeprefix(f"{spec.blocks}.{layer}."): x for x in here}
         own = [f"{name}.weight" for name, x in inside.items() if (x.role, x.layer) not in shared]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layershare.calibrate.drivers import Call, hidden_input, with_hidden_input
-from layershare.calibrate.stats import gram_of, measuring
+from layershare.calibrate.drivers.calls import Call, hidden_input, with_hidden_input
+from layershare.calibrate.measures import InputGrams, gram_of
 from layershare.errors import LayershareError
 from layershare.formulas.linalg import principal_axes
 from layershare.model.arch import Spec
@@ -136,9 +136,10 @@ class Slicing:
             if done:
                 between = self._axes(unit, "between")
             else:
-                with measuring(block, {"between": mlp.part.norm.removeprefix(place)}) as grams:
+                inputs = InputGrams({"between": mlp.part.norm.removeprefix(place)})
+                with inputs.attach(block):
                     stream.run()
-                between, lost[f"{called}.attention"] = principal_axes(grams["between"], self.width, entering)
+                between, lost[f"{called}.attention"] = principal_axes(inputs.finish()["between"], self.width, entering)
             writer = whole[attention.part.writer.removeprefix(place)]
             projection = between.double() @ between.double().T
             _fill(writer, writing(attention.layer(attention.part.writer), residual.centered, projection))

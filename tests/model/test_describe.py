@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layershare.errors import UnsupportedModelError
-from layershare.model.arch import describe, role_of
+from layershare.model.describe import describe, role_of
 from tests.families import CONFIGS, LAYERS, tiny_model
 
 ROLES = {

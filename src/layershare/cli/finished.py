@@ -1,0 +1,99 @@
+"""The verbs for finished models."""
+
+from os.path import isdir
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layershare.cli.options import Device, Dtype, Folder, Out, Trust
+from layershare.cli.output import quiet, require_parent, show, tell
+from layershare.errors import LayershareError
+from layershare.recipe import Recipe
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", hidden=True)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Write a page about finished runs.
+
+    What was done in each FOLDER, sizes, quality, speed, and the best of each size.
+    """
+    from layershare.report.page import write_report
+
+    require_parent(output)
+    write_report(folders, output)
+    tell(f"The report is in {output}.")
+
+
+def export(
+    folder: Folder,
+    output: Out,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Multiply the factors out: a checkpoint for everything.")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Make a compressed model a dense one.
+
+    That is an ordinary checkpoint, for programs that cannot load ours.
+    """
+    from layershare.api import export_dense
+
+    quiet()
+    if not dense:
+        raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
+    export_dense(folder, output, trust_remote_code=trust)
+    tell(f"The dense model is in {output}.")
+
+
+def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare wrote.")]) -> None:
+    """Check that a folder is as it was written.
+
+    Every file and every tensor that layershare wrote there is compared with its checksum in manifest.json.
+    """
+    from layershare.manifest import verify
+
+    tell(str(verify(folder)))
+
+
+def list_models(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of compressed models.")] = Path(),
+) -> None:
+    """List the models below a folder.
+
+    All that were compressed, with sizes and results.
+    """
+    from layershare.report.listing import listing
+
+    table, unreadable = listing(folder)
+    show(table)
+    for sentence in unreadable:
+        tell(sentence)
+
+
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The beginning of the text.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", metavar="N", min=1, help="Tokens to add.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
+    dtype: Dtype = Recipe.dtype,
+    device: Device = Recipe.device,
+    trust: Trust = False,
+) -> None:
+    """Let a model continue a prompt."""
+    from layershare.device import device_of
+    from layershare.evaluate.generate import continue_text
+
+    if isdir(prompt) and not isdir(folder):  # unlike pathlib's, these take text that is too long for a name
+        raise LayershareError(f"'{prompt}' is a folder, '{folder}' is none: name the model first, then the prompt.")
+    quiet()
+    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "dtype": dtype}
+    place = device_of(device)
+    print(continue_text(folder, prompt, tokens=tokens, device=place, trust_remote_code=trust, **options))

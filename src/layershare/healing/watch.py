@@ -1,0 +1,97 @@
+"""What is told and measured while a model trains."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from layershare.errors import LayershareError
+from layershare.healing.distill import cross_entropy
+from layershare.healing.trainer import WHOLE, HealTrainer
+from layershare.model.modes import evaluating
+from layershare.progress import Progress, Say
+from layershare.units import duration
+
+_TIMED = 5
+"""Steps after which the time that is left is told; the first one, which compiles, is not counted."""
+
+
+class Watch(TrainerCallback):
+    """Reports progress, tells how it goes, measures on held-out blocks, and marks checkpoints that are whole."""
+
+    def __init__(
+        self, trainer: HealTrainer, held_out: Tensor, every: int, rows: int, progress: Progress, say: Say
+    ) -> None:
+        self.trainer, self.held_out, self.every, self.rows = trainer, held_out, every, rows
+        self.progress, self.say = progress, say
+        self._clock: list[float] = []
+        size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+        self.tokens = size * held_out.shape[1]
+        self.speed = 0.0
+        """Tokens per second, of all steps but the first."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Measure before the first step."""
+        self.first = state.global_step
+        self.progress(state.global_step, state.max_steps)
+        if state.global_step == 0:
+            self._measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Tell speed and time left after some steps; measure every so many."""
+        self.progress(state.global_step, state.max_steps)
+        self._clock.append(time.perf_counter())
+        if len(self._clock) == _TIMED + 1:
+            speed = self.tokens * _TIMED / (self._clock[-1] - self._clock[0])
+            left = (state.max_steps - state.global_step) * self.tokens / speed
+            self.say(f"{speed:,.0f} tokens per second: about {duration(left)} to go.")
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            began = time.perf_counter()
+            self._measure(state)
+            self._clock = [each + time.perf_counter() - began for each in self._clock]  # it does not count as training
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Note the speed."""
+        if len(self._clock) > 1:
+            self.speed = self.tokens * (len(self._clock) - 1) / (self._clock[-1] - self._clock[0])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Tell the loss."""
+        if logs and "loss" in logs:
+            self.say(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Mark the checkpoint as whole."""
+        if args.should_save:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    def _measure(self, state: Any) -> None:
+        with self.trainer.accelerator.autocast():
+            nll = held_out_loss(self.trainer.model_wrapped, self.held_out, self.rows, self.trainer.args.device)
+        if not math.isfinite(nll):
+            if state.global_step == 0:
+                raise LayershareError(
+                    "The loss on held-out blocks is not a number even before training; set precision=float32, or "
+                    "compress the model anew."
+                )
+            raise self.trainer.diverged(f"after step {state.global_step}")
+        perplexity, length = math.exp(min(nll, 700)), self.held_out.shape[1]
+        state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
+        self.say(
+            f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}, blocks of {length:,}"
+        )
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokens: Tensor, rows: int, device: torch.device) -> float:
+    """Mean negative log-likelihood, in nats per token, of blocks [n, length], so many at once."""
+    with evaluating(model):
+        sums = [
+            len(batch) * cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
+            for batch in tokens.to(device).split(rows)
+        ]
+    return float(torch.stack(sums).double().sum()) / len(tokens)
