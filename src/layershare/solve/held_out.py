@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layershare.calibrate.backward import Head
-from layershare.calibrate.drivers import hidden_output
+from layershare.calibrate.drivers.calls import hidden_output
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.model.modes import evaluating
