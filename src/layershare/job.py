@@ -175,6 +175,17 @@ def _described(
     return config, stored_tensors(source, values_of(source), fetch=False)
 
 
+def missing_to_plan(job: Job, folder: Path | None) -> str | None:
+    """Why there is no plan of a job before it is carried out, given a folder of statistics or none; `None`: there is."""
+    if job.plan is not None:
+        return None
+    if job.method.searches:
+        return f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
+    if job.method.uses and folder is None:
+        return f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
+    return None
+
+
 def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) -> Job:
     """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
 
@@ -183,14 +194,8 @@ def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) 
     job = prepare(recipe)
     if job.plan is not None:
         return job
-    if job.method.searches:
-        raise LayershareError(
-            f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
-        )
-    if job.method.uses and folder is None:
-        raise LayershareError(
-            f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
-        )
+    if (missing := missing_to_plan(job, folder)) is not None:
+        raise LayershareError(missing)
     if folder is not None:
         require_folder(folder)
     with TemporaryDirectory(prefix="layershare-") as scratch:

@@ -1,11 +1,12 @@
-"""Auto: ranks, joint bases and dense matrices chosen together by what each costs the loss, in pivoted form.
+"""Auto: ranks and dense matrices chosen together by what each costs the loss, in pivoted form.
 
 The curvature of the loss at a matrix is taken to be G ⊗ Γ (K-FAC), G the Gram of its inputs and Γ that of the loss's
 gradients at its outputs. The truncation that costs least under it is the closed form of every low-rank method, of the
 matrix seen through Γ^½ (`formulas/two_sided`: OBD-LLM, arXiv 2604.00821; KFAC-SVD, arXiv 2610.32878), and half the sum
 of the dropped eigenvalues is the predicted rise of the loss per token. So errors of different matrices can be compared:
 the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
-same input share a basis where that costs less (`plan/search`). Bases are in pivoted form, k² parameters fewer each.
+same input can share a basis where that costs less (`plan/search`; with pivoted bases it cost more in every layer of
+our models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each.
 
 The plan is a prediction. So others are solved beside it and measured on text that is held out (`rivals`), and the best
 is kept: it is never worse there than `svd-llm` or `basis-sharing` of the same size and form. What is solved is fitted
@@ -58,7 +59,7 @@ class Auto(LowRank):
     """Weigh errors by the gradients of the loss at a matrix's outputs, not by their relative size alone."""
     plain: Names = ()
     """Roles whose output errors count the same in every direction; how much a role counts is still measured."""
-    joint: Names = ("gate+up",)
+    joint: Names = ()
     """Roles that may share a basis in a layer, where they read the same input: gate+up, q+k, k+v, q+k+v."""
     shrink_inputs: Part = 0.0
     """How far Grams of inputs are pulled towards one that favours no direction (0: not, 1: all the way)."""

@@ -57,10 +57,13 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
             old, new = getattr(before, name), getattr(after, name)
             per_token = " per token" if name == "multiplications" else ""
             totals.add_row(f"{name}{of}{per_token}", f"{old:,}", *_kept(old, new))
-    merges = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
-    if needs is None:
-        return Group(groups, *merges, totals)
-    return Group(groups, *merges, totals, needs_sentence(needs, speed))
+    notes = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
+    said = []
+    if plan.predicted_loss is not None:
+        said.append(f"Predicted: a loss higher by {plan.predicted_loss:.2g} nats per token, or up to four times that.")
+    if needs is not None:
+        said.append(needs_sentence(needs, speed))
+    return Group(groups, *notes, totals, *said)
 
 
 def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:
