@@ -123,7 +123,7 @@ def test_half_the_dropped_eigenvalues_are_the_rise_of_the_loss(tmp_path):
     """Of truncations of single matrices of a trained model: in the order of their KL divergences, and of their size."""
     folder = layershare.resolve("sample")
     model, _ = read_model(folder, dtype="float32")
-    text = load_text("stdlib", read_tokenizer(folder), split="train", blocks=12, length=128)
+    text = load_text("stdlib", read_tokenizer(folder), split="test", blocks=12, length=128)
     spec, weights = describe(model), Weights.of(model)
     stats = calibrate(weights, spec, text, tmp_path, batch_size=6, kinds={"inputs", "gradients"})
     evidence, method = Evidence(spec, weights, stats, text), Auto()
