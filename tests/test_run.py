@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,12 +230,12 @@ def test_damaged_factors_are_solved_again(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, method):
+def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, commands, method):
     (tmp_path / "recipe.yaml").write_text(recipe_for(folder, method=method, options={}).to_yaml())
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", "0"],
+        [commands / "python", "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", "0"],
         cwd=tmp_path,
-        env={"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "src")), "PATH": ""},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "src"))},
         capture_output=True,
         text=True,
         check=False,
