@@ -89,7 +89,7 @@ def test_full_rank_and_keep_1_reproduce_the_model(family, tmp_path, tokenizer, w
     model = tiny_model(family)
     with torch.no_grad():
         expected = model(tokens()).logits
-    same = layershare.compress(model, tokenizer, keep=1, text=words, blocks=8, length=32)
+    same = layershare.compress(model, tokenizer, method="svd-llm", keep=1, text=words, blocks=8, length=32)
     with torch.no_grad():
         assert torch.equal(same(tokens()).logits, expected)
 

@@ -38,6 +38,7 @@ METHODS = ("basis-sharing", "auto")
 def recipe_for(folder: Path, **changes) -> Recipe:
     values = {
         "model": str(folder),
+        "method": "basis-sharing",
         "keep": 0.5,
         "of": "targets",
         "max_shard_size": "40KB",
@@ -249,7 +250,7 @@ def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, commands, metho
 
 def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     model = tiny_model("llama")
-    plan = json.loads(layershare.make_plan(model, keep=0.5, of="targets").to_json())
+    plan = json.loads(layershare.make_plan(model, method="basis-sharing", keep=0.5, of="targets").to_json())
     plan["edits"] = [
         {"places": [["o", 0], ["o", 2], ["o", 3]], "rank": 20, "side": "output"},
         {"places": [["q", 1]], "rank": 9, "side": "output"},
@@ -267,7 +268,7 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
 
 
 def test_a_refit_beside_deltas_leaves_these_as_they_are(folder, tmp_path):
-    plan = json.loads(layershare.make_plan(tiny_model("llama"), keep=0.5, of="targets").to_json())
+    plan = json.loads(layershare.make_plan(tiny_model("llama"), method="svd", keep=0.5, of="targets").to_json())
     share = {"kind": "share", "places": [["q", 0], ["q", 1]], "rank": 9, "side": "input"}
     plan["edits"] = [share, {"kind": "delta", "role": "up", "anchor": 0, "layers": [1], "rank": 4}]
     plan["method"], plan["options"] = "delta", {}
@@ -371,7 +372,7 @@ def test_values_of_other_kinds_in_python(tokenizer, words):
     wrongs: list[dict[str, Any]] = [{"keep": True}, {"blocks": "x"}, {"seed": True}, {"refine": {"lr": 1e38}}]
     for wrong in [*wrongs, dict[str, Any](group_size=True)]:
         with pytest.raises(LayershareError, match="Input should be"):
-            layershare.compress(tiny_model("llama"), tokenizer, text=words, **wrong)
+            layershare.compress(tiny_model("llama"), tokenizer, method="basis-sharing", text=words, **wrong)
 
 
 def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):

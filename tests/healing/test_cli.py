@@ -85,7 +85,7 @@ def test_mistakes_end_in_one_sentence(small, tmp_path, monkeypatch, capfd, argum
 def test_in_python(tokenizer, words, tmp_path):
     original = tiny_model("llama")
     options = {"text": words, "blocks": 16, "length": 32}
-    small = layershare.compress(original, tokenizer, keep=0.5, of="targets", **options)
+    small = layershare.compress(original, tokenizer, method="basis-sharing", keep=0.5, of="targets", **options)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
 
     def healing() -> Any:
@@ -121,7 +121,7 @@ def test_in_python(tokenizer, words, tmp_path):
 
 
 def test_what_is_not_known_of_a_model_in_memory_is_asked_for(tokenizer, words):
-    small = layershare.compress(tiny_model("llama"), tokenizer, keep=0.5, of="targets", text=words, blocks=8, length=32)
+    small = layershare.compress(tiny_model("llama"), method="svd", keep=0.5, of="targets")
     with pytest.raises(layershare.LayershareError, match="its tokenizer is not known; give it, too"):
         layershare.heal(small, text=words)
     with pytest.raises(layershare.LayershareError, match="name the original with --teacher"):

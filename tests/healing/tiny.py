@@ -22,6 +22,7 @@ def compress_tiny(folder: Path, tokenizer: Any, words: list[str], family: str = 
     (folder / "text.txt").write_text("\n".join(words))
     values = {
         "model": str(folder / "dense"),
+        "method": "basis-sharing",
         "keep": 0.5,
         "of": "targets",
         "calibration": {"text": str(folder / "text.txt"), "blocks": 16, "length": 32},
