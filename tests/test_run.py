@@ -42,7 +42,7 @@ def recipe_for(folder: Path, **changes) -> Recipe:
         "keep": 0.5,
         "of": "targets",
         "max_shard_size": "40KB",
-        "calibration": {"text": str(folder.parent / "text.txt"), "blocks": 32, "length": 64, "batch_size": 2},
+        "calibration": {"text": str(folder.parent / "text.txt"), "blocks": 16, "length": 64, "batch_size": 2},
     }
     return make_recipe(values | changes)
 
@@ -74,7 +74,7 @@ def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_
     # A basis is fixed in a refit; of a private pair on the output side it is the second factor and is fitted.
     assert changed == {name for name in before if name.endswith(SECOND_FACTORS)}
 
-    text = load_text(str(tmp_path / "text.txt"), tokenizer, split="train", blocks=32, length=64)
+    text = load_text(str(tmp_path / "text.txt"), tokenizer, split="train", blocks=16, length=64)
     for name in ("model.layers.3.self_attn.q_proj", "model.layers.2.self_attn.v_proj"):
         inputs = []
         module = models[True].get_submodule(name)
