@@ -176,7 +176,7 @@ def _described(
 
 
 def missing_to_plan(job: Job, folder: Path | None) -> str | None:
-    """Why there is no plan of a job before it is carried out, given a folder of statistics or none; `None`: there is."""
+    """Why a job has no plan before it is carried out, given a folder of statistics or none; `None` if it has one."""
     if job.plan is not None:
         return None
     if job.method.searches:
