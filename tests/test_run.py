@@ -90,8 +90,9 @@ def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_
         assert not torch.allclose(before[f"{name}.coef.weight"].T.double(), expected, rtol=0, atol=1e-3)
 
 
-def test_results_say_where_they_come_from(folder, tmp_path):
-    results = run(recipe_for(folder, evaluation={"text": "stdlib", "blocks": 2}), tmp_path / "out")
+def test_results_say_where_they_come_from(folder, tmp_path, words):
+    (tmp_path / "other.txt").write_text("\n".join(reversed(words)))
+    results = run(recipe_for(folder, evaluation={"text": str(tmp_path / "other.txt"), "blocks": 2}), tmp_path / "out")
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["versions"]["torch"] == torch.__version__
     assert results["machine"]["cores"]

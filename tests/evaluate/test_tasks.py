@@ -179,11 +179,18 @@ def test_every_name_of_lm_eval_is_found_in_its_files(tmp_path):
     assert {name: folder for name, folder in task_names(tmp_path).items() if name != "-"} == names
 
 
-def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer, commands):
+def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer, words, commands):
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     data = write_rows(tmp_path / "data", piqa=PIQA)
-    evaluation = {"text": "stdlib", "blocks": 2, "tasks": ["piqa"], "tasks_data": str(data), "limit": 4}
+    (tmp_path / "text.txt").write_text("\n".join(words))
+    evaluation = {
+        "text": str(tmp_path / "text.txt"),
+        "blocks": 2,
+        "tasks": ["piqa"],
+        "tasks_data": str(data),
+        "limit": 4,
+    }
     values = {"model": str(tmp_path / "dense"), "method": "svd", "of": "targets", "evaluation": evaluation}
     results = run(make_recipe(values), tmp_path / "out")
     measured = results["evaluation"]
