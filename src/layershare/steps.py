@@ -30,7 +30,7 @@ from layershare.store import Store, as_json, write_atomically
 
 OWN = "own"
 REFITTED = "refitted"
-"""What is measured on held-out text beside the rivals, which have labels of their own."""
+"""What is measured on held-out text beside the rivals, which are called by their names."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,15 @@ def nearest(run: Context, own: Candidate, held_out: HeldOut) -> Candidate:
     with run.clock.step("compare") as progress:
         parts = iter([part(progress, i, 1 + 3 * len(rivals)) for i in range(1 + 3 * len(rivals))])
         best, least = own, held_out.divergence(OWN, partial(own.solved, run), next(parts))
-        for label, (name, method) in rivals.items():
+        for name, method in rivals.items():
             planning, solving, measuring = islice(parts, 3)
             try:
-                rival = _planned(run, label, name, method, replace(run.evidence, progress=planning))
+                rival = _planned(run, name, name, method, replace(run.evidence, progress=planning))
             except LayershareError:  # it has no plan of this size
                 continue
             if rival.plan.edits == own.plan.edits:
                 continue
-            kl = held_out.divergence(label, partial(rival.solved, run, solving), measuring)
+            kl = held_out.divergence(name, partial(rival.solved, run, solving), measuring)
             loser = rival
             if kl < least:
                 best, least, loser = rival, kl, best

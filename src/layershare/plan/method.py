@@ -95,8 +95,8 @@ class Method(ABC):
         """By how much edits that it has planned raise the loss, in nats per token, if it can tell."""
         return None
 
-    def rivals(self) -> "dict[str, tuple[str, Method]]":
-        """Methods with their names, by what tells them from this one, whose plans may turn out to be better.
+    def rivals(self) -> "dict[str, Method]":
+        """Methods by their names whose plans may turn out to be better than this one's.
 
         All are solved and measured on text that is held out, and the one that is nearest to the original is kept.
         """
