@@ -103,6 +103,8 @@ class Job:
             epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
             searches=self.plan is None and self.method.searches,
             runs=self.method.runs(self.spec) if self.plan is None else 0,
+            held_out=options.held_out if self.holds_out else 0,
+            rivals=len(self.method.rivals()) if self.compares else 0,
         )
 
 

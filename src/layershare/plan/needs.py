@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from layershare.calibrate.stats import Statistic
 from layershare.model.arch import Spec
@@ -45,11 +46,13 @@ def estimate_needs(
     epochs: int = 0,
     searches: bool = False,
     runs: int = 0,
+    held_out: int = 0,
+    rivals: int = 0,
 ) -> Needs:
     """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
     It refits to so many `streams` of text and refines in so many `epochs` (0: not at all) and, if the method searches,
-    runs the model on so many blocks then.
+    runs the model on so many blocks then. It compares its plan with those of so many `rivals` on `held_out` blocks.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
@@ -73,7 +76,8 @@ def estimate_needs(
     batch = batch_size * length * (4 * width + 3 * widest) * itemsize
     entering = blocks * length * width * itemsize
     states = 2 * entering
-    work = count_work(spec, plan, blocks=blocks, length=length, kinds=kinds, streams=streams, epochs=epochs, runs=runs)
+    text: Any = {"blocks": blocks, "length": length, "held_out": held_out}
+    work = count_work(spec, plan, kinds=kinds, streams=streams, epochs=epochs, runs=runs, rivals=rivals, **text)
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
             memory=2 * max(block) + batch + _eigenproblem(width),
@@ -98,16 +102,16 @@ def estimate_needs(
         dense = max(sum(x.parameters for x in spec.linears if x.layer == layer) for layer in range(spec.n_layers))
         steps.append(2 * max(block) + 4 * 4 * dense + 4 * batch)
         states *= 2
-    model, text = measure(spec, ()).all.bytes, batch // batch_size
+    model, activations = measure(spec, ()).all.bytes, batch // batch_size
     logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
     if "gradients" in kinds:
         # What the way back needs of a block: all that it has computed, and gradients of the same size.
         steps.append(max(block) + max(outer) + 3 * batch + batch_size * logits)
         states += (spec.n_layers + 2) * entering
     if "fisher" in kinds:
-        steps.append(model + spec.n_layers * text + logits)
+        steps.append(model + spec.n_layers * activations + logits)
     if searches:
-        steps.append(2 * model + text + logits)
+        steps.append(2 * model + activations + logits)
     states = states if passes or epochs else 0
     pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
@@ -117,7 +121,7 @@ def estimate_needs(
             for kind, size in (("inputs", sum(grams)), ("gradients", sum(outer)), ("blocks", pooled))
             if kind in kinds
         ),
-        output=2 * after.all.bytes + states,
+        output=(2 + (rivals > 0)) * after.all.bytes + states,  # of the rivals, one at a time
         states=states,
         work=work,
     )

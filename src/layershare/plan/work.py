@@ -64,12 +64,15 @@ def count_work(
     streams: int,
     epochs: int,
     runs: int,
+    held_out: int = 0,
+    rivals: int = 0,
 ) -> Work:
     """The work of a run, without evaluation, of which nothing is done yet.
 
     It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit to so many `streams`,
-    to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. Without a plan, every matrix counts as
-    solved at its full rank, if the method solves anything.
+    to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. On `held_out` × `length` tokens, which
+    a refit takes, too, it measures its plan, those of its `rivals`, which it solves for that, and the refit. Without a
+    plan, every matrix counts as solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length
     sites = {linear.site: linear.d_in for linear in spec.linears}.values()
@@ -88,11 +91,13 @@ def count_work(
         width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
         turned = 2 * spec.n_layers * width**3 + width * sum(linear.parameters for linear in spec.linears)
         return Work(2 * tokens * forward, 2 * tokens * spec.n_layers * width**2, turned, 2 * spec.n_layers * width**3)
+    compared = (rivals + 2) * held_out * length * (forward + 2 * spec.head_multiplications)
     if streams:
-        passes, single = passes + _REFIT[streams], single + streams * grams
+        passes += _REFIT[streams] * (blocks + held_out) / blocks
+        single += streams * grams
     if epochs:
         passes += 3 + 4 * epochs  # original, compressed, start; then forward, backward (twice a forward) and error
-    model = tokens * passes * forward + head + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
+    model = int(tokens * passes) * forward + head + compared + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
     if plan is not None:
         edits = list(dict.fromkeys(sharing(plan.edits).values()))
     elif kinds == {"blocks"} or (runs and not kinds):
@@ -100,6 +105,8 @@ def count_work(
     else:
         edits = [Share(places(x.role, [x.layer]), min(x.d_in, x.d_out), "input") for x in spec.linears]
     double = eigen = 0
+    if "gradients" in kinds:  # the roots of their Grams, and the spectra that are planned by, at a third of the price
+        eigen = sum(linear.d_out**3 + min(linear.d_in, linear.d_out) ** 3 // 3 for linear in spec.linears)
     for edit in edits:
         shapes = [(linear.d_in, linear.d_out) for linear in (spec.linear(*place) for place in edit.places)]
         if isinstance(edit, Delta):
@@ -114,7 +121,7 @@ def count_work(
             double += max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)
             if streams:
                 double += edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
-    return Work(model, single, double, eigen)
+    return Work(model, single, (1 + rivals) * double, (1 + rivals) * eigen)
 
 
 @cache
