@@ -30,6 +30,14 @@ def test_a_pass_of_the_text_goes_once_through_every_matrix_and_makes_a_gram_at_e
     assert work(runs=6).model == 3 * (measured.model + head)
 
 
+def test_rivals_are_solved_and_measured_on_held_out_text():
+    alone = work(kinds=frozenset({"inputs"}))
+    compared = work(kinds=frozenset({"inputs"}), rivals=2, held_out=1)
+    assert (compared.eigen, compared.double) == (3 * alone.eigen, 3 * alone.double)
+    passed = alone.model // 2 + 2 * 8 * SPEC.head_multiplications  # one block of text, and the head twice
+    assert compared.model - alone.model == 4 * passed
+
+
 def test_methods_that_leave_out_or_merge_layers_solve_nothing():
     assert work(kinds=frozenset({"blocks"})).eigen == work(runs=6).eigen == 0
     assert work().eigen > 0
