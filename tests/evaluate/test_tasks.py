@@ -13,6 +13,7 @@ from layershare.errors import LayershareError
 from layershare.evaluate.tasks import PAPERS, load_tasks, run_tasks, task_names
 from layershare.recipe import make_recipe
 from layershare.run import run
+from layershare.store import as_json
 from tests.conftest import SHARED, shared_model
 from tests.families import tiny_model
 
@@ -185,7 +186,7 @@ def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer):
     data = write_rows(tmp_path / "data", piqa=PIQA)
     evaluation = {"text": "stdlib", "blocks": 2, "tasks": ["piqa"], "tasks_data": str(data), "limit": 4}
     values = {"model": str(tmp_path / "dense"), "method": "svd", "of": "targets", "evaluation": evaluation}
-    results = run(make_recipe(values), tmp_path / "out")
+    results = as_json(run(make_recipe(values), tmp_path / "out"))
     measured = results["evaluation"]
     assert measured["perplexity"]["value"] > 1
     assert (measured["tasks"]["piqa"]["rows"], measured["original_tasks"]["piqa"]["chance"]) == (4, 0.5)
