@@ -1,5 +1,10 @@
 import os
+import shutil
+import socket
 import string
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,10 +13,15 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests import warm
 from tests.families import tiny_model
 
 # Of every process that a test starts, too: threads that wait for each other take long beside other tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+    # Where pytest makes temporary folders. On a disk, runs wait for every file until it is written.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -38,6 +48,27 @@ def words() -> list[str]:
     letters = string.ascii_lowercase + "     "
     draws = torch.randint(0, len(letters), (40, 200), generator=generator).tolist()
     return ["".join(letters[i] for i in draw) for draw in draws]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Iterator[Path]:
+    """A folder with `python` and `layershare`, whose processes start without waiting for imports of other packages."""
+    folder = tmp_path_factory.mktemp("bin")
+    warm.write_commands(folder, str(folder / "server"))
+    if sys.platform != "linux":
+        yield folder
+        return
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "server"))
+        listener.listen()
+        server = subprocess.Popen(
+            [sys.executable, warm.__file__, "--serve", str(folder / "python"), str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+        )
+    with server:
+        yield folder
+        server.terminate()
 
 
 @pytest.fixture

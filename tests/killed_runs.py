@@ -37,7 +37,7 @@ measured = "gradients" if recipe.method == "auto" else "inputs"
 signs = (
     f".run/stats/*/{measured}-001*",
     ".run/units/*.safetensors",
-    ".run/refit/layer-001*",
+    ".run/**/refit/layer-001*",
     ".run/model/*.safetensors*",
 )
 seen = set()
@@ -46,7 +46,7 @@ for attempt in range(kills):
     child.start()
     if attempt < len(signs):
         # The child moves and deletes folders meanwhile: glob.glob passes over what is gone, Path.glob raises.
-        while not glob.glob(signs[attempt], root_dir=interrupted) and child.is_alive():
+        while not glob.glob(signs[attempt], root_dir=interrupted, recursive=True) and child.is_alive():
             time.sleep(0.0005)
     else:
         time.sleep(chance.uniform(0.1, 0.9) * duration)

@@ -28,14 +28,14 @@ MATRIX = {
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, tokenizer, words) -> tuple[Path, str]:
+def bench(tmp_path_factory, tokenizer, words, commands) -> tuple[Path, str]:
     """A folder with results of a bench that was killed after its first result, and what the second try printed."""
     folder = tmp_path_factory.mktemp("bench")
     tiny_model("llama").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "letters.txt").write_text("\n".join(words))
     (folder / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
-    command = [sys.executable, "-m", "benchmarks.methods.run", "--matrix", "matrix.yaml"]
+    command = [str(commands / "python"), "-m", "benchmarks.methods.run", "--matrix", "matrix.yaml"]
     command += ["--results", "results.jsonl", "--jobs", "1"]
     command += ["--method", "svd", "--method", "svd-llm", "--path", "tiny=model", "--path", "letters=letters.txt"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

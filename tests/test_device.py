@@ -37,7 +37,13 @@ def test_what_is_stored_does_not_depend_on_it(monkeypatch, tmp_path, tokenizer, 
     calibration = {"text": str(tmp_path / "text.txt"), "blocks": 8, "length": 32}
     evaluation = {"text": str(tmp_path / "text.txt"), "blocks": 2, "length": 32}
     recipe = make_recipe(
-        {"model": str(tmp_path / "dense"), "device": "cpu", "calibration": calibration, "evaluation": evaluation}
+        {
+            "model": str(tmp_path / "dense"),
+            "method": "svd-llm",
+            "device": "cpu",
+            "calibration": calibration,
+            "evaluation": evaluation,
+        }
     )
     for fast in (True, False):
         monkeypatch.setattr(device, "multiplies_halves", lambda fast=fast: fast)

@@ -78,12 +78,12 @@ def test_every_verb_ends_in_a_sentence(layershare, here):  # noqa: F811
     speed = ("bench", "small", "--prompt", "8", "--new", "2", "--rounds", "1")
     into_folders = (
         ("calibrate", "dense", *text, "--blocks", "8"),
-        ("compress", "dense", *text, "--blocks", "8", "--refine"),
+        ("compress", "dense", *text, "--blocks", "8", "-m", "svd-llm", "--refine"),
         ("compress", "dense", *text, "--blocks", "8", "-m", "slicegpt"),
         (*heal, "--set", "text.held_out=4"),
         ("export", "small", "--dense"),
     )
-    into_files = (("plan", "dense"), ("eval", "small", *text, "--blocks", "1"), speed, ("report", "small"))
+    into_files = (("plan", "dense", "-m", "svd"), ("eval", "small", *text, "--blocks", "1"), speed, ("report", "small"))
     for arguments in (*into_folders, *into_files):
         if arguments in into_folders:
             with files_of_at_most(12_000):  # more than what is printed, which is captured in files, too

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,8 @@ def user(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_readme_s_commands_run_in_order(user):
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def test_the_readme_s_commands_run_in_order(user, commands):
+    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(blocks("bash"))],
         cwd=user,
@@ -46,17 +45,17 @@ def test_the_readme_s_commands_run_in_order(user):
     assert (user / "from-recipe" / "results.json").is_file()
 
 
-def run_python(script: str, folder: Path, **environment: str) -> str:
+def run_python(commands: Path, script: str, folder: Path, **environment: str) -> str:
     """What a script prints that runs in a folder."""
-    command = [sys.executable, "-c", script]
+    command = [commands / "python", "-c", script]
     environment = os.environ | environment
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_readme_s_python_runs(user):
-    printed = run_python("\n".join(blocks("python")), user)
+def test_the_readme_s_python_runs(user, commands):
+    printed = run_python(commands, "\n".join(blocks("python")), user)
     assert "top-1 agreement with the original: " in printed
     assert "trainable params" in printed
 
@@ -69,20 +68,20 @@ def test_the_pages_name_every_family_and_method():
     assert all(f"| `{name}` |" in described for name in METHODS)
 
 
-def test_a_method_is_added_as_its_page_says(tmp_path):
+def test_a_method_is_added_as_its_page_says(tmp_path, commands):
     page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
     method, registering, using = blocks("python", page)
     (tmp_path / "randomized_svd.py").write_text(method, encoding="utf-8")
     before = "from tests.families import tiny_model\nmodel = tiny_model('llama')\n"
     after = "print(model.num_parameters(), small.num_parameters())\n"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    printed = run_python(before + registering + using + after, tmp_path, PYTHONPATH=path)
+    printed = run_python(commands, before + registering + using + after, tmp_path, PYTHONPATH=path)
     dense, small = map(int, printed.split()[-2:])
     assert 0.75 * dense < small <= 0.8 * dense
 
 
-def test_the_tables_are_those_of_the_results():
-    subprocess.run([sys.executable, "-m", "scripts.tables", "--check"], cwd=ROOT, check=True)
+def test_the_tables_are_those_of_the_results(commands):
+    subprocess.run([commands / "python", "-m", "scripts.tables", "--check"], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -43,12 +43,12 @@ def test_every_experiment_of_the_matrix_is_valid():
         make_as(Healing, {"model": "sample", **values["settings"]})
 
 
-def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
+def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words, commands):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "letters.txt").write_text("\n".join(words))
     (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(MATRIX))
-    command = [sys.executable, "-m", "benchmarks.heal.run", "--matrix", "matrix.yaml"]
+    command = [str(commands / "python"), "-m", "benchmarks.heal.run", "--matrix", "matrix.yaml"]
     command += ["--results", "results.jsonl", "--jobs", "1"]
     command += ["--path", "tiny=model", "--path", "letters=letters.txt"]
 
@@ -70,9 +70,9 @@ def test_experiments_run_and_are_not_run_again(tmp_path, tokenizer, words):
     assert "tiny: 0 of 3 experiments to run" in printed()
 
 
-def test_speed_is_measured_once(tmp_path):
+def test_speed_is_measured_once(tmp_path, commands):
     command = [
-        sys.executable,
+        str(commands / "python"),
         "-m",
         "benchmarks.heal.speed",
         "--shape",

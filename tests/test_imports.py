@@ -12,6 +12,7 @@ HOUSE = """
     __init__
     api
     run
+    steps
     job
     healing
     report

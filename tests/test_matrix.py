@@ -22,6 +22,8 @@ from tests.families import CONFIGS, NOT_SLICED, OPTIONS, tiny_model, tokens
 
 WHOLE_LAYERS = (DropParts, LaCo, Mka)
 """Methods that land at the nearest size below the budget."""
+WRITERS = ("basis-sharing", "delta", "slicegpt", "attention-drop", "mlp-drop", "block-drop")
+"""A method for each kind of composition: what is loaded and saved again, and writes, is of these kinds."""
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -46,7 +48,7 @@ def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
             "keep": keep,
             "of": "targets",
             "refit": True if method == "basis-sharing" else "auto",
-            "calibration": {"blocks": 24, "length": 32},
+            "calibration": {"blocks": 16, "length": 32, "batch_size": 8},
         }
     )
     run(recipe, tmp_path / "small", model=model, tokenizer=tokenizer, text=words, pages=False)
@@ -62,9 +64,14 @@ def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
     coarse = whole_layers or method == "slicegpt"
     assert (0.4 if coarse else 0.995) * keep <= kept <= keep
 
+    with safe_open(file, framework="pt") as opened:
+        bases = [name for name in opened.keys() if name.endswith("basis.weight")]  # noqa: SIM118
+    assert len(bases) == sum(edit["kind"] == "share" for edit in plan["edits"])
     with torch.no_grad():
         expected = small(tokens()).logits
         assert not torch.equal(expected, model(tokens()).logits)
+    if method not in WRITERS:
+        return
     small.save_pretrained(tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
@@ -75,9 +82,6 @@ def test_compress_save_load_save(family, method, tmp_path, tokenizer, words):
     first, second = load_file(file), load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    with safe_open(file, framework="pt") as opened:
-        bases = [name for name in opened.keys() if name.endswith("basis.weight")]  # noqa: SIM118
-    assert len(bases) == sum(edit["kind"] == "share" for edit in plan["edits"])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -85,7 +89,7 @@ def test_full_rank_and_keep_1_reproduce_the_model(family, tmp_path, tokenizer, w
     model = tiny_model(family)
     with torch.no_grad():
         expected = model(tokens()).logits
-    same = layershare.compress(model, tokenizer, keep=1, text=words, blocks=24, length=32)
+    same = layershare.compress(model, tokenizer, method="svd-llm", keep=1, text=words, blocks=8, length=32)
     with torch.no_grad():
         assert torch.equal(same(tokens()).logits, expected)
 

@@ -107,7 +107,7 @@ def test_changes_that_cannot_be_applied():
         read_recipe("no-such.yaml")
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_planner_and_the_papers_text():
     recipe = Recipe("m")
-    assert (recipe.method, recipe.calibration.text, recipe.calibration.blocks) == ("basis-sharing", "wikitext2", 256)
+    assert (recipe.method, recipe.calibration.text, recipe.calibration.blocks) == ("auto", "wikitext2", 256)
     assert recipe.calibration.seed == 2023

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,11 @@ METHODS = ("basis-sharing", "auto")
 def recipe_for(folder: Path, **changes) -> Recipe:
     values = {
         "model": str(folder),
+        "method": "basis-sharing",
         "keep": 0.5,
         "of": "targets",
         "max_shard_size": "40KB",
-        "calibration": {"text": str(folder.parent / "text.txt"), "blocks": 32, "length": 64, "batch_size": 2},
+        "calibration": {"text": str(folder.parent / "text.txt"), "blocks": 16, "length": 64, "batch_size": 2},
     }
     return make_recipe(values | changes)
 
@@ -75,7 +75,7 @@ def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_
     # A basis is fixed in a refit; of a private pair on the output side it is the second factor and is fitted.
     assert changed == {name for name in before if name.endswith(SECOND_FACTORS)}
 
-    text = load_text(str(tmp_path / "text.txt"), tokenizer, split="train", blocks=32, length=64)
+    text = load_text(str(tmp_path / "text.txt"), tokenizer, split="train", blocks=16, length=64)
     for name in ("model.layers.3.self_attn.q_proj", "model.layers.2.self_attn.v_proj"):
         inputs = []
         module = models[True].get_submodule(name)
@@ -233,12 +233,12 @@ def test_damaged_factors_are_solved_again(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, method):
+def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, commands, method):
     (tmp_path / "recipe.yaml").write_text(recipe_for(folder, method=method, options={}).to_yaml())
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", "0"],
+        [commands / "python", "-m", "tests.killed_runs", "recipe.yaml", "killed", "whole", "6", "0"],
         cwd=tmp_path,
-        env={"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "src")), "PATH": ""},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "src"))},
         capture_output=True,
         text=True,
         check=False,
@@ -252,7 +252,7 @@ def test_killed_runs_continue_to_the_same_bits(folder, tmp_path, method):
 
 def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     model = tiny_model("llama")
-    plan = json.loads(layershare.make_plan(model, keep=0.5, of="targets").to_json())
+    plan = json.loads(layershare.make_plan(model, method="basis-sharing", keep=0.5, of="targets").to_json())
     plan["edits"] = [
         {"places": [["o", 0], ["o", 2], ["o", 3]], "rank": 20, "side": "output"},
         {"places": [["q", 1]], "rank": 9, "side": "output"},
@@ -270,7 +270,7 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
 
 
 def test_a_refit_beside_deltas_leaves_these_as_they_are(folder, tmp_path):
-    plan = json.loads(layershare.make_plan(tiny_model("llama"), keep=0.5, of="targets").to_json())
+    plan = json.loads(layershare.make_plan(tiny_model("llama"), method="svd", keep=0.5, of="targets").to_json())
     share = {"kind": "share", "places": [["q", 0], ["q", 1]], "rank": 9, "side": "input"}
     plan["edits"] = [share, {"kind": "delta", "role": "up", "anchor": 0, "layers": [1], "rank": 4}]
     plan["method"], plan["options"] = "delta", {}
@@ -374,7 +374,7 @@ def test_values_of_other_kinds_in_python(tokenizer, words):
     wrongs: list[dict[str, Any]] = [{"keep": True}, {"blocks": "x"}, {"seed": True}, {"refine": {"lr": 1e38}}]
     for wrong in [*wrongs, dict[str, Any](group_size=True)]:
         with pytest.raises(LayershareError, match="Input should be"):
-            layershare.compress(tiny_model("llama"), tokenizer, text=words, **wrong)
+            layershare.compress(tiny_model("llama"), tokenizer, method="basis-sharing", text=words, **wrong)
 
 
 def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):

@@ -17,8 +17,6 @@ from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.evaluator import load_evaluator
 from layershare.evaluate.speed import measure_speed
 from layershare.folders import require_new, staged
-from layershare.healing.heal import heal_folder
-from layershare.healing.job import prepare_healing
 from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
 from layershare.model.describe import describe
@@ -147,6 +145,10 @@ def heal(
         "optimizer.lr": lr,
         "batch_size": batch_size,
     }
+    # Evaluating, exporting and the like start sooner without the Trainer.
+    from layershare.healing.heal import heal_folder
+    from layershare.healing.job import prepare_healing
+
     healing = make_healing(copy.deepcopy(settings), {key: value for key, value in given.items() if value is not None})
     with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (announce, say):
         for module in model.modules():

@@ -64,6 +64,16 @@ class Job:
         return refits(self.plan, self.method, self.recipe.refit)
 
     @property
+    def compares(self) -> bool:
+        """Whether the method's plan is compared with others on held-out text."""
+        return self.plan is None and bool(self.method.rivals())
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the run needs blocks of text on which choices are tried."""
+        return self.compares or (self.method.follows_original and self.refits)
+
+    @property
     def kinds(self) -> frozenset[Statistic]:
         """The statistics that the run needs: to plan by, or to solve groups with."""
         solves = self.plan is None or bool(sharing(self.plan.edits))
@@ -165,6 +175,17 @@ def _described(
     return config, stored_tensors(source, values_of(source), fetch=False)
 
 
+def missing_to_plan(job: Job, folder: Path | None) -> str | None:
+    """Why a job has no plan before it is carried out, given a folder of statistics or none; `None` if it has one."""
+    if job.plan is not None:
+        return None
+    if job.method.searches:
+        return f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
+    if job.method.uses and folder is None:
+        return f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
+    return None
+
+
 def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) -> Job:
     """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
 
@@ -173,14 +194,8 @@ def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) 
     job = prepare(recipe)
     if job.plan is not None:
         return job
-    if job.method.searches:
-        raise LayershareError(
-            f"'{job.name}' runs the model on a text while it plans: `layershare compress` shows its plan at the end."
-        )
-    if job.method.uses and folder is None:
-        raise LayershareError(
-            f"'{job.name}' plans by what it measures: give statistics from `layershare calibrate` with --stats."
-        )
+    if (missing := missing_to_plan(job, folder)) is not None:
+        raise LayershareError(missing)
     if folder is not None:
         require_folder(folder)
     with TemporaryDirectory(prefix="layershare-") as scratch:

@@ -17,6 +17,11 @@ def no_progress(done: int, total: int) -> None:
     """Take no notice of progress."""
 
 
+def part(progress: Progress, number: int, count: int) -> Progress:
+    """The progress of one of `count` parts of some work that take equally long, `number` from 0."""
+    return lambda done, total: progress(number * total + done, count * total)
+
+
 def silent(step: str) -> Progress:
     """Announce nothing."""
     return no_progress

@@ -107,7 +107,7 @@ class Recipe:
     __pydantic_config__ = STRICT
     model: Word
     """A hub id, a folder, or `sample`, the model that comes with layershare."""
-    method: Word = "basis-sharing"
+    method: Word = "auto"
     """How it is compressed."""
     options: dict[Word, Any] = field(default_factory=dict)
     """The method's own options."""

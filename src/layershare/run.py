@@ -1,13 +1,9 @@
 """One run: calibrate, plan, solve, refit, refine, write, measure, publish. Killed anywhere, the same call continues."""
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,24 +21,30 @@ from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_
 from layershare.foreign import reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
 from layershare.job import Job, load_and_hold_out, load_calibration, open_weights, prepare, refits
-from layershare.methods import plan_with
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.weights import Weights
-from layershare.plan.evidence import Evidence
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.progress import Announce, Clock, Progress, silent
 from layershare.recipe import Recipe
 from layershare.report.page import write_pages
-from layershare.report.results import RESULTS, CalibrationText, Environment, Results, Solved, read_as, shapes
-from layershare.solve.apply import Factored, refit_coefficients
+from layershare.report.results import (
+    RESULTS,
+    CalibrationText,
+    Environment,
+    HeldOutText,
+    Results,
+    Solved,
+    read_as,
+    shapes,
+)
 from layershare.solve.refine import refine_blocks
-from layershare.solve.two_streams import refit_to_original
 from layershare.solve.write import write_model
-from layershare.store import Store, make_folder, write_atomically, write_json
+from layershare.steps import Context, measuring_held_out, nearest, own_plan, refitted
+from layershare.store import Store, make_folder, write_json
 
 
 def run(
@@ -83,7 +85,7 @@ def run(
             weights = Weights.of(model)
         weights.require_sound()
         show(job)
-        context = _Context(job, work, weights, model, tokenizer, calibration, held_out, evaluator, Clock(announce))
+        context = Context(job, work, weights, model, tokenizer, calibration, held_out, evaluator, Clock(announce))
         results = _carry_out(context)
         if pages:
             write_pages(context.staging, out.name)
@@ -118,7 +120,7 @@ def _texts(
     calibration = held_out = evaluator = None
     if job.calibrated:
         assert tokenizer is not None
-        if job.method.follows_original and recipe.refit is not False:
+        if job.holds_out:
             calibration, held_out = load_and_hold_out(recipe.calibration, tokenizer, config, text)
         else:
             calibration = load_calibration(recipe.calibration, tokenizer, config, text)
@@ -133,79 +135,35 @@ def _texts(
     return tokenizer, calibration, held_out, evaluator
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What the steps of a run work with, all of it checked; `model` is the original if it is in memory.
-
-    `work` is the folder of what is finished of an unfinished run. Texts and tokenizer are `None` where none is needed.
-    """
-
-    job: Job
-    work: Path
-    weights: Weights
-    model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
-    calibration: Text | None
-    held_out: Text | None
-    evaluator: Evaluator | None
-    clock: Clock
-
-    @property
-    def staging(self) -> Path:
-        """Where the finished folder comes into being."""
-        return self.work / "model"
-
-    @property
-    def scratch(self) -> Path | None:
-        """Where hidden states are kept; `None`: in memory, as the model is."""
-        return self.work / "scratch" if self.model is None else None
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells one run's finished work from another's."""
-        return {
-            "layershare": version("layershare"),
-            "model": self.weights.fingerprint,
-            "method": self.job.name,
-            "options": asdict(self.job.method),
-            **({"text": self.calibration.identity} if self.calibration is not None else {}),
-            **({"held_out": self.held_out.identity} if self.held_out is not None else {}),
-        }
-
-
-def _carry_out(run: _Context) -> Results:
+def _carry_out(run: Context) -> Results:
     """The steps of a run, which leave all but the pages in `staging`; returns the results."""
     job, recipe, clock = run.job, run.job.recipe, run.clock
     shutil.rmtree(run.staging, ignore_errors=True)
     run.staging.mkdir()
-    evidence = _evidence(run)
-    plan = job.plan
-    if plan is None:
-        with clock.step("plan") as progress:
-            plan = _plan_once(run, replace(evidence, progress=progress))
-    factored = Factored(job.spec, plan, run.weights, run.work, run.identity)
+    chosen = own_plan(run)
     with clock.step("solve") as progress:
-        factored.solve(job.method, replace(evidence, progress=progress))
-    refitted = refits(plan, job.method, recipe.refit)
-    if refitted:
-        with clock.step("refit") as progress:
-            watched = replace(evidence, progress=progress)
-            if job.method.follows_original:
-                refit_to_original(factored, watched, job.method.outer_root)
-            else:
-                refit_coefficients(factored, watched)
-    refined = None
+        factored = chosen.solved(run, progress)
+    held_out = measuring_held_out(run, chosen)
+    if held_out is not None and job.compares:
+        chosen = nearest(run, chosen, held_out)
+        factored = chosen.solved(run)
+    fitted = refits(chosen.plan, chosen.method, recipe.refit)
+    if fitted:
+        factored, fitted = refitted(run, chosen, held_out)
+    plan, refined = chosen.plan, None
     if recipe.refine is not None:
         with clock.step("refine") as progress:
             seed = recipe.calibration.seed
-            settings = {**asdict(recipe.refine), "seed": seed, "rows": recipe.calibration.batch_size, "refit": refitted}
-            store = Store(run.work / "refine", {**run.identity, "edits": asdict(plan)["edits"], "refine": settings})
-            refined = refine_blocks(factored, store, replace(evidence, progress=progress), recipe.refine, seed)
+            settings = {**asdict(recipe.refine), "seed": seed, "rows": recipe.calibration.batch_size, "refit": fitted}
+            store = Store(run.work / "refine", {**factored.identity, "refine": settings})
+            refined = refine_blocks(factored, store, replace(run.evidence, progress=progress), recipe.refine, seed)
     source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):
         write_model(factored, recipe, run.tokenizer, run.staging, beside)
-    measured, samples = None, None
+    measured = samples = compared = None
+    if held_out is not None:
+        compared = HeldOutText(**held_out.text.identity, chosen=chosen.label, kl=held_out.found)
     if run.evaluator is not None:
         with clock.step("evaluate") as progress:
             measured, samples = _measure(run, run.evaluator, progress)
@@ -215,18 +173,19 @@ def _carry_out(run: _Context) -> Results:
         original={} if source is None else known_of(source, beside),
         model_fingerprint=run.weights.fingerprint,
         method=plan.method,
-        options=asdict(job.method),
+        options=plan.options,
         keep=plan.keep,
         of=plan.of,
         before=plan.before,
         after=plan.after,
         calibration=None if text is None else CalibrationText(**text.identity, seed=seed),
         ridge=RIDGE,
-        refit=refitted,
+        refit=fitted,
         refit_ridge=REFIT_RIDGE,
         refine=refined,
         groups={name: Solved.of(facts) for name, facts in factored.facts().items()},
         shapes=shapes(job.spec),
+        held_out=compared,
         evaluation=measured,
         samples=samples,
         seconds=clock.seconds,
@@ -236,32 +195,7 @@ def _carry_out(run: _Context) -> Results:
     return results
 
 
-def _evidence(run: _Context) -> Evidence:
-    """Weights, text and the statistics that the run needs, which are measured here unless they are there."""
-    job, options, stats = run.job, run.job.recipe.calibration, None
-    passes: Any = {"batch_size": options.batch_size, "scratch": run.scratch}
-    if run.calibration is not None and job.kinds:
-        with run.clock.step("calibrate") as progress:
-            folder = Path(options.stats or run.work / "stats")
-            stats = calibrate(
-                run.weights, job.spec, run.calibration, folder, kinds=job.kinds, progress=progress, **passes
-            )
-    return Evidence(job.spec, run.weights, stats, run.calibration, run.held_out, **passes)
-
-
-def _plan_once(run: _Context, evidence: Evidence) -> Plan:
-    """The plan of a method that plans by evidence, kept in the work folder, so that a search is not repeated."""
-    job = run.job
-    digest = hashlib.sha256(json.dumps(run.identity, sort_keys=True).encode()).hexdigest()
-    path = run.work / f"plan-{digest[:16]}.json"
-    if path.is_file():
-        return Plan.read(path, job.spec)
-    plan = plan_with(job.spec, job.name, job.method, job.recipe.keep, job.recipe.of, evidence)
-    write_atomically(path, plan.to_json().encode())
-    return plan
-
-
-def _measure(run: _Context, evaluator: Evaluator, progress: Progress) -> tuple[Measured, list[dict[str, str]] | None]:
+def _measure(run: Context, evaluator: Evaluator, progress: Progress) -> tuple[Measured, list[dict[str, str]] | None]:
     """What is measured of the finished folder against the original, and samples if it is on a text."""
     recipe, device = run.job.recipe, device_of(run.job.recipe.device)
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}

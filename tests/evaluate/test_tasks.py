@@ -180,7 +180,7 @@ def test_every_name_of_lm_eval_is_found_in_its_files(tmp_path):
     assert {name: folder for name, folder in task_names(tmp_path).items() if name != "-"} == names
 
 
-def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer):
+def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer, commands):
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     data = write_rows(tmp_path / "data", piqa=PIQA)
@@ -195,7 +195,7 @@ def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer):
 
     command = ["eval", "out", "--tasks", "piqa", "--tasks-data", "data", "--limit", "4", "--json"]
     shown = subprocess.run(
-        [sys.executable, "-c", "from layershare.cli import main; main()", *command],
+        [commands / "layershare", *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,6 +1,5 @@
 """`layershare heal` and `layershare.heal` as a person meets them."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,22 +17,22 @@ from tests.families import tiny_model
 from tests.healing.tiny import changed, results_of
 
 
-def heal(here, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a fresh process."""
-    command = [str(Path(sys.executable).parent / "layershare"), "heal", *arguments]
-    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False, env=os.environ)
+def heal(commands, here, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [commands / "layershare", "heal", *arguments]
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
 
 
 TEXT = ("--text", "text.txt", "--length", "16", "--tokens", "512", "--batch-size", "4", "--set", "text.held_out=4")
 
 
-def test_the_whole_command(small, tmp_path):
+def test_the_whole_command(small, tmp_path, commands):
     here = small.parent
     (tmp_path / "heal.yaml").write_text("model: another\ntrain: full\nlora: {rank: 2}\nreplace: {start: 0.5}\n")
     test = ("--eval", "text.txt", "--set", "evaluation.blocks=4", "--set", "evaluation.length=16")
     options = ("--recipe", str(tmp_path / "heal.yaml"), "--train", "factors", "--loss", "both", "--replace", *test)
     out = tmp_path / "out"
-    done = heal(here, "small", "-o", str(out), *TEXT, *options)
+    done = heal(commands, here, "small", "-o", str(out), *TEXT, *options)
     assert done.returncode == 0, done.stderr
     # Nothing but ours is printed.
     told = [
@@ -55,7 +54,7 @@ def test_the_whole_command(small, tmp_path):
     compression = read_recipe(small / "recipe.yaml")
     with pytest.raises(layershare.LayershareError, match="is not empty"):
         run(compression, out)
-    again = heal(here, "small", "-o", str(out), *TEXT, *options)
+    again = heal(commands, here, "small", "-o", str(out), *TEXT, *options)
     assert again.returncode == 0
     assert "nothing was done" in again.stderr
 
@@ -86,7 +85,7 @@ def test_mistakes_end_in_one_sentence(small, tmp_path, monkeypatch, capfd, argum
 def test_in_python(tokenizer, words, tmp_path):
     original = tiny_model("llama")
     options = {"text": words, "blocks": 16, "length": 32}
-    small = layershare.compress(original, tokenizer, keep=0.5, of="targets", **options)
+    small = layershare.compress(original, tokenizer, method="basis-sharing", keep=0.5, of="targets", **options)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
 
     def healing() -> Any:
@@ -122,7 +121,7 @@ def test_in_python(tokenizer, words, tmp_path):
 
 
 def test_what_is_not_known_of_a_model_in_memory_is_asked_for(tokenizer, words):
-    small = layershare.compress(tiny_model("llama"), tokenizer, keep=0.5, of="targets", text=words, blocks=8, length=32)
+    small = layershare.compress(tiny_model("llama"), method="svd", keep=0.5, of="targets")
     with pytest.raises(layershare.LayershareError, match="its tokenizer is not known; give it, too"):
         layershare.heal(small, text=words)
     with pytest.raises(layershare.LayershareError, match="name the original with --teacher"):

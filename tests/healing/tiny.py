@@ -23,6 +23,7 @@ def compress_tiny(folder: Path, tokenizer: Any, words: list[str], family: str = 
     (folder / "text.txt").write_text("\n".join(words))
     values = {
         "model": str(folder / "dense"),
+        "method": "basis-sharing",
         "keep": 0.5,
         "of": "targets",
         "calibration": {"text": str(folder / "text.txt"), "blocks": 16, "length": 32},
@@ -35,7 +36,7 @@ def settings(small: Path, **changes: Any) -> Healing:
     """Eight steps of four blocks of 16 tokens, in float32."""
     values = {
         "model": str(small),
-        "text": {"text": str(small.parent / "text.txt"), "length": 16, "tokens": 8 * 4 * 16, "held_out": 4},
+        "text": text_for(small, 8),
         "optimizer": {"lr": 1e-2},
         "batch_size": 4,
         "precision": "float32",
@@ -43,6 +44,10 @@ def settings(small: Path, **changes: Any) -> Healing:
         "save_every": 2,
     }
     return make_as(Healing, values | changes)
+
+
+def text_for(small: Path, steps: int) -> dict[str, Any]:
+    return {"text": str(small.parent / "text.txt"), "length": 16, "tokens": steps * 4 * 16, "held_out": 4}
 
 
 def heal(small: Path, out: Path, **changes: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from layershare.healing.replacement import gates
 from layershare.healing.settings import Replacement
 from layershare.model.hub import load
 from tests.families import tokens
-from tests.healing.tiny import heal, settings
+from tests.healing.tiny import heal, settings, text_for
 
 DDP: dict[str, dict[str, Any]] = {
     "lora": {"train": "lora", "lora": {"targets": "factors"}, "norms": True},
@@ -30,6 +30,7 @@ FSDP: dict[str, dict[str, Any]] = {
     "lora-sharded": {"train": "lora", "lora": {"targets": "factors"}, "norms": True},
     "full-sharded": {"train": "full", "loss": {"kind": "both"}},
 }
+STEPS = 4
 LAUNCHED = {
     "ACCELERATE_TORCH_DEVICE": "cpu",
     "ACCELERATE_USE_FSDP": "true",
@@ -90,7 +91,7 @@ def main(small: Path, out: Path) -> None:
     warnings.simplefilter("ignore")
     for name, options in DDP.items():
         print("ddp", name, flush=True)
-        heal(small, out / name, **options)
+        heal(small, out / name, text=text_for(small, STEPS), **options)
     for train in ("factors", "lora"):
         print("fsdp", train, flush=True)
         sharded, single = (gradients(small, train, sharded=sharded) for sharded in (True, False))
@@ -101,7 +102,7 @@ def main(small: Path, out: Path) -> None:
     shard()
     for name, options in FSDP.items():
         print("fsdp", name, flush=True)
-        heal(small, out / name, **options)
+        heal(small, out / name, text=text_for(small, STEPS), **options)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -123,14 +123,14 @@ def test_half_the_dropped_eigenvalues_are_the_rise_of_the_loss(tmp_path):
     """Of truncations of single matrices of a trained model: in the order of their KL divergences, and of their size."""
     folder = layershare.resolve("sample")
     model, _ = read_model(folder, dtype="float32")
-    text = load_text("stdlib", read_tokenizer(folder), split="train", blocks=24, length=128)
+    text = load_text("stdlib", read_tokenizer(folder), split="test", blocks=12, length=128)
     spec, weights = describe(model), Weights.of(model)
-    stats = calibrate(weights, spec, text, tmp_path, batch_size=8, kinds={"inputs", "gradients"})
+    stats = calibrate(weights, spec, text, tmp_path, batch_size=6, kinds={"inputs", "gradients"})
     evidence, method = Evidence(spec, weights, stats, text), Auto()
 
     @torch.no_grad()
     def logs(replaced: dict[str, torch.Tensor]) -> torch.Tensor:
-        return functional_call(model, replaced, (text.tokens[:12],)).logits.log_softmax(-1)
+        return functional_call(model, replaced, (text.tokens[:6],)).logits.log_softmax(-1)
 
     dense, predicted, seen = logs({}), [], []
     for role, layer in itertools.product(("q", "v", "o", "gate", "down"), (0, 4, 9)):

@@ -44,7 +44,11 @@ def originals(tmp_path_factory, tokenizer, words) -> Path:
         tiny_model(family).save_pretrained(root / family)
         tokenizer.save_pretrained(root / family)
     calibration = {"text": str(root / "text.txt"), "blocks": 8, "length": 32}
-    run(make_recipe({"model": str(root / "llama"), "calibration": calibration}), root / "ours", pages=False)
+    run(
+        make_recipe({"model": str(root / "llama"), "method": "basis-sharing", "calibration": calibration}),
+        root / "ours",
+        pages=False,
+    )
     return root
 
 
@@ -450,7 +454,11 @@ def compressed(folder: Path, originals: Path, **values: Any) -> Path:
     """What a run leaves beside the model's folder."""
     calibration = {"text": str(originals / "text.txt"), "blocks": 8, "length": 32}
     out = folder.parent / "out"
-    run(make_recipe({"model": str(folder), "calibration": calibration, **values}), out, pages=False)
+    run(
+        make_recipe({"model": str(folder), "method": "basis-sharing", "calibration": calibration, **values}),
+        out,
+        pages=False,
+    )
     return out
 
 
@@ -474,7 +482,7 @@ def test_stored_as_the_original_and_planned_as_stored(spoilt, originals, stored,
         config(dtype=str(stored).removeprefix("torch.") if says else None)(folder)
 
     folder = spoilt(spoil)
-    shown = prepare(make_recipe({"model": str(folder), "keep": "60KB", **values})).plan
+    shown = prepare(make_recipe({"model": str(folder), "method": "basis-sharing", "keep": "60KB", **values})).plan
     out = compressed(folder, originals, keep="60KB", **values)
     assert stored_types(out) == expected
     assert shown is not None

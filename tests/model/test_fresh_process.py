@@ -4,23 +4,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import layershare
 from layershare.model.hub import save
-from tests.families import VOCAB, tokens
+from tests.families import VOCAB, tiny_model, tokens
 from tests.model.small import compressed, logits
 
 CHECK = """
 import sys, torch
 torch.set_num_threads(1)
-folder, expected = sys.argv[1], torch.load(sys.argv[1] + "/expected.pt")
+folder, dropped, sliced = (f"{sys.argv[1]}/{name}" for name in ("llama", "dropped", "sliced"))
+expected = torch.load(sys.argv[1] + "/expected.pt")
 @torch.no_grad()
-def check(model):
-    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+def check(model, name="llama"):
+    assert torch.equal(model(expected["ids"]).logits, expected[name])
 """
 
 SCRIPTS = {
@@ -29,6 +32,8 @@ from transformers import AutoModelForCausalLM, pipeline
 {CHECK}
 assert not any(name.startswith("layershare.model") for name in sys.modules)
 check(AutoModelForCausalLM.from_pretrained(folder))
+check(AutoModelForCausalLM.from_pretrained(dropped), "dropped")
+check(AutoModelForCausalLM.from_pretrained(sliced), "sliced")
 generator = pipeline("text-generation", folder)
 check(generator.model)
 assert generator("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("w5 w6")
@@ -48,12 +53,13 @@ import os, pathlib
 from peft import LoraConfig  # before us
 from transformers import AutoModelForCausalLM
 {CHECK}
-try:
-    AutoModelForCausalLM.from_pretrained(folder)
-except RuntimeError as error:
-    assert "ignore_mismatched_sizes" in str(error), error
-else:
-    raise AssertionError("loaded at random")
+for each in (folder, dropped, sliced):
+    try:
+        AutoModelForCausalLM.from_pretrained(each)
+    except RuntimeError as error:
+        assert "ignore_mismatched_sizes" in str(error), error
+    else:
+        raise AssertionError(f"{{each}}: loaded at random")
 assert "layershare" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 check(model)
@@ -77,15 +83,21 @@ assert sum("layershare" in type(finder).__module__ for finder in sys.meta_path) 
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def processes(tmp_path_factory, tokenizer, words):
     """All scripts, started together: most of their time is imports."""
-    folder = tmp_path_factory.mktemp("fresh") / "llama"
-    words = {f"w{index}": index for index in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    folder = tmp_path_factory.mktemp("fresh")
+    numbers = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
+    numbers.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     model = compressed("llama")
-    save(model, folder, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0"))
-    torch.save({"ids": tokens(), "logits": logits(model)}, folder / "expected.pt")
+    save(model, folder / "llama", PreTrainedTokenizerFast(tokenizer_object=numbers, pad_token="w0"))
+    expected = {"ids": tokens(), "llama": logits(model)}
+    for name, method in (("dropped", "attention-drop"), ("sliced", "slicegpt")):
+        options: dict[str, Any] = {"keep": 0.85, "of": "targets", "blocks": 8, "length": 32}
+        small = layershare.compress(
+            tiny_model("llama"), tokenizer, method=method, text=words, folder=folder / name, **options
+        )
+        expected[name] = logits(small)
+    torch.save(expected, folder / "expected.pt")
     running = {}
     for name, script in SCRIPTS.items():
         home = tmp_path_factory.mktemp("home")

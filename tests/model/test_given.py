@@ -154,7 +154,9 @@ def test_a_model_that_is_being_trained(tokenizer, words):
         model = tiny_model("gpt2").train(training)
         if training:
             model(input_ids=tokens(), labels=tokens()).loss.backward()
-        small = layershare.compress(model, tokenizer, keep=0.6, of="targets", text=words, blocks=8, length=32)
+        small = layershare.compress(
+            model, tokenizer, method="svd-llm", keep=0.6, of="targets", text=words, blocks=8, length=32
+        )
         assert model.training == small.training == training
         results.append(small.eval()(tokens()).logits)
     assert torch.equal(*results)

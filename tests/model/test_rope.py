@@ -59,7 +59,7 @@ def test_blocks_compute_what_they_do_in_the_model(kind, tmp_path):
 def test_compresses_loads_and_heals(kind, tokenizer, words, tmp_path):
     model, options = model_of(kind), {"text": words, "length": 32}
     small = layershare.compress(
-        model, tokenizer, keep=0.6, of="targets", blocks=8, folder=tmp_path / "small", **options
+        model, tokenizer, method="basis-sharing", keep=0.6, of="targets", blocks=8, folder=tmp_path / "small", **options
     )
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_without_the_extra_there_is_a_card_and_word_of_how_to_get_a_page(tmp_path):
+def test_without_the_extra_there_is_a_card_and_word_of_how_to_get_a_page(tmp_path, commands):
     run = make_run(tmp_path / "run")
     script = f"""
 import sys, warnings
@@ -157,7 +156,7 @@ try:
 except LayershareError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([commands / "python", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "To get report.html in every run: `pip install '.[report]'` in a checkout of layershare.",
         "The report needs jinja2 and plotly: `pip install '.[report]'` in a checkout of layershare.",

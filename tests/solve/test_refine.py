@@ -33,7 +33,8 @@ SOME = {"epochs": 2, "lr": 3e-3, "batch_size": 4}
 
 def recipe_for(folder: Path, **changes) -> Recipe:
     text = {"text": str(folder.parent / "text.txt"), "blocks": 8, "length": 64, "batch_size": 2}
-    return make_recipe({"model": str(folder), "keep": 0.5, "of": "targets", "calibration": text} | changes)
+    values = {"model": str(folder), "method": "basis-sharing", "keep": 0.5, "of": "targets", "calibration": text}
+    return make_recipe(values | changes)
 
 
 @torch.no_grad()
@@ -114,6 +115,7 @@ def test_other_families_in_half_precision(family, tokenizer, words, tmp_path):
     small = layershare.compress(
         tiny_model(family, dtype=torch.bfloat16),
         tokenizer,
+        method="basis-sharing",
         keep=0.6,
         of="targets",
         text=words,

@@ -103,9 +103,14 @@ class Head:
         for block in cast(nn.ModuleList, self._model.get_submodule(weights.blocks_name)):
             block.forward = lambda *args, **kwargs: self._output
 
-    def loss(self, tokens: Tensor, output: Any) -> Tensor:
-        """Σ −log p(next token) [] of `tokens` [rows, length], given what the last block returns."""
+    def logits(self, tokens: Tensor, output: Any) -> Tensor:
+        """The logits [rows, length, vocabulary] of `tokens` [rows, length], given what the last block returns."""
         self._output = output
-        logits = self._model(input_ids=tokens.to(self._device), use_cache=False).logits[:, :-1]
+        logits = self._model(input_ids=tokens.to(self._device), use_cache=False).logits
         self._output = None
-        return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten().to(self._device), reduction="sum")
+        return logits
+
+    def loss(self, tokens: Tensor, output: Any) -> Tensor:
+        """Σ −log p(next token) [] of `tokens`, given what the last block returns."""
+        logits = self.logits(tokens, output)[:, :-1].float()
+        return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(self._device), reduction="sum")

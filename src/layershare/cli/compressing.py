@@ -111,8 +111,8 @@ def plan(
 
     Groups, ranks, exact sizes, time, memory and disk; from the model's config alone if the method can.
     """
-    from layershare.job import plan_only, speed_for
-    from layershare.plan.table import plan_table
+    from layershare.job import missing_to_plan, plan_only, prepare, speed_for
+    from layershare.plan.table import needs_sentence, plan_table
 
     require_parent(output)
     values = {
@@ -127,6 +127,11 @@ def plan(
         "refine": {} if refine else None,
     }
     recipe = recipe_of(values, option, changes)
+    job = prepare(recipe)
+    missing = missing_to_plan(job, stats)
+    if missing is not None and not json and output is None:
+        tell(f"{missing} {needs_sentence(job.needs, speed_for(job))}")
+        return
     with progress() as (announce, _):
         job = plan_only(recipe, stats, announce)
     assert job.plan is not None

@@ -99,7 +99,8 @@ def plan_with(
     budget, edits = (budget, choose(budget)) if wanted.bytes is None else _fitting(spec, budget, wanted.bytes, choose)
     check(spec, edits)
     sizes = measure(spec, ()), measure(spec, edits)
-    return Plan(spec.model_type, name, asdict(method), keep, budget.of, *sizes, edits)
+    loss = method.predicted(edits, evidence)
+    return Plan(spec.model_type, name, asdict(method), keep, budget.of, *sizes, edits, loss)
 
 
 def _fitting(

@@ -1,14 +1,17 @@
-"""Auto: ranks, joint bases and dense matrices chosen together by what each costs the loss, in pivoted form.
+"""Auto: ranks and dense matrices chosen together by what each costs the loss, in pivoted form.
 
 The curvature of the loss at a matrix is taken to be G ⊗ Γ (K-FAC), G the Gram of its inputs and Γ that of the loss's
 gradients at its outputs. The truncation that costs least under it is the closed form of every low-rank method, of the
 matrix seen through Γ^½ (`formulas/two_sided`: OBD-LLM, arXiv 2604.00821; KFAC-SVD, arXiv 2610.32878), and half the sum
 of the dropped eigenvalues is the predicted rise of the loss per token. So errors of different matrices can be compared:
 the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
-same input share a basis where that costs less (`plan/search`). Bases are in pivoted form, k² parameters fewer each.
+same input can share a basis where that costs less (`plan/search`; with pivoted bases it cost more in every layer of
+our models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each.
 
-From a quarter removed on, what is solved is fitted again to the outputs of the original, matrix by matrix, with the
-text passing through both (`solve/two_streams`; the recipe's `refit` turns it on and off).
+The plan is a prediction. So others are solved beside it and measured on text that is held out (`rivals`), and the best
+is kept: it is never worse there than `svd-llm` or `basis-sharing` of the same size and form. What is solved is fitted
+again to the outputs of the original, matrix by matrix, with the text passing through both (`solve/two_streams`), and
+that is kept, too, if it is nearer to the original (the recipe's `refit` turns it on and off).
 
 Where this differs from KFAC-SVD: Γ is the plain mean of gᵀg. Clipping the norms of tokens and leaving out the ends of
 each block, as its code does, made SmolLM2-135M worse at 20 % removed; shrinking Γ changed nothing there and is off.
@@ -18,7 +21,7 @@ no gradients are measured.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Annotated, ClassVar
 
@@ -30,17 +33,18 @@ from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError, unknown
 from layershare.formulas.linalg import spectrum, square_root
 from layershare.formulas.two_sided import shrunk
+from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.low_rank import LowRank
+from layershare.methods.svd_llm import SvdLlm
 from layershare.model.arch import ROLES, Linear, Spec
 from layershare.plan.budget import Budget
-from layershare.plan.edits import Place, Share
+from layershare.plan.edits import Edit, Place, Share
 from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
 from layershare.plan.ranks import Group, group_cost, in_order, private_groups
 from layershare.plan.search import Curve, Window, choose
 from layershare.values import Count, Flag, Names, Number
 
-REFIT_AT = 0.75
-"""Refit when at most this fraction of the targets is kept."""
 Part = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -53,12 +57,16 @@ class Auto(LowRank):
     """Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."""
     two_sided: Flag = True
     """Weigh errors by the gradients of the loss at a matrix's outputs, not by their relative size alone."""
-    joint: Names = ("gate+up",)
+    plain: Names = ()
+    """Roles whose output errors count the same in every direction; how much a role counts is still measured."""
+    joint: Names = ()
     """Roles that may share a basis in a layer, where they read the same input: gate+up, q+k, k+v, q+k+v."""
     shrink_inputs: Part = 0.0
     """How far Grams of inputs are pulled towards one that favours no direction (0: not, 1: all the way)."""
     shrink_gradients: Part = 0.0
     """The same of Grams of gradients."""
+    compare: Flag = True
+    """Solve other plans, too, and keep the one that is nearest to the original on text that is held out."""
     multiple: Count = 1
     """Ranks are multiples of this."""
 
@@ -73,8 +81,20 @@ class Auto(LowRank):
         return True
 
     def refits(self, fraction: float) -> bool:
-        """From a quarter removed on: before, a refit gains little, or nothing, for the time that it takes."""
-        return fraction <= REFIT_AT
+        """At every size; whether it helps is measured on text that is held out."""
+        return True
+
+    def rivals(self) -> dict[str, tuple[str, Method]]:
+        """Output errors of q and k weighed alike, which some models need; `svd-llm` and `basis-sharing`."""
+        if not self.compare:
+            return {}
+        found: dict[str, tuple[str, Method]] = {}
+        if self.two_sided and not {"q", "k"} <= set(self.plain):
+            plain = tuple(dict.fromkeys([*self.plain, "q", "k"]))
+            found["plain-q-k"] = "auto", replace(self, plain=plain)
+        found["svd-llm"] = "svd-llm", SvdLlm(pivot=self.pivot)
+        found["basis-sharing"] = "basis-sharing", BasisSharing(pivot=self.pivot)
+        return found
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles in `joint` that cannot share a basis."""
@@ -97,7 +117,8 @@ class Auto(LowRank):
         """R with RᵀR the Gram of the gradients at a linear's outputs."""
         if not self.two_sided:
             return None
-        return square_root([shrunk(evidence.gradient_gram(linear), self.shrink_gradients)])
+        share = 1.0 if linear.role in self.plain else self.shrink_gradients
+        return square_root([shrunk(evidence.gradient_gram(linear), share)])
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The ranks that cost the loss least, by what is predicted."""
@@ -109,6 +130,13 @@ class Auto(LowRank):
         except ValueError as error:
             raise LayershareError("keep leaves less than rank 1 for every matrix; keep more.") from error
         return in_order(spec, [x.curve.group.share(x.rank) for x in choices if x.rank is not None])
+
+    def predicted(self, edits: tuple[Edit, ...], evidence: Evidence) -> float | None:
+        """Half the sum of the dropped eigenvalues of all groups; nothing without gradients."""
+        if not self.two_sided:
+            return None
+        shares = [edit for edit in edits if isinstance(edit, Share)]
+        return sum(float(self._tails(Group(x.places, x.side, x.pivot), evidence)[x.rank]) for x in shares)
 
     def _windows(self, spec: Spec, linears: Sequence[Linear], evidence: Evidence) -> Iterator[Window]:
         """What may stand in the place of linears that read the same input."""
@@ -133,17 +161,24 @@ class Auto(LowRank):
 
     def _curve(self, spec: Spec, group: Group, evidence: Evidence) -> Curve:
         """Predicted loss and parameters of a group by rank."""
-        linears = [spec.linear(*place) for place in group.places]
-        seen, roots = self.weighed(evidence, linears, [evidence.weight(linear) for linear in linears])
-        values = spectrum(seen, [self.metric(evidence, linear) for linear in linears], group.side).cpu()
-        whole = float(values.sum()) or 1.0
-        values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole
-        tails = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
-        cost = group_cost(spec, group)
-        ranks = [k for k in range(self.multiple, len(values), self.multiple) if cost.size(k) < cost.whole]
-        losses = torch.cat([tails[ranks].clamp(min=0), tails.new_zeros(1)])
+        tails, cost = self._tails(group, evidence), group_cost(spec, group)
+        ranks = [k for k in range(self.multiple, len(tails) - 1, self.multiple) if cost.size(k) < cost.whole]
         sizes = torch.tensor([*(cost.size(k) for k in ranks), cost.whole], dtype=torch.float64)
-        return Curve(group, (*ranks, None), losses, sizes)
+        return Curve(group, (*ranks, None), torch.cat([tails[ranks], tails.new_zeros(1)]), sizes)
+
+    def _tails(self, group: Group, evidence: Evidence) -> Tensor:
+        """Rank, from 0 to the full one -> the predicted rise of the loss per token, or the relative error."""
+
+        def compute() -> Tensor:
+            linears = [evidence.spec.linear(*place) for place in group.places]
+            seen, roots = self.weighed(evidence, linears, [evidence.weight(linear) for linear in linears])
+            values = spectrum(seen, [self.metric(evidence, linear) for linear in linears], group.side).cpu()
+            whole = float(values.sum()) or 1.0
+            values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole
+            return (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])).clamp(min=0)
+
+        plain = tuple(place.role in self.plain for place in group.places)
+        return evidence.once((group, self.two_sided, self.shrink_inputs, self.shrink_gradients, plain), compute)
 
 
 def _by_site(spec: Spec) -> dict[str, list[Linear]]:

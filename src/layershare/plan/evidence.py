@@ -1,7 +1,7 @@
 """What a method may look at when it plans and solves: weights, measured statistics, and the text itself."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Evidence:
     progress: Progress = no_progress
     batch_size: int = 1
     scratch: Path | None = None
+    _known: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> Weights:
@@ -63,11 +64,9 @@ class Evidence:
             raise LayershareError("This needs blocks of text to try its choices on; give a longer text.")
         return self.spare
 
-    def stream(self, *, held_out: bool = False) -> Stream:
-        """The model, block after block, with the text passing through; with `held_out`, those blocks after it."""
-        tokens = self.text.tokens
-        if held_out:
-            tokens = torch.cat([tokens, self.held_out.tokens])
+    def stream(self, *texts: Text) -> Stream:
+        """The model, block after block, with texts passing through one after the other; without any, `text`."""
+        tokens = torch.cat([each.tokens for each in texts or (self.text,)])
         return Stream(self.weights, tokens, self.batch_size, self.scratch)
 
     def weight(self, linear: Linear) -> Tensor:
@@ -101,13 +100,16 @@ class Evidence:
 
         See `layershare.formulas.linalg.spectrum`.
         """
-        if (group, weighted) not in self._spectra:
+
+        def compute() -> Tensor:
             linears = [self.spec.linear(*place) for place in group.places]
             weights = [self.weight(linear) for linear in linears]
-            grams = [self.gram(linear) if weighted else None for linear in linears]
-            self._spectra[group, weighted] = spectrum(weights, grams, group.side)
-        return self._spectra[group, weighted]
+            return spectrum(weights, [self.gram(linear) if weighted else None for linear in linears], group.side)
 
-    @cached_property
-    def _spectra(self) -> dict[tuple[Group, bool], Tensor]:
-        return {}
+        return self.once((group, weighted), compute)
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What is computed under this key, computed the first time that it is asked for."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]

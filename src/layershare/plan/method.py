@@ -91,6 +91,17 @@ class Method(ABC):
         Raises `LayershareError` if the budget cannot be met.
         """
 
+    def predicted(self, edits: tuple[Edit, ...], evidence: Evidence) -> float | None:
+        """By how much edits that it has planned raise the loss, in nats per token, if it can tell."""
+        return None
+
+    def rivals(self) -> "dict[str, tuple[str, Method]]":
+        """Methods with their names, by what tells them from this one, whose plans may turn out to be better.
+
+        All are solved and measured on text that is held out, and the one that is nearest to the original is kept.
+        """
+        return {}
+
     def refits(self, fraction: float) -> bool:
         """Whether coefficients are fitted again to what the compressed layers put out, at this fraction of targets.
 

@@ -28,6 +28,8 @@ class Plan:
     before: Sizes
     after: Sizes
     edits: Annotated[tuple[Edit, ...], FailFast(), Field(max_length=100_000)]
+    predicted_loss: Annotated[float, Field(ge=0)] | None = None
+    """By how much the method expects the edits to raise the loss, in nats per token, where it has an idea of it."""
 
     def to_json(self) -> str:
         """The plan as JSON, as stored in `plan.json`."""

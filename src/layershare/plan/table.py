@@ -16,7 +16,7 @@ from layershare.units import duration, size
 
 
 def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed | None = None) -> RenderableType:
-    """The plan as tables for a terminal: a line per role and run of equal groups, then totals and needs."""
+    """The plan as tables for a terminal: a line per role and run of like groups, then totals and needs."""
     groups = _table(f"{plan.method} on {spec.model_type}, keep {plan.keep} of {plan.of}")
     groups.add_column("role", no_wrap=True)
     groups.add_column("layers", min_width=6)
@@ -29,7 +29,7 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
     kept, dropped = set(kept_layers(spec.n_layers, plan.edits)), set(dropped_parts(plan.edits))
     for role, linears in spec.by_role.items():
         edits = [edit for edit in dict.fromkeys(shared.values()) if edit.roles[0] == role]
-        for _, run in groupby(edits, key=lambda edit: (edit.roles, len(edit.places), _how(edit), edit.rank)):
+        for _, run in groupby(edits, key=lambda edit: (edit.roles, len(edit.places), _how(edit), _private(edit))):
             _add_groups(groups, spec, list(run))
         stays = [x for x in linears if x.layer in kept and (x.layer, x.part) not in dropped]
         if gone := [x for x in linears if x not in stays]:
@@ -57,10 +57,13 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
             old, new = getattr(before, name), getattr(after, name)
             per_token = " per token" if name == "multiplications" else ""
             totals.add_row(f"{name}{of}{per_token}", f"{old:,}", *_kept(old, new))
-    merges = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
-    if needs is None:
-        return Group(groups, *merges, totals)
-    return Group(groups, *merges, totals, needs_sentence(needs, speed))
+    notes = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
+    said = []
+    if plan.predicted_loss is not None:
+        said.append(f"Predicted: a loss higher by {plan.predicted_loss:.2g} nats per token, or up to four times that.")
+    if needs is not None:
+        said.append(needs_sentence(needs, speed))
+    return Group(groups, *notes, totals, *said)
 
 
 def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:
@@ -81,15 +84,19 @@ def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
     linears = [spec.linear(*place) for edit in edits for place in edit.places]
     after = sum(composition(spec, edit).parameters for edit in edits)
     n, shapes = len(edits[0].places), dict.fromkeys(f"{x.d_in} × {x.d_out}" for x in linears)
-    private = edits[0].private_rank if isinstance(edits[0], Share) else 0
+    least, most, private = min(x.rank for x in edits), max(x.rank for x in edits), _private(edits[0])
     table.add_row(
         "+".join(edits[0].roles),
         _range(list(dict.fromkeys(linear.layer for linear in linears))),
         ", ".join(shapes),
         f"{len(edits)} × {n} ({_how(edits[0])})" if n > 1 else f"{len(edits)} × 1",
-        f"{edits[0].rank:,}" + (f" + {private:,}" if private else ""),
+        f"{least:,}" + (f"–{most:,}" if most > least else "") + (f" + {private:,}" if private else ""),
         *_kept(sum(linear.parameters for linear in linears), after),
     )
+
+
+def _private(edit: Share | Delta) -> int:
+    return edit.private_rank if isinstance(edit, Share) else 0
 
 
 def _how(edit: Share | Delta) -> str:

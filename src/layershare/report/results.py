@@ -90,6 +90,14 @@ class TrainingText(CalibrationText):
 
 
 @dataclass(frozen=True)
+class HeldOutText(Blocks):
+    """The text that candidates were compared on: the label of the one that was taken, and label -> KL divergence."""
+
+    chosen: Word
+    kl: dict[Word, Number]
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """Shares of the sum of all squared singular values, of the components of these numbers."""
 
@@ -186,6 +194,7 @@ class Results(Environment, Listed):
     refine: dict[Word, Any] | None
     groups: dict[Word, Solved]
     shapes: dict[Word, list[tuple[_Count, _Count] | None]]
+    held_out: HeldOutText | None = written_with("held_out")
     seconds: dict[Word, Number]
     samples: list[dict[Word, Word]] | None = written_with("samples")
 

@@ -24,6 +24,9 @@ from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.store import Store
 
+UNITS = "units"
+"""The folder of solved units."""
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -40,9 +43,9 @@ class Factored:
 
     def __init__(self, spec: Spec, plan: Plan, weights: Weights, folder: Path, identity: dict[str, Any]) -> None:
         self.spec, self.plan, self.weights = spec, plan, weights
-        self.solved = Store(folder / "units", identity)
-        edits = [asdict(edit) for edit in plan.edits]
-        self.refits = Store(folder / "refit", {**identity, "edits": edits})
+        self.solved = Store(folder / UNITS, identity)
+        self.identity = {**identity, "edits": [asdict(edit) for edit in plan.edits]}
+        self.refits = Store(folder / "refit", self.identity)
         self.found: dict[str, dict[str, Any]] = {}
         self._origins = origins(spec, plan.edits)
         self._places: dict[str, tuple[Store, str]] = {}

@@ -61,7 +61,7 @@ def refit_to_original(
     """
     spec = factored.spec
     shared, dropped = sharing(factored.plan.edits), dropped_parts(factored.plan.edits)
-    original, small = evidence.stream(held_out=True), evidence.stream(held_out=True)
+    original, small = (evidence.stream(evidence.text, evidence.held_out) for _ in range(2))
     for (layer, block), (_, same) in zip(original, small, strict=True):
         evidence.progress(layer, spec.n_layers)
         original.run()

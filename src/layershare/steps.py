@@ -1,0 +1,189 @@
+"""The steps of a run that choose and solve a plan, over one context; each finds again what it has finished before."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layershare.calibrate.stats import calibrate
+from layershare.calibrate.text import Text
+from layershare.errors import LayershareError
+from layershare.evaluate.evaluator import Evaluator
+from layershare.job import Job
+from layershare.methods import plan_with
+from layershare.model.weights import Weights
+from layershare.plan.evidence import Evidence
+from layershare.plan.method import Method
+from layershare.plan.plan import Plan
+from layershare.progress import Clock, Progress, no_progress, part
+from layershare.solve.apply import UNITS, Factored, refit_coefficients
+from layershare.solve.held_out import HeldOut
+from layershare.solve.two_streams import refit_to_original
+from layershare.store import Store, as_json, write_atomically
+
+OWN = "own"
+REFITTED = "refitted"
+"""What is measured on held-out text beside the rivals, which have labels of their own."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the steps of a run work with, all of it checked; `model` is the original if it is in memory.
+
+    `work` is the folder of what is finished of an unfinished run. Texts and tokenizer are `None` where none is needed.
+    """
+
+    job: Job
+    work: Path
+    weights: Weights
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    calibration: Text | None
+    held_out: Text | None
+    evaluator: Evaluator | None
+    clock: Clock
+
+    @property
+    def staging(self) -> Path:
+        """Where the finished folder comes into being."""
+        return self.work / "model"
+
+    @property
+    def scratch(self) -> Path | None:
+        """Where hidden states are kept; `None`: in memory, as the model is."""
+        return self.work / "scratch" if self.model is None else None
+
+    def identity(self, name: str, method: Method) -> dict[str, Any]:
+        """What tells the finished work of a method in this run from other work."""
+        return {
+            "layershare": version("layershare"),
+            "model": self.weights.fingerprint,
+            "method": name,
+            "options": asdict(method),
+            **({"text": self.calibration.identity} if self.calibration is not None else {}),
+            **({"held_out": self.held_out.identity} if self.held_out is not None else {}),
+        }
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """Weights, text and the statistics that the run needs, which are measured here unless they are there."""
+        job, options, stats = self.job, self.job.recipe.calibration, None
+        passes: Any = {"batch_size": options.batch_size, "scratch": self.scratch}
+        if self.calibration is not None and job.kinds:
+            with self.clock.step("calibrate") as progress:
+                folder = Path(options.stats or self.work / "stats")
+                stats = calibrate(
+                    self.weights, job.spec, self.calibration, folder, kinds=job.kinds, progress=progress, **passes
+                )
+        return Evidence(job.spec, self.weights, stats, self.calibration, self.held_out, **passes)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, the method that solves it, and its label where it is compared with others."""
+
+    label: str
+    method: Method
+    plan: Plan
+
+    def folder(self, run: Context) -> Path:
+        """Where its solution is kept."""
+        return run.work if self.label == OWN else run.work / "rivals" / self.label
+
+    def factored(self, run: Context) -> Factored:
+        """It, carried out as far as it is solved."""
+        identity = run.identity(self.plan.method, self.method)
+        return Factored(run.job.spec, self.plan, run.weights, self.folder(run), identity)
+
+    def solved(self, run: Context, progress: Progress = no_progress) -> Factored:
+        """It, carried out. Raises `LayershareError` as `Method.solve` does."""
+        factored = self.factored(run)
+        factored.solve(self.method, replace(run.evidence, progress=progress))
+        return factored
+
+
+def own_plan(run: Context) -> Candidate:
+    """The job's plan, or that of its method, which plans by evidence."""
+    evidence = run.evidence  # measured now, before the clock of another step runs
+    if run.job.plan is not None:
+        return Candidate(OWN, run.job.method, run.job.plan)
+    with run.clock.step("plan") as progress:
+        return _planned(run, OWN, run.job.name, run.job.method, replace(evidence, progress=progress))
+
+
+def _planned(run: Context, label: str, name: str, method: Method, evidence: Evidence) -> Candidate:
+    """The plan of a method, kept in the work folder, so that a search is not repeated. Raises as `plan_with`."""
+    digest = hashlib.sha256(json.dumps(run.identity(name, method), sort_keys=True).encode()).hexdigest()
+    path = run.work / f"plan-{digest[:16]}.json"
+    if path.is_file():
+        return Candidate(label, method, Plan.read(path, run.job.spec))
+    recipe = run.job.recipe
+    plan = plan_with(run.job.spec, name, method, recipe.keep, recipe.of, evidence)
+    write_atomically(path, plan.to_json().encode())
+    return Candidate(label, method, plan)
+
+
+def measuring_held_out(run: Context, own: Candidate) -> HeldOut | None:
+    """What measures candidates on the held-out text, if there is one."""
+    if run.held_out is None:
+        return None
+    identity = {**run.identity(own.plan.method, own.method), "edits": as_json(asdict(own.plan)["edits"])}
+    return HeldOut(Store(run.work / "held-out", identity), run.evidence)
+
+
+def nearest(run: Context, own: Candidate, held_out: HeldOut) -> Candidate:
+    """Of the method's own plan and its rivals' the one whose solution is nearest to the original on held-out text.
+
+    That is the one of least KL divergence. Solutions that are not taken are deleted.
+    """
+    rivals = own.method.rivals()
+    with run.clock.step("compare") as progress:
+        parts = iter([part(progress, i, 1 + 3 * len(rivals)) for i in range(1 + 3 * len(rivals))])
+        best, least = own, held_out.divergence(OWN, partial(own.solved, run), next(parts))
+        for label, (name, method) in rivals.items():
+            planning, solving, measuring = islice(parts, 3)
+            try:
+                rival = _planned(run, label, name, method, replace(run.evidence, progress=planning))
+            except LayershareError:  # it has no plan of this size
+                continue
+            if rival.plan.edits == own.plan.edits:
+                continue
+            kl = held_out.divergence(label, partial(rival.solved, run, solving), measuring)
+            loser = rival
+            if kl < least:
+                best, least, loser = rival, kl, best
+            shutil.rmtree(loser.folder(run) / UNITS, ignore_errors=True)
+    return best
+
+
+def refitted(run: Context, chosen: Candidate, held_out: HeldOut | None) -> tuple[Factored, bool]:
+    """A candidate with its coefficients fitted again, and whether they are.
+
+    They are not where that takes it away from the original on the held-out text, unless the recipe insists.
+    """
+
+    guard = None if run.job.recipe.refit is True else held_out
+
+    def farther(held_out: HeldOut, progress: Progress) -> bool:
+        before = held_out.divergence(chosen.label, partial(chosen.solved, run), no_progress)
+        return held_out.divergence(REFITTED, lambda: factored, progress) >= before
+
+    factored = chosen.solved(run)
+    with run.clock.step("refit") as progress:
+        if guard is not None and guard.knows(REFITTED) and farther(guard, progress):
+            return factored, False
+        evidence = replace(run.evidence, progress=progress if guard is None else part(progress, 0, 2))
+        if chosen.method.follows_original:
+            refit_to_original(factored, evidence, chosen.method.outer_root)
+        else:
+            refit_coefficients(factored, evidence)
+        if guard is not None and farther(guard, part(progress, 1, 2)):
+            return chosen.solved(run), False
+        return factored, True

@@ -1,0 +1,67 @@
+"""What is chosen on text that is held out: the measure, the plan that is kept, and whether a refit is."""
+
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from layershare.evaluate.divergence import evaluate
+from layershare.job import load_and_hold_out
+from layershare.methods.auto import Auto
+from layershare.model.hub import load
+from layershare.recipe import Calibration, make_recipe
+from layershare.run import run
+from layershare.store import as_json
+
+pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+CALIBRATION: dict[str, Any] = {"blocks": 40, "length": 32, "batch_size": 3, "held_out": 8}
+
+
+def compressed(folder, words, out, **recipe: Any) -> dict[str, Any]:
+    values = {"model": str(folder), "method": "auto", "keep": 0.5, "of": "targets", "calibration": CALIBRATION}
+    return as_json(run(make_recipe({**values, **recipe}), out, text=words, pages=False))
+
+
+def test_the_divergence_is_that_of_the_finished_model(folder, words, tokenizer, tmp_path):
+    results = compressed(folder, words, tmp_path / "small", refit=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    _, held_out = load_and_hold_out(Calibration(**CALIBRATION), tokenizer, model.config, words)
+    assert held_out.text_sha256 == results["held_out"]["text_sha256"]
+    found = evaluate(load(tmp_path / "small"), held_out, model).kl
+    assert results["held_out"]["kl"][results["held_out"]["chosen"]] == pytest.approx(found, rel=1e-3)
+
+
+def test_the_nearest_of_the_plans_is_kept_and_its_options_are_told(folder, words, tmp_path, monkeypatch):
+    rivals = Auto.rivals
+    chosen = set()
+    for coarse in (False, True):  # the second time with ranks so coarse that a rival wins
+        with monkeypatch.context() as changed:
+            if coarse:
+                changed.setattr(Auto, "rivals", lambda self: rivals(Auto()))
+            options = {"multiple": 8} if coarse else {}
+            results = compressed(folder, words, tmp_path / str(coarse), options=options, refit=False)
+        found = results["held_out"]["kl"]
+        assert found.keys() == {"own", "plain-q-k", "svd-llm", "basis-sharing"}
+        assert found[results["held_out"]["chosen"]] == min(found.values())
+        chosen.add(results["held_out"]["chosen"] == "own")
+        plan = json.loads((tmp_path / str(coarse) / "plan.json").read_text())
+        expected = {"own": ("auto", options.get("multiple", 1)), "plain-q-k": ("auto", 1)}
+        name = results["held_out"]["chosen"]
+        assert (plan["method"], plan["options"].get("multiple")) == expected.get(name, (name, None))
+        assert plan["options"] == as_json(results["options"])
+    assert chosen == {True, False}
+
+
+@pytest.mark.parametrize("refit", ["auto", True])
+def test_a_refit_is_kept_where_it_helps_or_where_it_is_asked_for(refit, folder, words, tmp_path):
+    # Two blocks to fit on: few enough that it may well overfit.
+    few = {**CALIBRATION, "blocks": 2, "held_out": 16}
+    options = {"compare": False}
+    results = compressed(folder, words, tmp_path / "small", refit=refit, options=options, calibration=few)
+    assert results["held_out"]["chosen"] == "own"
+    if refit is True:
+        assert results["refit"]
+    else:
+        found = results["held_out"]["kl"]
+        assert results["refit"] == (found["refitted"] < found["own"])
