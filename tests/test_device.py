@@ -49,7 +49,8 @@ def test_what_is_stored_does_not_depend_on_it(monkeypatch, tmp_path, tokenizer, 
         monkeypatch.setattr(device, "multiplies_halves", lambda fast=fast: fast)
         with pytest.warns(UserWarning, match="very text"):
             results = run(recipe, tmp_path / str(fast), pages=False)
-        assert results["evaluation"]["dtype"] == ("bfloat16" if fast else "float32")
+        assert results.evaluation is not None
+        assert results.evaluation.dtype == ("bfloat16" if fast else "float32")
         assert '"dtype": "bfloat16"' in (tmp_path / str(fast) / "config.json").read_text()
     sizes = [(tmp_path / each / "model.safetensors").stat().st_size for each in ("True", "False")]
     assert sizes[0] == sizes[1]

@@ -17,8 +17,9 @@ from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
 from layershare.methods.probe import Probe
 from layershare.recipe import Recipe, make_recipe
+from layershare.report.results import Results, read_as
 from layershare.run import run
-from layershare.store import MANIFEST, Store
+from layershare.store import MANIFEST, Store, as_json
 from tests.families import tiny_model, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +93,10 @@ def test_refit_fits_coefficients_to_the_inputs_that_the_compressed_model_really_
 
 def test_results_say_where_they_come_from(folder, tmp_path, words):
     (tmp_path / "other.txt").write_text("\n".join(reversed(words)))
-    results = run(recipe_for(folder, evaluation={"text": str(tmp_path / "other.txt"), "blocks": 2}), tmp_path / "out")
-    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    recipe = recipe_for(folder, evaluation={"text": str(tmp_path / "other.txt"), "blocks": 2})
+    results = as_json(run(recipe, tmp_path / "out"))
+    file = tmp_path / "out" / "results.json"
+    assert results == json.loads(file.read_text()) == as_json(read_as(Results, file))
     assert results["versions"]["torch"] == torch.__version__
     assert results["machine"]["cores"]
     assert results["calibration"]["seed"] == 2023
@@ -259,9 +262,9 @@ def test_a_hand_edited_plan_with_a_shared_output_side(folder, tmp_path):
     ]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     results = run(recipe_for(folder, plan=str(tmp_path / "plan.json"), refit=True), tmp_path / "out")
-    assert results["refit"]
+    assert results.refit
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
+    assert sum(p.numel() for p in small.parameters()) == results.after.all.parameters
     base = small.model.layers
     assert base[2].self_attn.o_proj.parts()[1] is base[0].self_attn.o_proj.basis
     with torch.no_grad():
@@ -277,7 +280,7 @@ def test_a_refit_beside_deltas_leaves_these_as_they_are(folder, tmp_path):
     made = {}
     for refit in (False, True):
         recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"), refit=refit)
-        assert run(recipe, tmp_path / str(refit))["refit"] == refit
+        assert run(recipe, tmp_path / str(refit)).refit == refit
         made[refit] = AutoModelForCausalLM.from_pretrained(tmp_path / str(refit)).state_dict()
     changed = {name for name in made[True] if not torch.equal(made[True][name], made[False][name])}
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.coef.weight" for layer in (0, 1)}
@@ -332,7 +335,7 @@ def test_the_model_is_stored_in_the_dtype_that_is_asked_for(folder, tmp_path, dt
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert small.dtype == getattr(torch, dtype)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert size == pytest.approx(results["after"]["all"]["bytes"], rel=0.01)
+    assert size == pytest.approx(results.after.all.bytes, rel=0.01)
 
 
 def test_tensors_keep_the_dtypes_that_they_really_have(tokenizer, words):
@@ -381,7 +384,7 @@ def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     (tmp_path / "plan.json").write_text(plan.to_json())
     recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"))
     results = run(recipe, tmp_path / "out")
-    assert (results["method"], results["keep"], results["calibration"]) == ("svd", 0.7, None)
+    assert (results.method, results.keep, results.calibration) == ("svd", 0.7, None)
     with pytest.warns(UserWarning, match="nothing was done"):
         run(recipe, tmp_path / "out")
     with pytest.raises(LayershareError, match="carried out with the options that it names"):

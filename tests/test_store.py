@@ -2,12 +2,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from threading import Timer
+from typing import Any
 
 import pytest
 
 from layershare.errors import LayershareError
-from layershare.store import only_one, write_json
+from layershare.store import as_json, only_one, write_json, written_with
 
 HOLDER = """
 import sys, time
@@ -63,3 +65,19 @@ def test_who_waits_says_so_and_goes_on_when_the_other_is_done(tmp_path, holder):
 def test_json_keeps_names_of_files_that_are_no_utf8(tmp_path):
     write_json(tmp_path / "file.json", {"text": "é\udcff.txt"})
     assert json.loads((tmp_path / "file.json").read_text(encoding="utf-8")) == {"text": "é\udcff.txt"}
+
+
+@dataclass
+class Noted:
+    x: float | None = written_with("x")
+    y: float | None = written_with("x")
+    z: float | None = None
+    more: tuple[Any, ...] = ()
+
+
+def test_json_leaves_out_what_belongs_to_nothing():
+    assert as_json(Noted()) == {"z": None, "more": []}
+    inner = {"z": 1, "more": []}
+    assert as_json({"a": Noted(x=1.0, more=(Noted(y=2.0, z=1),))}) == {
+        "a": {"x": 1, "y": None, "z": None, "more": [inner]}
+    }

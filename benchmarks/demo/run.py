@@ -21,7 +21,7 @@ from transformers.utils import logging
 from layershare.recipe import make_recipe
 from layershare.report.results import environment
 from layershare.run import run
-from layershare.store import write_json
+from layershare.store import as_json, write_json
 from layershare.units import size
 
 OUT = Path("out/demo")
@@ -51,7 +51,7 @@ def compress(method: str, keep: float) -> dict[str, Any]:
             "evaluation": {"text": "stdlib", "blocks": 16, "length": 512, "dtype": "float32"},
         }
     )
-    return run(recipe, OUT / f"{method}-{keep}")
+    return as_json(run(recipe, OUT / f"{method}-{keep}"))
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -37,6 +37,7 @@ from layershare.model.weights import Weights
 from layershare.recipe import make_as, make_recipe
 from layershare.report.results import environment
 from layershare.run import run
+from layershare.store import as_json
 
 HERE = Path(__file__).parent
 Values = dict[str, Any]
@@ -108,14 +109,15 @@ def carry_out(experiment: Experiment, paths: dict[str, str], results: Results, w
     compressed = work / experiment.model / experiment.compression
     start = time.perf_counter()
     if experiment.settings is None:
-        made = run(make_recipe(placed(experiment.recipe, paths)), compressed, pages=False)
+        made = as_json(run(make_recipe(placed(experiment.recipe, paths)), compressed, pages=False))
         wanted = ("before", "after", "options", "seconds", "evaluation")
         found = {key: made[key] for key in wanted}
     else:
         settings = {**placed(experiment.settings, paths), "model": str(compressed)}
         job = prepare_healing(make_as(Healing, settings))
         out = compressed.with_name(f"{experiment.compression}+{experiment.healing}-{experiment.seed}")
-        made = heal_folder(job, out)
+        heal_folder(job, out)
+        made = json.loads((out / "results.json").read_text(encoding="utf-8"))
         wanted = ("needs", "text", "tokens_per_second", "log", "evaluation", "seconds")
         found = {"before": made["before"], "after": made["after"], **{key: made["healing"][key] for key in wanted}}
         found["log"] = thinned(found["log"])

@@ -134,7 +134,7 @@ def compress(model: Path, out: Path, blocks: int) -> dict[str, Any]:
         "left_at_end_above_baseline": sampler.ends,
         "seconds": sampler.seconds,
         "ru_maxrss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "parameters": results["before"]["all"]["parameters"],
+        "parameters": results.before.all.parameters,
     }
 
 

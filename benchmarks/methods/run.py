@@ -43,6 +43,7 @@ from layershare.plan.budget import target_parameters
 from layershare.recipe import make_recipe
 from layershare.report.results import environment
 from layershare.run import calibrate_to, run
+from layershare.store import as_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
@@ -139,14 +140,14 @@ def carry_out(experiment: Experiment, place: Place) -> None:
 
     def work() -> Values:
         try:
-            results = run(make_recipe({**recipe, "evaluation": None}), out, pages=False)
+            results = as_json(run(make_recipe({**recipe, "evaluation": None}), out, pages=False))
         except LayershareError as error:
             return {"refused": str(error)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         measured = []
         for test in (experiment.recipe["evaluation"], *experiment.further_tests):
             asked = make_recipe(place.named({**experiment.recipe, "evaluation": test}))
-            measured.append(evaluate_folder(str(out), recipe["model"], asked)["evaluation"])
+            measured.append(as_json(evaluate_folder(str(out), recipe["model"], asked).evaluation))
             measured[-1]["text"]["source"] = test["text"]  # the name, not that of a file here
         if results["calibration"]:
             results["calibration"]["source"] = experiment.recipe["calibration"]["text"]

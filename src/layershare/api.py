@@ -2,7 +2,6 @@
 
 import copy
 import os
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
 from layershare.progress import Announce, silent
 from layershare.recipe import Calibration, EvaluationSettings, Recipe, make_as, make_recipe
-from layershare.report.results import environment
+from layershare.report.results import Environment, Evaluated, Speed
 from layershare.run import run
 
 
@@ -222,8 +221,8 @@ def measure(
         return evaluate(model, tokens, original, batch_size=options.batch_size, progress=announce("evaluate"))
 
 
-def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce: Announce = silent) -> dict[str, Any]:
-    """Measure the model in a folder as the recipe's evaluation says; returns what `eval` writes as JSON.
+def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce: Announce = silent) -> Evaluated:
+    """Measure the model in a folder as the recipe's evaluation says; returns what `eval` writes.
 
     Raises `LayershareError` as `measure`, and if there is no model.
     """
@@ -237,13 +236,14 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce:
     dtype = dtype_of(options.dtype, device, config)
     model = load(folder, dtype=dtype, device_map=device, **trust)
     reference = None if original is None else load(original, dtype=dtype, device_map=device, **trust)
-    evaluation = evaluator.measure(model, reference, announce("evaluate"))
-    return {"model": folder, "original": original, "evaluation": evaluation, **environment(*evaluator.packages)}
+    measured = evaluator.measure(model, reference, announce("evaluate"))
+    place = vars(Environment.here(*evaluator.packages))
+    return Evaluated(model=folder, original=original, evaluation=measured, **place)
 
 
 def bench_folder(
     folder: str, original: str | None, recipe: Recipe, *, announce: Announce = silent, **options: Any
-) -> dict[str, Any]:
+) -> Speed:
     """Measure the speed of the model in a folder with the recipe's dtype and device; returns what `bench` writes.
 
     `options` are those of `measure_speed`. Raises `LayershareError` as that does, and if there is no model.
@@ -255,15 +255,15 @@ def bench_folder(
     names = [folder] if original is None else [folder, original]
     models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
     rates = measure_speed(*models, **options, progress=announce("bench"))
-    return {
-        "model": folder,
-        "original": original,
-        "dtype": str(models[0].dtype).removeprefix("torch."),
-        "device": device,
+    return Speed(
+        model=folder,
+        original=original,
+        dtype=str(models[0].dtype).removeprefix("torch."),
+        device=device,
         **options,
-        "rates": [asdict(rate) for rate in rates],
-        **environment(),
-    }
+        rates=rates,
+        **vars(Environment.here()),
+    )
 
 
 def export_dense(folder: str, out: Path, *, trust_remote_code: bool = False) -> None:

@@ -15,10 +15,10 @@ from layershare.calibrate.text import Source, Text
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
-from layershare.evaluate.evaluator import Evaluator, load_evaluator
+from layershare.evaluate.evaluator import Evaluator, Measured, load_evaluator
 from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
-from layershare.foreign import read_mapping, reading
+from layershare.foreign import reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
 from layershare.job import Job, load_and_hold_out, load_calibration, open_weights, prepare, refits
 from layershare.model.describe import describe
@@ -31,7 +31,16 @@ from layershare.plan.plan import Plan
 from layershare.progress import Announce, Clock, Progress, silent
 from layershare.recipe import Recipe
 from layershare.report.page import write_pages
-from layershare.report.results import environment, shapes
+from layershare.report.results import (
+    RESULTS,
+    CalibrationText,
+    Environment,
+    HeldOutText,
+    Results,
+    Solved,
+    read_as,
+    shapes,
+)
 from layershare.solve.refine import refine_blocks
 from layershare.solve.write import write_model
 from layershare.steps import Context, measuring_held_out, nearest, own_plan, refitted
@@ -48,7 +57,7 @@ def run(
     announce: Announce = silent,
     show: Callable[[Job], None] = lambda job: None,
     pages: bool = True,
-) -> dict[str, Any]:
+) -> Results:
     """Carry out a recipe and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
 
     A model in memory may be given in place of the recipe's, as may a tokenizer and a calibration text. The model is not
@@ -84,19 +93,18 @@ def run(
         return results
 
 
-def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> dict[str, Any]:
+def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> Results:
     """The results of a finished run of this recipe. Raises `LayershareError` if it was of another model or plan."""
-    with reading(f"The results.json in '{out}'", AGAIN):
-        results = read_mapping(out / "results.json")
-        date, fingerprint = results["date"], results["model_fingerprint"]
-    if model is not None and Weights.of(model).fingerprint != fingerprint:
+    with reading(f"The {RESULTS} in '{out}'", AGAIN):
+        results = read_as(Results, out / RESULTS)
+    if model is not None and Weights.of(model).fingerprint != results.model_fingerprint:
         raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
     if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
         raise LayershareError(
             f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
         )
     shutil.rmtree(out / WORK, ignore_errors=True)
-    warnings.warn(f"'{out}' holds this very run, finished {date}: nothing was done.", stacklevel=3)
+    warnings.warn(f"'{out}' holds this very run, finished {results.date}: nothing was done.", stacklevel=3)
     return results
 
 
@@ -127,7 +135,7 @@ def _texts(
     return tokenizer, calibration, held_out, evaluator
 
 
-def _carry_out(run: Context) -> dict[str, Any]:
+def _carry_out(run: Context) -> Results:
     """The steps of a run, which leave all but the pages in `staging`; returns the results."""
     job, recipe, clock = run.job, run.job.recipe, run.clock
     shutil.rmtree(run.staging, ignore_errors=True)
@@ -153,35 +161,42 @@ def _carry_out(run: Context) -> dict[str, Any]:
     beside = None if source is None else files_of(source)
     with clock.step("write"):
         write_model(factored, recipe, run.tokenizer, run.staging, beside)
-    results = {
-        "model": recipe.model,
-        "original": {} if source is None else known_of(source, beside),
-        "model_fingerprint": run.weights.fingerprint,
-        "method": plan.method,
-        "options": plan.options,
-        "keep": plan.keep,
-        "of": plan.of,
-        "before": asdict(plan.before),
-        "after": asdict(plan.after),
-        "calibration": run.calibration and {**run.calibration.identity, "seed": recipe.calibration.seed},
-        "ridge": RIDGE,
-        "refit": fitted,
-        "refit_ridge": REFIT_RIDGE,
-        "refine": refined,
-        "groups": factored.facts(),
-        "shapes": shapes(job.spec),
-    }
+    measured = samples = compared = None
     if held_out is not None:
-        results["held_out"] = {**held_out.text.identity, "chosen": chosen.label, "kl": held_out.found}
+        compared = HeldOutText(**held_out.text.identity, chosen=chosen.label, kl=held_out.found)
     if run.evaluator is not None:
         with clock.step("evaluate") as progress:
-            results |= _measure(run, run.evaluator, progress)
-    results |= {"seconds": clock.seconds, **environment(*(run.evaluator.packages if run.evaluator else ()))}
-    write_json(run.staging / "results.json", results)
+            measured, samples = _measure(run, run.evaluator, progress)
+    text, seed = run.calibration, recipe.calibration.seed
+    results = Results(
+        model=recipe.model,
+        original={} if source is None else known_of(source, beside),
+        model_fingerprint=run.weights.fingerprint,
+        method=plan.method,
+        options=plan.options,
+        keep=plan.keep,
+        of=plan.of,
+        before=plan.before,
+        after=plan.after,
+        calibration=None if text is None else CalibrationText(**text.identity, seed=seed),
+        ridge=RIDGE,
+        refit=fitted,
+        refit_ridge=REFIT_RIDGE,
+        refine=refined,
+        groups={name: Solved.of(facts) for name, facts in factored.facts().items()},
+        shapes=shapes(job.spec),
+        held_out=compared,
+        evaluation=measured,
+        samples=samples,
+        seconds=clock.seconds,
+        **vars(Environment.here(*(run.evaluator.packages if run.evaluator else ()))),
+    )
+    write_json(run.staging / RESULTS, results)
     return results
 
 
-def _measure(run: Context, evaluator: Evaluator, progress: Progress) -> dict[str, Any]:
+def _measure(run: Context, evaluator: Evaluator, progress: Progress) -> tuple[Measured, list[dict[str, str]] | None]:
+    """What is measured of the finished folder against the original, and samples if it is on a text."""
     recipe, device = run.job.recipe, device_of(run.job.recipe.device)
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     original = run.model
@@ -189,10 +204,10 @@ def _measure(run: Context, evaluator: Evaluator, progress: Progress) -> dict[str
         dtype = dtype_of(evaluator.settings.dtype, device, read_config(recipe.model, **trust))
         original = load(recipe.model, dtype=dtype, device_map=device, **trust)
     small = load(run.staging, dtype=original.dtype, device_map=original.device, **trust)
-    results: dict[str, Any] = {"evaluation": evaluator.measure(small, original, progress)}
-    if evaluator.text is not None:
-        results["samples"] = compare_samples(small, original, evaluator.text, evaluator.tokenizer)
-    return results
+    measured = evaluator.measure(small, original, progress)
+    if evaluator.text is None:
+        return measured, None
+    return measured, compare_samples(small, original, evaluator.text, evaluator.tokenizer)
 
 
 def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announce: Announce = silent) -> Path:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,24 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def to_json(value: Any, *, indent: int | None = 1) -> str:
     """JSON as our files have it; names of files that are no UTF-8 become escapes, which are read as the same names."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=as_json) + "\n"
     return text.encode(errors="backslashreplace").decode()
 
 
 def as_json(value: Any) -> Any:
-    """A value of dicts, lists, tuples and what JSON has as it would be read from JSON: tuples are lists."""
+    """A value of dataclasses, dicts, lists, tuples and what JSON has as it would be read from JSON."""
+    if is_dataclass(value):
+        named = {each.name: getattr(value, each.name) for each in fields(value)}
+        left_out = {x.name for x in fields(value) if "with" in x.metadata and named[x.metadata["with"]] is None}
+        return {key: as_json(each) for key, each in named.items() if key not in left_out}
     if isinstance(value, Mapping):
         return {key: as_json(each) for key, each in value.items()}
     return [as_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def written_with(name: str) -> Any:
+    """The default, `None`, of a dataclass's field that JSON has not where the field `name` (or it itself) is `None`."""
+    return field(default=None, metadata={"with": name})
 
 
 def write_json(path: Path, value: Any) -> None:

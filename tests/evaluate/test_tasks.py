@@ -13,6 +13,7 @@ from layershare.errors import LayershareError
 from layershare.evaluate.tasks import PAPERS, load_tasks, run_tasks, task_names
 from layershare.recipe import make_recipe
 from layershare.run import run
+from layershare.store import as_json
 from tests.conftest import SHARED, shared_model
 from tests.families import tiny_model
 
@@ -192,7 +193,7 @@ def test_a_recipe_measures_tasks_beside_a_text_and_alone(tmp_path, tokenizer, wo
         "limit": 4,
     }
     values = {"model": str(tmp_path / "dense"), "method": "svd", "of": "targets", "evaluation": evaluation}
-    results = run(make_recipe(values), tmp_path / "out")
+    results = as_json(run(make_recipe(values), tmp_path / "out"))
     measured = results["evaluation"]
     assert measured["perplexity"]["value"] > 1
     assert (measured["tasks"]["piqa"]["rows"], measured["original_tasks"]["piqa"]["chance"]) == (4, 0.5)

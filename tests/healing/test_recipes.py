@@ -22,6 +22,6 @@ def test_shipped_recipes_run(recipe, small, shared, tmp_path, tokenizer, words):
     settings = read_healing(recipe, {"model": str(folder)} | tiny)
     tokens = 2 * settings.batch_size * 16
     settings = read_healing(recipe, {"model": str(folder)} | tiny | {"text.tokens": tokens, "text.epochs": None})
-    done = heal_folder(prepare_healing(settings), tmp_path / "out")["healing"]
-    assert done["needs"]["steps"] == 2
+    done = heal_folder(prepare_healing(settings), tmp_path / "out")
+    assert done.needs["steps"] == 2
     assert changed(folder, tmp_path / "out")

@@ -12,6 +12,7 @@ from layershare.healing.job import HealJob, prepare_healing
 from layershare.healing.settings import Healing
 from layershare.recipe import make_as, make_recipe
 from layershare.run import run
+from layershare.store import as_json
 from tests.families import tiny_model
 
 
@@ -51,7 +52,9 @@ def text_for(small: Path, steps: int) -> dict[str, Any]:
 
 def heal(small: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """Heal with these settings; returns `healing` of the results."""
-    return heal_folder(job(small, **changes), out)["healing"]
+    healed = as_json(heal_folder(job(small, **changes), out))
+    assert healed == results_of(out)["healing"]
+    return healed
 
 
 def job(small: Path, **changes: Any) -> HealJob:

@@ -56,12 +56,12 @@ def test_families(family, tmp_path, tokenizer, words):
     path.write_text(json.dumps(values))
     recipe = make_recipe({"model": family, "plan": str(path), "refit": True, "calibration": CALIBRATION})
     results = run(recipe, folder, model=model, tokenizer=tokenizer, text=words, pages=False)
-    assert results["refit"]
+    assert results.refit
     auto_class: Any = AutoModelForCausalLM
     small, info = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    assert sum(p.numel() for p in small.parameters()) == results["after"]["all"]["parameters"]
-    assert (folder / "model.safetensors").stat().st_size == results["after"]["all"]["bytes"]
+    assert sum(p.numel() for p in small.parameters()) == results.after.all.parameters
+    assert (folder / "model.safetensors").stat().st_size == results.after.all.bytes
     expected = small(tokens()).logits
     small.save_pretrained(tmp_path / "again")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -81,7 +81,7 @@ def test_private_directions_take_off_error(tmp_path, tokenizer, words):
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         recipe = make_recipe({"model": "m", "plan": str(tmp_path / "plan.json"), "calibration": CALIBRATION})
         results = run(recipe, tmp_path / f"{private}", model=model, tokenizer=tokenizer, text=words, pages=False)
-        errors[private] = {name: group["error"] for name, group in results["groups"].items()}
+        errors[private] = {name: group.error for name, group in results.groups.items()}
     assert errors[0].keys() == errors[4].keys() == {"q.00+k.00+q.01", "down.02+o.03"}
     assert all(errors[4][name] < 0.8 * errors[0][name] for name in errors[0])
 

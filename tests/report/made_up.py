@@ -44,6 +44,7 @@ def make_run(
     folder.mkdir(parents=True)
     size = {"parameters": 1_000_000, "bytes": 2_000_000, "multiplications": 900_000}
     after = {key: int(keep * value) for key, value in size.items()}
+    text = {"bos": True, "text_sha256": "abc", "tokens_sha256": tokens}
     results: dict[str, Any] = {
         "model": model,
         "original": original or {},
@@ -54,8 +55,11 @@ def make_run(
         "of": "all",
         "before": {"all": size, "targets": size},
         "after": {"all": after, "targets": after},
-        "calibration": {"source": "<books> & more", "blocks": 4, "length": 32, "seed": 1},
+        "calibration": {**text, "source": "<books> & more", "blocks": 4, "length": 32, "seed": 1},
+        "ridge": 1e-3,
         "refit": False,
+        "refit_ridge": 1e-6,
+        "refine": None,
         "groups": {
             Share(tuple(Place(*place) for place in edit["places"]), edit["rank"], edit["side"]).id: {
                 "error": 0.01 * edit["rank"],
@@ -73,7 +77,7 @@ def make_run(
     if perplexity is not None:
         value = {"value": perplexity, "nll": 2.5, "tokens": 100}
         results["evaluation"] = {
-            "text": {"source": "stdlib", "blocks": 2, "length": 16, "tokens_sha256": tokens},
+            "text": {**text, "source": "stdlib", "blocks": 2, "length": 16},
             "dtype": "float32",
             "perplexity": value,
             "original_perplexity": value | {"value": 10.0},

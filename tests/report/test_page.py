@@ -16,17 +16,20 @@ from selenium.webdriver.common.by import By
 from layershare.errors import LayershareError
 from layershare.report.figures import Point, describe_cell, frontier, points, sharing
 from layershare.report.page import page, write_pages, write_report
+from layershare.report.results import environment
 from layershare.report.runs import Run
 from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
 
 SPEED = {
+    **environment(),
+    "model": "small",
     "original": "someone/some-model",
     "dtype": "float32",
     "device": "cpu",
+    "batches": [1, 8],
     "prompt": 64,
     "new": 16,
     "rounds": 3,
-    "machine": {"processor": "a processor", "threads": 1, "cores": 2, "accelerators": []},
     "rates": [
         {"phase": phase, "batch": batch, "model": 1234.0, "original": 1000.0, "ratio": 1.234}
         for batch in (1, 8)

@@ -134,8 +134,6 @@ def test_a_damaged_file_is_one_sentence_that_names_it(file, content, tmp_path):
         {"groups": {"q.00-02": {"error": 1e999}}},
         {"groups": {"q.00-02": {"rank": 6, "spectrum": {"index": [1]}}}},
         {"evaluation": {"text": {"source": "t", "blocks": 1, "length": 2}}},
-        {"evaluation": {"text": None}},
-        {"evaluation": None},
         {"evaluation": {"tasks": {"a": {}}}},
         {"samples": [{}]},
         {"samples": {"prompt": 1}},

@@ -20,7 +20,7 @@ CALIBRATION: dict[str, Any] = {"blocks": 40, "length": 32, "batch_size": 3, "hel
 
 def compressed(folder, words, out, **recipe: Any) -> dict[str, Any]:
     values = {"model": str(folder), "method": "auto", "keep": 0.5, "of": "targets", "calibration": CALIBRATION}
-    return run(make_recipe({**values, **recipe}), out, text=words, pages=False)
+    return as_json(run(make_recipe({**values, **recipe}), out, text=words, pages=False))
 
 
 def test_the_divergence_is_that_of_the_finished_model(folder, words, tokenizer, tmp_path):

@@ -10,7 +10,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ from layershare.calibrate.files import Chat, adds_bos, document_of, read_files, 
 from layershare.connection import asking_hub
 from layershare.errors import LayershareError, unknown
 from layershare.foreign import reading
+from layershare.values import Flag, Whole, Word
 
 Split = Literal["train", "test"]
 Source = str | Path | Sequence[str]
@@ -50,6 +51,18 @@ def block_length(config: PreTrainedConfig, length: int | None) -> int:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """What is noted of a text: where it comes from, how many blocks of how many tokens it has, and its hashes."""
+
+    source: Word
+    blocks: Whole
+    length: Whole
+    bos: Flag
+    text_sha256: Word
+    tokens_sha256: Word
+
+
+@dataclass(frozen=True)
 class Text:
     """Token blocks (n × length, int64), where they come from, and the hashes of the text and of these very blocks.
 
@@ -64,16 +77,9 @@ class Text:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells one set of blocks from another, for manifests and results."""
+        """What tells one set of blocks from another, for manifests and results: the fields of `Blocks`."""
         blocks, length = self.tokens.shape
-        return {
-            "source": self.source,
-            "blocks": blocks,
-            "length": length,
-            "bos": self.bos,
-            "text_sha256": self.text_sha256,
-            "tokens_sha256": self.tokens_sha256,
-        }
+        return asdict(Blocks(self.source, blocks, length, self.bos, self.text_sha256, self.tokens_sha256))
 
     def split(self, count: int) -> tuple["Text", "Text"]:
         """The first `count` blocks, and the others."""

@@ -1,6 +1,5 @@
 """The verbs that make a smaller model, and those that prepare it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,7 +136,7 @@ def plan(
         job = plan_only(recipe, stats, announce)
     assert job.plan is not None
     if json:
-        print_json(asdict(job.plan))
+        print_json(job.plan)
     else:
         show(plan_table(job.spec, job.plan, job.needs, speed_for(job)))
     if output is not None:
@@ -151,7 +150,7 @@ def methods(json: Json = False) -> None:
 
     entries = catalogue()
     if json:
-        print_json([asdict(entry) for entry in entries])
+        print_json(entries)
     else:
         show(methods_table(entries))
 
@@ -210,6 +209,6 @@ def _carry_out(recipe: Recipe, output: Path) -> None:
         results = run(recipe, output, announce=announce, show=show_plan)
     if planned and planned[0].plan is None:
         show(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
-    if "evaluation" in results:
-        print_evaluation(results["evaluation"])
+    if results.evaluation is not None:
+        print_evaluation(results.evaluation)
     tell(f"The compressed model is in {output}.")

@@ -90,10 +90,11 @@ def heal(
     }
     job = prepare_healing(read_healing(recipe, given(**wanted), tuple(changes or ()), replace=replace))
     with progress() as (announce, note):
-        results = heal_folder(job, output, announce=announce, say=note)
+        healed = heal_folder(job, output, announce=announce, say=note)
     if not PartialState().is_main_process:
         return
-    for when, evaluation in results["healing"].get("evaluation", {}).items():
-        show(f"{when.capitalize()} healing:")
-        print_evaluation(evaluation)
+    if (stages := healed.evaluation) is not None:
+        for when, measured in (("Before", stages.before), ("After", stages.after)):
+            show(f"{when} healing:")
+            print_evaluation(measured)
     tell(f"The healed model is in {output}.")

@@ -78,9 +78,9 @@ def evaluate(
         values = {"model": folder, "device": device, "trust_remote_code": trust, "evaluation": test}
         results = evaluate_folder(folder, original, recipe_of(values), announce)
     if json:
-        print_json(results["evaluation"])
+        print_json(results.evaluation)
     else:
-        print_evaluation(results["evaluation"])
+        print_evaluation(results.evaluation)
     if output is not None:
         write(output, to_json(results))
 

@@ -12,6 +12,7 @@ from layershare.foreign import reading
 
 if TYPE_CHECKING:
     from layershare.bars import Steps
+    from layershare.evaluate.evaluator import Measured
 
 console = Console()
 _complaints = Console(stderr=True)
@@ -34,17 +35,19 @@ def complain(sentence: str, color: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print JSON, in ASCII."""
-    print(json.dumps(value, indent=1))
+    from layershare.store import as_json
+
+    print(json.dumps(as_json(value), indent=1))
 
 
-def print_evaluation(evaluation: dict[str, Any]) -> None:
+def print_evaluation(measured: "Measured") -> None:
     """Print what was measured of a model's quality."""
     from layershare.report.listing import evaluation_table, tasks_table
 
-    if "text" in evaluation:
-        show(evaluation_table(evaluation))
-    if "tasks" in evaluation:
-        show(tasks_table(evaluation))
+    if measured.text is not None:
+        show(evaluation_table(measured.text, measured))
+    if measured.tasks is not None:
+        show(tasks_table(measured.tasks, measured.original_tasks))
 
 
 def progress() -> "Steps":

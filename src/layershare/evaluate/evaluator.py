@@ -1,15 +1,39 @@
 """What a recipe's `evaluation` asks for, a text, zero-shot tasks or both: loaded before and measured after the work."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layershare.calibrate.text import Text, block_length, load_text
+from layershare.calibrate.text import Blocks, Text, block_length, load_text
 from layershare.evaluate.divergence import evaluate
-from layershare.evaluate.tasks import Tasks, load_tasks, run_tasks
+from layershare.evaluate.perplexity import Perplexity
+from layershare.evaluate.tasks import TaskResult, Tasks, load_tasks, run_tasks
 from layershare.progress import Progress, no_progress
 from layershare.recipe import EvaluationSettings
+from layershare.store import written_with
+from layershare.values import Number, Word
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model: the fields of `Evaluation` if there was a text, tasks and samples likewise.
+
+    What compares with an original is `None` without one.
+    """
+
+    text: Blocks | None = written_with("text")
+    dtype: Word | None = written_with("text")
+    perplexity: Perplexity | None = written_with("text")
+    original_perplexity: Perplexity | None = written_with("text")
+    kl: Number | None = written_with("text")
+    top1_agreement: Number | None = written_with("text")
+    tasks: dict[Word, TaskResult] | None = written_with("tasks")
+    original_tasks: dict[Word, TaskResult] | None = written_with("original_tasks")
+    samples: list[dict[Word, Word]] | None = written_with("samples")
+
+    def __post_init__(self) -> None:
+        if (self.text is None) != (self.perplexity is None):
+            raise ValueError("a text and its perplexity belong together")
 
 
 @dataclass(frozen=True)
@@ -31,21 +55,18 @@ class Evaluator:
         model: PreTrainedModel,
         original: PreTrainedModel | None,
         progress: Progress = no_progress,
-    ) -> dict[str, Any]:
-        """The fields of `Evaluation` if there is a text; `tasks` and, given an original, `original_tasks` if there are.
-
-        Raises `LayershareError` as `evaluate` does.
-        """
-        results: dict[str, Any] = {}
-        size = self.settings.batch_size
+    ) -> Measured:
+        """Measure a model, and against its original if that is given. Raises `LayershareError` as `evaluate` does."""
+        measured, size = Measured(), self.settings.batch_size
         if self.text is not None:
-            results = asdict(evaluate(model, self.text, original, batch_size=size, progress=progress))
+            found = evaluate(model, self.text, original, batch_size=size, progress=progress)
+            measured = Measured(**{**vars(found), "text": Blocks(**found.text)})
         if self.tasks is not None:
             for name, each in (("tasks", model), ("original_tasks", original)):
                 if each is not None:
                     scores = run_tasks(self.tasks, each, self.tokenizer, batch_size=size, progress=progress)
-                    results[name] = {task: asdict(result) for task, result in scores.items()}
-        return results
+                    measured = replace(measured, **{name: scores})
+        return measured
 
 
 def load_evaluator(

@@ -1,12 +1,10 @@
 """One healing: measure, train, measure, publish. Killed anywhere, the same call continues."""
 
-import json
 import shutil
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel
 from layershare.device import dtype_of
 from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
+from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, HEAL, WORK, is_finished, publish, work_folder
 from layershare.foreign import reading
@@ -25,17 +24,15 @@ from layershare.model.hub import QUANT_METHOD, load, write_folder
 from layershare.model.original import copy_side_files
 from layershare.progress import Announce, Clock, Progress, Say, no_progress, say_nothing, silent
 from layershare.report.page import write_pages
-from layershare.report.results import environment
+from layershare.report.results import RESULTS, Environment, Healed, Stages, TrainingText, parsed_as, read_as
 from layershare.store import make_folder, write_atomically, write_json
 
 KEPT = ("plan.json", "recipe.yaml")
 """What is copied from the compressed folder as it is."""
 
 
-def heal_folder(
-    job: HealJob, out: str | Path, *, announce: Announce = silent, say: Say = say_nothing
-) -> dict[str, Any]:
-    """Carry out a healing and leave a Hugging Face folder in `out`; returns its results, as in `results.json`.
+def heal_folder(job: HealJob, out: str | Path, *, announce: Announce = silent, say: Say = say_nothing) -> Healed:
+    """Carry out a healing and leave a Hugging Face folder in `out`; returns what `results.json` tells of it.
 
     The compressed folder is not changed. The same call continues an interrupted healing, and returns at once if it is
     finished. Under `torchrun` or `accelerate launch` all processes call it. Raises `LayershareError` for bad input, and
@@ -43,16 +40,15 @@ def heal_folder(
     """
     out, healing = Path(out), job.healing
     if is_finished(out, healing.to_yaml(), HEAL):
-        with reading(f"The results.json in '{out}'", AGAIN):
-            results = results_of(out)
-            date, fingerprint = (results["healing"][key] for key in ("date", "fingerprint"))
-        if fingerprint != job.fingerprint:
+        with reading(f"The {RESULTS} in '{out}'", AGAIN):
+            healed = _healed(out)
+        if healed.fingerprint != job.fingerprint:
             raise LayershareError(
                 f"The folder '{out}' holds a finished healing of another model, text or teacher; name another folder."
             )
         shutil.rmtree(out / WORK, ignore_errors=True)
-        warnings.warn(f"'{out}' holds this very healing, finished {date}: nothing was done.", stacklevel=2)
-        return results
+        warnings.warn(f"'{out}' holds this very healing, finished {healed.date}: nothing was done.", stacklevel=2)
+        return healed
     state = PartialState()
     main = state.is_main_process
     if not main:
@@ -68,20 +64,20 @@ def heal_folder(
         return _carry_out(job, out, out / WORK, needs, Clock(announce), say)
 
 
-def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clock, say: Say) -> dict[str, Any]:
+def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clock, say: Say) -> Healed:
     """The steps of a healing whose input has been checked."""
     state, healing = PartialState(), job.healing
-    done: dict[str, Any] = {}
+    measured = None
     training = work / f"training-{job.fingerprint[:16]}"
     if job.evaluator is not None and state.is_main_process:
         before = training / "before.json"
         if before.is_file():
-            done["before"] = json.loads(before.read_text(encoding="utf-8"))
+            measured = read_as(Measured, before)
         else:
             with clock.step("evaluate before") as progress:
-                done["before"] = _measure(job, job.folder, progress)
+                measured = _measure(job, job.folder, progress)
             make_folder(training)
-            write_json(before, done["before"])
+            write_json(before, measured)
     state.wait_for_everyone()
     with clock.step("teacher") if healing.loss.store_teacher else nullcontext(no_progress) as progress:
         teacher = job.load_teacher(training / "teacher", progress)
@@ -94,40 +90,45 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
         trained = train(job, teacher, training, progress, say)
     if not state.is_main_process:
         state.wait_for_everyone()
-        return results_of(out)
+        return _healed(out)
     staging = work / "model"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     with clock.step("write"):
         _write(job, trained.model, staging)
-    if job.evaluator is not None:
+    stages = None
+    if measured is not None:
         with clock.step("evaluate after") as progress:
-            done["after"] = _measure(job, staging, progress, samples=True)
+            stages = Stages(measured, _measure(job, staging, progress, samples=True))
     results = results_of(job.folder)
     teacher = job.teacher.name_or_path if isinstance(job.teacher, PreTrainedModel) else job.teacher
-    results["healing"] = {
-        "settings": asdict(healing),
-        "fingerprint": job.fingerprint,
-        "teacher": teacher if healing.teaches else None,
-        "text": {**job.text.identity, "seed": healing.text.seed, "held_out": healing.text.held_out},
-        "needs": asdict(needs),
-        **({"search": {"trials": trials, "chosen": asdict(job.healing)}} if trials else {}),
-        "tokens_per_second": round(trained.speed, 1),
-        "processes": job.processes,
-        "log": trained.log,
-        **({"evaluation": done} if done else {}),
-        **({"previous": results["healing"]} if "healing" in results else {}),
-        "seconds": clock.seconds,
-        **environment(
-            *(job.evaluator.packages if job.evaluator else ()), *(("peft",) if healing.train == "lora" else ())
-        ),
-    }
-    write_json(staging / "results.json", results)
+    packages = (*(job.evaluator.packages if job.evaluator else ()), *(("peft",) if healing.train == "lora" else ()))
+    results["healing"] = healed = Healed(
+        settings=asdict(healing),
+        fingerprint=job.fingerprint,
+        teacher=teacher if healing.teaches else None,
+        text=TrainingText(**job.text.identity, seed=healing.text.seed, held_out=healing.text.held_out),
+        needs=asdict(needs),
+        search={"trials": trials, "chosen": asdict(job.healing)} if trials else None,
+        tokens_per_second=round(trained.speed, 1),
+        processes=job.processes,
+        log=trained.log,
+        evaluation=stages,
+        previous=results.get("healing"),
+        seconds=clock.seconds,
+        **vars(Environment.here(*packages)),
+    )
+    write_json(staging / RESULTS, results)
     if all((staging / file).is_file() for file in KEPT):
         write_pages(staging, out.name)
     publish(staging, out)
     state.wait_for_everyone()
-    return results_of(out)
+    return healed
+
+
+def _healed(folder: Path) -> Healed:
+    """What a folder's `results.json` tells of its healing. Raises `ValueError` if it is damaged."""
+    return parsed_as(Healed, results_of(folder)["healing"])
 
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
@@ -145,7 +146,7 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     write_atomically(staging / HEAL, job.healing.to_yaml().encode())
 
 
-def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> dict[str, Any]:
+def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = False) -> Measured:
     assert job.evaluator is not None
     dtype = dtype_of(job.evaluator.settings.dtype, job.device, job.config)
     model = load(folder, dtype=dtype, device_map=job.device, **job.trust)
@@ -154,5 +155,6 @@ def _measure(job: HealJob, folder: Path, progress: Progress, *, samples: bool = 
         original = load(original, dtype=dtype, device_map=job.device, **job.trust)
     measured = job.evaluator.measure(model, original, progress)
     if samples and original is not None and job.evaluator.text is not None:
-        measured["samples"] = compare_samples(model, original, job.evaluator.text, job.tokenizer)
+        texts = compare_samples(model, original, job.evaluator.text, job.tokenizer)
+        measured = replace(measured, samples=texts)
     return measured

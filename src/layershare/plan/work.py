@@ -97,7 +97,13 @@ def count_work(
         single += streams * grams
     if epochs:
         passes += 3 + 4 * epochs  # original, compressed, start; then forward, backward (twice a forward) and error
-    model = int(tokens * passes) * forward + head + compared + runs * length * whole + (3 * tokens * whole if "fisher" in kinds else 0)
+    model = (
+        int(tokens * passes) * forward
+        + head
+        + compared
+        + runs * length * whole
+        + (3 * tokens * whole if "fisher" in kinds else 0)
+    )
     if plan is not None:
         edits = list(dict.fromkeys(sharing(plan.edits).values()))
     elif kinds == {"blocks"} or (runs and not kinds):

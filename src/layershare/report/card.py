@@ -4,6 +4,7 @@ It holds nothing that differs between two runs of one recipe, no dates, duration
 """
 
 import math
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -20,6 +21,7 @@ from layershare.report.words import (
     in_blocks,
     loading,
     options,
+    perplexities,
     scores,
     sizes,
     story,
@@ -84,21 +86,21 @@ _HEALING = """
 
 def card(run: Run) -> str:
     """The card as Markdown."""
-    named = run.results["original"].get("base_model") == run.results["model"]
+    named = run.results.original.get("base_model") == run.results.model
     base = f"[{run.model}](https://huggingface.co/{run.model})" if named else f"`{run.model}`"
     rows = [f"| {name} | {old} | {new} | {percent(kept, 1)} |" for name, old, new, kept in sizes(run)]
     measured = "No quality was measured: the recipe has no evaluation."
-    if (evaluation := run.evaluation) is not None:
-        ours, theirs = (evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
+    if (evaluation := run.evaluation) is not None and (text := evaluation.text) is not None:
+        ours, theirs = perplexities(run)
         rows += [
-            f"| perplexity {in_blocks(evaluation['text'])} | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
-            f"| KL divergence from the original (nats per token) | 0 | {evaluation['kl']:.3g} | |",
-            f"| top-1 agreement with the original | {percent(1)} | {percent(evaluation['top1_agreement'], 1)} | |",
+            f"| perplexity {in_blocks(text)} | {theirs:.4g} | {ours:.4g} | {ours / theirs - 1:+.1%} |",
+            f"| KL divergence from the original (nats per token) | 0 | {evaluation.kl:.3g} | |",
+            f"| top-1 agreement with the original | {percent(1)} | {percent(evaluation.top1_agreement or 0.0, 1)} | |",
         ]
         measured = (
-            f"Measured on {blocks(evaluation['text'])}, {evaluation['dtype']}. Perplexity is exp of the mean negative "
+            f"Measured on {blocks(text)}, {evaluation.dtype}. Perplexity is exp of the mean negative "
             "log-likelihood of all\npredicted tokens of blocks that do not overlap; KL divergence and agreement are "
-            f"taken at the same positions. SHA-256 of the tokens:\n`{evaluation['text']['tokens_sha256']}`."
+            f"taken at the same positions. SHA-256 of the tokens:\n`{text.tokens_sha256}`."
         )
     if run.tasks:
         rows += [f"| {name} (zero-shot) | {theirs} | {ours} | |" for name, theirs, ours in scores(run)]
@@ -109,8 +111,8 @@ def card(run: Run) -> str:
         model=run.model,
         kept=percent(run.kept),
         story=story(run),
-        layershare=run.results["versions"]["layershare"],
-        method=run.results["method"],
+        layershare=run.results.versions["layershare"],
+        method=run.results.method,
         options=f" ({options(run)})" if options(run) else "",
         edits=edits(run),
         calibration=calibration(run),
@@ -119,7 +121,7 @@ def card(run: Run) -> str:
         healing=_healing(run),
         base=base,
         loading=loading(run) if run.ordinary else f"{loading(run)} To install it: {how_to_install()}.",
-        citation=citation(run.results["method"]),
+        citation=citation(run.results.method),
     )
 
 
@@ -139,22 +141,24 @@ def citation(method: str) -> str:
 
 def _front_matter(run: Run) -> ModelCardData:
     """What the hub reads; of the original what was known of it when it was compressed."""
-    original, results = run.results["original"], []
-    if (evaluation := run.evaluation) is not None and math.isfinite(evaluation["perplexity"]["value"]):
+    original: dict[str, Any] = dict(run.results.original)
+    results = []
+    text = run.evaluation and run.evaluation.text
+    if text is not None and math.isfinite(perplexity := perplexities(run)[0]):
         results = [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=evaluation["text"]["source"],
-                dataset_name=blocks(evaluation["text"]),
+                dataset_type=text.source,
+                dataset_name=blocks(text),
                 metric_type="perplexity",
-                metric_value=round(evaluation["perplexity"]["value"], 4),
+                metric_value=round(perplexity, 4),
             )
         ]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model_relation="quantized" if "base_model" in original else None,  # the hub's word for compressed versions
-        tags=["layershare", "compressed", run.results["method"]],
+        tags=["layershare", "compressed", run.results.method],
         model_name=f"{run.model} at {percent(run.kept)}" if results else None,
         eval_results=results or None,
         **original,

@@ -9,6 +9,7 @@ from typing import Any
 from plotly import graph_objects as go
 
 from layershare.report.runs import Cell, Run
+from layershare.report.words import perplexities
 from layershare.units import count, percent
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -35,8 +36,10 @@ class Point:
 
 def measured_alike(run: Run) -> tuple[str, str, str]:
     """What must agree for two runs' measurements to be comparable: the original, the tokens, the dtype."""
-    assert run.evaluation is not None
-    return run.results["model_fingerprint"], run.evaluation["text"]["tokens_sha256"], run.evaluation["dtype"]
+    measured = run.evaluation
+    assert measured is not None
+    assert measured.text is not None
+    return run.results.model_fingerprint, measured.text.tokens_sha256, measured.dtype or ""
 
 
 def points(runs: Sequence[Run]) -> list[list[Point]]:
@@ -45,10 +48,11 @@ def points(runs: Sequence[Run]) -> list[list[Point]]:
     for run in runs:
         if (evaluation := run.evaluation) is None:
             continue
-        before, after = (run.results[when]["all"]["parameters"] for when in ("before", "after"))
-        original = Point(run.model, before, 1.0, evaluation["original_perplexity"]["value"], 0.0)
+        before, after = (sizes.all.parameters for sizes in (run.results.before, run.results.after))
+        ours, theirs = perplexities(run)
+        original = Point(run.model, before, 1.0, theirs, 0.0)
         lists.setdefault(measured_alike(run), [original]).append(
-            Point(run.name, after, run.kept, evaluation["perplexity"]["value"], evaluation["kl"])
+            Point(run.name, after, run.kept, ours, evaluation.kl or 0.0)
         )
     return list(lists.values())
 
@@ -198,7 +202,7 @@ def _spectrum(run: Run, groups: Sequence[Cell]) -> go.Figure:
         assert cell.spectrum is not None
         assert cell.rank is not None
         # A logarithmic axis has no place for zero.
-        line = [(i, s) for i, s in zip(cell.spectrum["index"], cell.spectrum["share"], strict=True) if s > 0]
+        line = [(i, s) for i, s in zip(cell.spectrum.index, cell.spectrum.share, strict=True) if s > 0]
         before = [point for point in line if point[0] <= cell.rank]
         after = [point for point in line if point[0] >= cell.rank]
         rest["x"] += [*(i for i, _ in after), None]

@@ -4,17 +4,19 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from layershare.calibrate.text import Blocks
 from layershare.errors import LayershareError
+from layershare.evaluate.evaluator import Measured
+from layershare.evaluate.tasks import TaskResult
 from layershare.folders import RECIPE, WORK
 from layershare.foreign import read_mapping, reading
 from layershare.methods.catalogue import Entry
-from layershare.report.results import RESULTS, Listed, read_as
+from layershare.report.results import RESULTS, Listed, Speed, read_as
 from layershare.report.runs import PLAN, printable, short
 from layershare.report.words import score as score_in_words
 from layershare.units import brief_count, percent, size
@@ -33,53 +35,51 @@ def methods_table(entries: list[Entry]) -> Table:
     return table
 
 
-def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """One evaluation, as in `results.json`, as a table."""
-    text = evaluation["text"]
-    table = Table(title=f"{text['source']}, {text['blocks']} blocks of {text['length']} tokens", title_justify="left")
+def evaluation_table(text: Blocks, measured: Measured) -> Table:
+    """What was measured on a text, as a table."""
+    table = Table(title=f"{text.source}, {text.blocks} blocks of {text.length} tokens", title_justify="left")
     table.add_column("")
     table.add_column("model", justify="right")
-    original = evaluation["original_perplexity"]
+    original = measured.original_perplexity
     if original is not None:
         table.add_column("original", justify="right")
-    name = f"perplexity, blocks of {text['length']:,}"
-    table.add_row(name, *(f"{each['value']:.4g}" for each in (evaluation["perplexity"], original) if each))
+    name = f"perplexity, blocks of {text.length:,}"
+    table.add_row(name, *(f"{each.value:.4g}" for each in (measured.perplexity, original) if each))
     if original is not None:
-        table.add_row("KL from the original (nats per token)", f"{evaluation['kl']:.4g}", "0")
-        table.add_row("top-1 agreement", f"{evaluation['top1_agreement']:.1%}", "100%")
+        table.add_row("KL from the original (nats per token)", f"{measured.kl:.4g}", "0")
+        table.add_row("top-1 agreement", f"{measured.top1_agreement:.1%}", "100%")
     return table
 
 
-def speed_table(speed: dict[str, Any]) -> Table:
+def speed_table(speed: Speed) -> Table:
     """What `bench` measured, as a table."""
-    title = f"prompts of {speed['prompt']} tokens, {speed['new']} new ones, {speed['dtype']} on {speed['device']}"
+    title = f"prompts of {speed.prompt} tokens, {speed.new} new ones, {speed.dtype} on {speed.device}"
     table = Table(title=title, title_justify="left")
     table.add_column("tokens per second")
-    for column in ("batch", "model", *(("original", "ratio") if speed["original"] else ())):
+    for column in ("batch", "model", *(("original", "ratio") if speed.original else ())):
         table.add_column(column, justify="right")
-    for rate in speed["rates"]:
-        compared = (f"{rate['original']:,.0f}", f"{rate['ratio']:.2f}") if speed["original"] else ()
-        table.add_row(rate["phase"], str(rate["batch"]), f"{rate['model']:,.0f}", *compared)
+    for rate in speed.rates:
+        compared = (f"{rate.original:,.0f}", f"{rate.ratio:.2f}") if speed.original else ()
+        table.add_row(rate.phase, str(rate.batch), f"{rate.model:,.0f}", *compared)
     return table
 
 
-def tasks_table(evaluation: dict[str, Any]) -> Table:
-    """The zero-shot tasks of one evaluation, with what guessing would score."""
-    originals = evaluation.get("original_tasks")
+def tasks_table(tasks: dict[str, TaskResult], originals: dict[str, TaskResult] | None) -> Table:
+    """Zero-shot tasks, with what guessing would score."""
     table = Table(title="Zero-shot tasks", title_justify="left")
     table.add_column("task", no_wrap=True)
     for column in ("rows", "guessing", "model", *(["original"] if originals else [])):
         table.add_column(column, justify="right")
     table.add_column("")
-    for task, result in evaluation["tasks"].items():
-        for metric, score in result["scores"].items():
-            both = [score, *([originals[task]["scores"][metric]] if originals else [])]
+    for task, result in tasks.items():
+        for metric, score in result.scores.items():
+            both = [score, *([originals[task].scores[metric]] if originals else [])]
             table.add_row(
                 f"{task}, {metric}",
-                str(result["rows"]),
-                "" if result["chance"] is None or score["near_chance"] is None else f"{result['chance']:.3f}",
+                str(result.rows),
+                "" if result.chance is None or score.near_chance is None else f"{result.chance:.3f}",
                 *map(score_in_words, both),
-                "near guessing" if score["near_chance"] else "",
+                "near guessing" if score.near_chance else "",
             )
     return table
 
@@ -107,21 +107,17 @@ def listing(folder: Path) -> tuple[Table, list[str]]:
     return table, unreadable
 
 
-def _row(results: dict[str, Any]) -> list[str]:
+def _row(results: Listed) -> list[str]:
     """A model's line, without its folder."""
-    after, before = results["after"]["all"], results["before"]["all"]
-    healing = results.get("healing")
-    measured = results.get("evaluation", {}) if healing is None else healing.get("evaluation", {}).get("after", {})
-    method = (
-        results["method"] if results["of"] == "all" else f"{results['method']}, {results['keep']} of {results['of']}"
-    )
+    after, before, measured = results.after.all, results.before.all, results.measured
+    method = results.method if results.of == "all" else f"{results.method}, {results.keep} of {results.of}"
     return [
-        short(results["model"]),
-        printable(method) + (", healed" if healing else ""),
-        brief_count(after["parameters"]),
-        percent(after["parameters"] / before["parameters"], 1),
-        size(after["bytes"]),
-        f"{measured['perplexity']['value']:.4g} ({measured['text']['length']})" if "perplexity" in measured else "",
+        short(results.model),
+        printable(method) + (", healed" if results.healing else ""),
+        brief_count(after.parameters),
+        percent(after.parameters / before.parameters, 1),
+        size(after.bytes),
+        f"{measured.perplexity.value:.4g} ({measured.text.length})" if measured.perplexity and measured.text else "",
     ]
 
 

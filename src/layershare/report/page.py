@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from layershare.disk import OTHER_FILE, writing
 from layershare.errors import LayershareError, how_to_install
+from layershare.evaluate.evaluator import Measured
 from layershare.foreign import reading, reason
+from layershare.plan.budget import Size
 from layershare.report.card import card, citation
 from layershare.report.runs import AGAIN, SPEED, Run
 from layershare.report.words import (
@@ -24,6 +27,7 @@ from layershare.report.words import (
     made_in,
     method_of,
     options,
+    perplexities,
     scores,
     sizes,
     story,
@@ -146,36 +150,35 @@ def _figures(run: Run) -> dict[str, Any]:
             **({"Relative error, %": figures.errors(run)} if any(c.error for c in run.cells.values()) else {}),
         },
         "spectra": figures.spectra(run),
-        "healing": figures.healing(run.healing["log"]) if run.healing else None,
+        "healing": figures.healing(run.healing.log) if run.healing else None,
     }
 
 
 def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The comparison, a row per model: each original before the first run that is compared with it."""
     rows, seen = [], set()
-    measured = {run.results["model_fingerprint"] for run in runs if run.evaluation}
+    measured = {run.results.model_fingerprint for run in runs if run.evaluation}
     for run in runs:
-        evaluation, fingerprint = run.evaluation, run.results["model_fingerprint"]
-        original = evaluation["original_perplexity"]["value"] if evaluation else None
+        evaluation, fingerprint = run.evaluation, run.results.model_fingerprint
+        ours, original = perplexities(run) if evaluation else (None, None)
         if (fingerprint, original) not in seen and (evaluation or fingerprint not in measured):
             seen.add((fingerprint, original))
-            same = {"kl": 0.0, "top1_agreement": 1.0, "text": evaluation["text"]} if evaluation else {}
-            rows.append(_row(run.model, "original", run.results["before"]["all"], 1.0, original, same))
-        ours = evaluation["perplexity"]["value"] if evaluation else None
-        rows.append(_row(run.name, method_of(run), run.results["after"]["all"], run.kept, ours, evaluation or {}))
+            same = replace(evaluation, kl=0.0, top1_agreement=1.0) if evaluation else None
+            rows.append(_row(run.model, "original", run.results.before.all, 1.0, original, same))
+        rows.append(_row(run.name, method_of(run), run.results.after.all, run.kept, ours, evaluation))
     return rows
 
 
 def _row(
-    name: str, method: str, size: dict[str, int], kept: float, perplexity: float | None, measured: dict[str, Any]
+    name: str, method: str, size: Size, kept: float, perplexity: float | None, measured: Measured | None
 ) -> dict[str, Any]:
     return {
         "name": name,
         "method": method,
-        **size,
+        **vars(size),
         "kept": kept,
         "perplexity": perplexity,
-        "block": measured["text"]["length"] if measured else None,
-        "kl": measured.get("kl"),
-        "agreement": measured.get("top1_agreement"),
+        "block": measured.text.length if measured and measured.text else None,
+        "kl": measured and measured.kl,
+        "agreement": measured and measured.top1_agreement,
     }

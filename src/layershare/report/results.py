@@ -1,199 +1,252 @@
-"""`results.json`: where its numbers come from, and what those who read it can rely on."""
+"""`results.json` and its like: what is noted, where the numbers come from, and reading it again.
+
+What is written is `store.as_json` of these dataclasses, field by field; other keys of a file are passed over.
+"""
 
 import os
 import platform
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from pydantic import AfterValidator, Field, ValidationError
 
+from layershare.calibrate.text import Blocks
+from layershare.evaluate.evaluator import Measured
+from layershare.evaluate.speed import Rate
 from layershare.foreign import read_mapping
 from layershare.model.arch import Spec
+from layershare.plan.budget import Sizes
+from layershare.store import as_json, written_with
+from layershare.values import Flag, Number, Whole, Word, checked
 
 RESULTS = "results.json"
 PACKAGES = ("layershare", "torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
 
-_Number = Annotated[float, Field(allow_inf_nan=False)]
-_Count = Annotated[int, Field(gt=0)]
-_Shape = Annotated[list[_Count], Field(min_length=2, max_length=2)]
+def _positive(sizes: Sizes) -> Sizes:
+    if any(count <= 0 for size in vars(sizes).values() for count in vars(size).values()):
+        raise ValueError("a size is not positive")
+    return sizes
 
 
-class Size(TypedDict):
-    """What a model, or a part of it, takes."""
-
-    parameters: _Count
-    bytes: _Count
-    multiplications: _Count
+_T = TypeVar("_T")
+_Sizes = Annotated[Sizes, AfterValidator(_positive)]
+_Count = Annotated[Whole, Field(gt=0)]
 
 
-class Sizes(TypedDict):
-    """Of the whole model, and of the matrices that were to be compressed."""
+@dataclass(frozen=True)
+class Machine:
+    """What a number was measured on; `memory` in bytes."""
 
-    all: Size
-    targets: Size
-
-
-class Text(TypedDict):
-    """A text that was calibrated, trained or measured on."""
-
-    source: str
-    blocks: int
-    length: int
+    system: Word
+    processor: Word
+    cores: Whole | None
+    threads: Whole
+    memory: Whole
+    accelerators: list[Word]
 
 
-class Perplexity(TypedDict):
-    """A measured perplexity, which may be infinite."""
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """When and where numbers come from, and the versions of the packages that matter."""
 
-    value: float
+    date: Word
+    versions: dict[Word, Word]
+    machine: Machine
+
+    @classmethod
+    def here(cls, *more: str) -> "Environment":
+        """That of now; `more`: further packages that matter."""
+        return cls(
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            versions={"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *more)}},
+            machine=Machine(
+                system=f"{platform.system()} {platform.machine()}",
+                processor=_processor(),
+                cores=os.cpu_count(),
+                threads=torch.get_num_threads(),
+                memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                accelerators=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            ),
+        )
 
 
-class Measured(TypedDict, total=False):
-    """What an evaluation found, on a text, on tasks or on both."""
+@dataclass(frozen=True)
+class CalibrationText(Blocks):
+    """The text that a model was compressed for, and the seed that chose its blocks."""
 
-    text: Text
-    dtype: str
-    perplexity: Perplexity
-    original_perplexity: Perplexity
-    kl: float
-    top1_agreement: float
-    tasks: dict[str, dict[str, Any]]
-    original_tasks: dict[str, dict[str, Any]]
-    samples: list[dict[str, str]]
+    seed: Whole
 
 
-class Stages(TypedDict):
+@dataclass(frozen=True)
+class TrainingText(CalibrationText):
+    """The text that a model was healed on, of which `held_out` blocks were only measured on."""
+
+    held_out: Whole
+
+
+@dataclass(frozen=True)
+class HeldOutText(Blocks):
+    """The text that candidates were compared on: the label of the one that was taken, and label -> KL divergence."""
+
+    chosen: Word
+    kl: dict[Word, Number]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Shares of the sum of all squared singular values, of the components of these numbers."""
+
+    index: list[Whole]
+    share: list[Number]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What is known of a solved edit; see `Factored.facts`. `largest`: the largest number of a pivoted basis."""
+
+    rank: Whole | None = written_with("rank")
+    parameters: Whole | None = written_with("parameters")
+    error: Number | None = written_with("error")
+    spectrum: Spectrum | None = written_with("spectrum")
+    largest: Number | None = written_with("largest")
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Solved":
+        """The facts that were noted when it was solved."""
+        spectrum = facts.get("spectrum")
+        return cls(**{**facts, "spectrum": spectrum and Spectrum(**spectrum)})
+
+
+@dataclass(frozen=True)
+class Stages:
     """What was measured before and after healing."""
 
     before: Measured
     after: Measured
 
 
-class Healed(TypedDict):
-    """What `heal` notes."""
+@dataclass(frozen=True, kw_only=True)
+class Healed(Environment):
+    """What `heal` notes: its settings, by section, what it needed, and the Trainer's log.
 
-    settings: dict[str, Any]
-    needs: dict[str, Any]
-    text: Text
-    log: list[dict[str, _Number]]
-    evaluation: NotRequired[Stages]
+    `search`: trials and what was chosen; `previous`: what an earlier healing noted.
+    """
 
+    settings: dict[Word, Any]
+    fingerprint: Word
+    teacher: Word | None
+    text: TrainingText
+    needs: dict[Word, Any]
+    search: dict[Word, Any] | None = written_with("search")
+    tokens_per_second: Number
+    processes: Whole
+    log: list[dict[Word, Whole | Number]]
+    evaluation: Stages | None = written_with("evaluation")
+    previous: dict[Word, Any] | None = written_with("previous")
+    seconds: dict[Word, Number]
 
-class Solved(TypedDict, total=False):
-    """What is known of the solution of a group."""
-
-    error: _Number
-    rank: int
-    parameters: int
-    spectrum: dict[str, list[_Number]]
-
-
-class Machine(TypedDict):
-    """What a number was measured on."""
-
-    processor: str
-    threads: int
-    cores: int | None
-    accelerators: list[str]
+    @property
+    def measured(self) -> Measured:
+        """What was measured of the healed model."""
+        return Measured() if self.evaluation is None else self.evaluation.after
 
 
-class Listed(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class Listed:
     """What the list needs of `results.json`."""
 
-    model: str
-    method: str
-    keep: str | float
-    of: str
-    before: Sizes
-    after: Sizes
-    evaluation: NotRequired[Measured]
-    healing: NotRequired[Healed]
+    model: Word
+    method: Word
+    keep: Word | Number
+    of: Word
+    before: _Sizes
+    after: _Sizes
+    evaluation: Measured | None = written_with("evaluation")
+    healing: Healed | None = written_with("healing")
+
+    @property
+    def measured(self) -> Measured:
+        """What was measured of the model as it lies in the folder: of a healed one, after it was healed."""
+        return self.healing.measured if self.healing else self.evaluation or Measured()
 
 
-class Results(Listed):
-    """What card and page need of it."""
+@dataclass(frozen=True, kw_only=True)
+class Results(Environment, Listed):
+    """What a run notes.
 
-    original: dict[str, str]
-    model_fingerprint: str
-    options: dict[str, Any] | None
-    calibration: Text | None
-    refit: bool
-    groups: dict[str, Solved]
-    shapes: dict[str, list[_Shape | None]]
-    seconds: dict[str, _Number]
-    versions: dict[str, str]
-    machine: Machine
-    date: str
-    samples: NotRequired[list[dict[str, str]]]
+    `original`: what a card says of the model. `shapes`: role -> d_in and d_out in every layer, `None` where a layer has
+    none. `groups`: an edit's id -> its solution. `refine`: the settings, and what became of each block. `seconds`: step
+    -> how long it took.
+    """
 
-
-class Rate(TypedDict):
-    """Tokens per second in one phase."""
-
-    phase: str
-    batch: int
-    model: _Number
-    original: _Number | None
-    ratio: _Number | None
+    original: dict[Word, Word]
+    model_fingerprint: Word
+    options: dict[Word, Any] | None
+    calibration: CalibrationText | None
+    ridge: Number
+    refit: Flag
+    refit_ridge: Number
+    refine: dict[Word, Any] | None
+    groups: dict[Word, Solved]
+    shapes: dict[Word, list[tuple[_Count, _Count] | None]]
+    held_out: HeldOutText | None = written_with("held_out")
+    seconds: dict[Word, Number]
+    samples: list[dict[Word, Word]] | None = written_with("samples")
 
 
-class Speed(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Environment):
+    """What `eval` notes."""
+
+    model: Word
+    original: Word | None
+    evaluation: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Environment):
     """What `bench` notes."""
 
-    original: str | None
-    dtype: str
-    device: str
-    prompt: int
-    new: int
-    rounds: int
-    machine: Machine
+    model: Word
+    original: Word | None
+    dtype: Word
+    device: Word
+    batches: list[_Count]
+    prompt: _Count
+    new: _Count
+    rounds: _Count
     rates: list[Rate]
 
 
-def read_as(kind: Any, path: Path) -> dict[str, Any]:
+def read_as(kind: type[_T], path: Path) -> _T:
     """The content of a file of one of these kinds. Raises `OSError` or `ValueError`; see `foreign.reading`."""
-    return checked_as(kind, read_mapping(path))
+    return parsed_as(kind, read_mapping(path))
 
 
-def checked_as(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
-    """The value, if it is of one of these kinds, and all else that is in it. Raises `ValueError` if it is not."""
+def parsed_as(kind: type[_T], value: dict[str, Any]) -> _T:
+    """What was read from a file as one of these kinds. Raises `ValueError` if it is not."""
     try:
-        TypeAdapter(kind).validate_python(value, strict=True)
+        return checked(kind, value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         what = "it lacks" if first["type"] == "missing" else f"{first['msg'].lower()} in"
         raise ValueError(f"{what} '{place}'") from error
-    return value
 
 
 def environment(*more: str) -> dict[str, Any]:
-    """Versions of the packages that matter and the machine's processor, cores, memory (bytes) and accelerators.
-
-    `more`: further packages that matter.
-    """
-    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *more)}},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "accelerators": accelerators,
-        },
-    }
+    """The fields of `Environment.here`, as JSON has them."""
+    return as_json(Environment.here(*more))
 
 
-def shapes(spec: Spec) -> dict[str, list[list[int] | None]]:
-    """Role -> [d_in, d_out] of its matrix in every layer, `None` where a layer has none."""
-    dims = {(linear.role, linear.layer): [linear.d_in, linear.d_out] for linear in spec.linears}
+def shapes(spec: Spec) -> dict[str, list[tuple[int, int] | None]]:
+    """Role -> d_in and d_out of its matrix in every layer, `None` where a layer has none."""
+    dims = {(linear.role, linear.layer): (linear.d_in, linear.d_out) for linear in spec.linears}
     return {role: [dims.get((role, layer)) for layer in range(spec.n_layers)] for role in spec.roles}
 
 

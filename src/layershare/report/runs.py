@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from layershare.errors import LayershareError
+from layershare.evaluate.evaluator import Measured
+from layershare.evaluate.tasks import TaskResult
 from layershare.folders import RECIPE
 from layershare.foreign import read_text, reading
 from layershare.model.arch import part_of
 from layershare.model.composition import Member
 from layershare.plan.edits import Delta, Drop, Edit, Merge, Place, Share, composed, sliced_width
 from layershare.plan.plan import parse_plan
-from layershare.report.results import RESULTS, Results, Speed, read_as
+from layershare.report.results import RESULTS, Healed, Results, Solved, Spectrum, Speed, read_as
 
 PLAN = "plan.json"
 SPEED = "speed.json"
@@ -43,7 +45,7 @@ class Cell:
     rank: int | None = None
     kept: float | None = 1.0
     error: float | None = None
-    spectrum: dict[str, list[float]] | None = None
+    spectrum: Spectrum | None = None
 
     @property
     def shares(self) -> bool:
@@ -63,10 +65,10 @@ class Run:
     """The files of a finished run; `name` is how it is called on a page."""
 
     name: str
-    results: dict[str, Any]
+    results: Results
     edits: tuple[Edit, ...]
     recipe: str
-    speed: dict[str, Any] | None
+    speed: Speed | None
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "Run":
@@ -93,40 +95,33 @@ class Run:
     @property
     def model(self) -> str:
         """The original's name, short."""
-        return short(self.results["model"])
+        return short(self.results.model)
 
     @property
     def kept(self) -> float:
         """The fraction of all parameters that is left."""
-        return self.results["after"]["all"]["parameters"] / self.results["before"]["all"]["parameters"]
+        return self.results.after.all.parameters / self.results.before.all.parameters
 
     @property
-    def healing(self) -> dict[str, Any] | None:
+    def healing(self) -> Healed | None:
         """What `heal` noted, if the model was trained after its compression."""
-        return self.results.get("healing")
+        return self.results.healing
 
     @property
-    def measured(self) -> dict[str, Any]:
-        """What was measured on the model as it lies in the folder: of a healed one, after it was healed."""
-        if self.healing is not None:
-            return self.healing.get("evaluation", {}).get("after", {})
-        return self.results.get("evaluation", {})
-
-    @property
-    def evaluation(self) -> dict[str, Any] | None:
+    def evaluation(self) -> Measured | None:
         """What was measured on the recipe's test text, if it names one; zero-shot tasks may be in it."""
-        return self.measured if "text" in self.measured else None
+        return self.results.measured if self.results.measured.text else None
 
     @property
-    def tasks(self) -> dict[str, dict[str, Any]]:
-        """Zero-shot task -> its `model` and `original` results, for those that the recipe names."""
-        ours, theirs = self.measured.get("tasks", {}), self.measured.get("original_tasks", {})
-        return {task: {"model": ours[task], "original": theirs[task]} for task in ours}
+    def tasks(self) -> dict[str, tuple[TaskResult, TaskResult]]:
+        """Zero-shot task -> what the model and the original reached, for those that the recipe names."""
+        ours, theirs = self.results.measured.tasks or {}, self.results.measured.original_tasks or {}
+        return {task: (ours[task], theirs[task]) for task in ours}
 
     @property
     def samples(self) -> list[dict[str, str]]:
         """What the model and its original write, if that was tried."""
-        return self.results.get("samples", []) if self.healing is None else self.measured.get("samples", [])
+        return (self.results if self.healing is None else self.results.measured).samples or []
 
     @property
     def ordinary(self) -> bool:
@@ -141,19 +136,19 @@ class Run:
     @property
     def roles(self) -> list[str]:
         """Roles in the order in which data flows through a block."""
-        return list(self.results["shapes"])
+        return list(self.results.shapes)
 
     @property
     def n_layers(self) -> int:
         """Number of the original's layers."""
-        return max(len(shapes) for shapes in self.results["shapes"].values())
+        return max(len(shapes) for shapes in self.results.shapes.values())
 
     @cached_property
     def cells(self) -> dict[tuple[str, int], Cell]:
         """(role, layer) -> what became of that linear, in the order of roles, then layers."""
         cells = {
             (role, layer): Cell(role, layer)
-            for role, shapes in self.results["shapes"].items()
+            for role, shapes in self.results.shapes.items()
             for layer, shape in enumerate(shapes)
             if shape
         }
@@ -179,15 +174,18 @@ class Run:
         """The cells of linears that an edit factors or lets share."""
         places, number = edit.places, counts[edit.roles[0]]
         counts[edit.roles[0]] += 1
-        shapes = self.results["shapes"]
-        members = {place: Member(str(place), *shapes[place.role][place.layer]) for place in places}
-        composition, facts = composed(edit, members), self.results["groups"].get(edit.id, {})
+        members: dict[Place, Member] = {}
+        for place in places:
+            if (shape := self.results.shapes[place.role][place.layer]) is None:
+                raise ValueError(f"there is no {place}")
+            members[place] = Member(str(place), *shape)
+        composition, facts = composed(edit, members), self.results.groups.get(edit.id, Solved())
         side, private = (edit.side, edit.private_rank) if isinstance(edit, Share) else (None, 0)
         layers = tuple(dict.fromkeys(place.layer for place in places))
         cells = []
         for place, member in members.items():
             products = any(len(term.factors) > 1 for term in composition.terms_of(member.name))
-            what = {"error": facts.get("error"), "spectrum": facts.get("spectrum")} if products else {}
+            what: Any = {"error": facts.error, "spectrum": facts.spectrum} if products else {}
             rank = edit.rank + private if products else None
             kind = edit.kind if products and len(places) > 1 else "anchor" if len(places) > 1 else "own"
             kept = composition.parameters_of(member) / (member.d_in * member.d_out)

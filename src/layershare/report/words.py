@@ -1,8 +1,9 @@
 """Numbers and runs in words, for card and page."""
 
 from collections import Counter
-from typing import Any
 
+from layershare.calibrate.text import Blocks
+from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Slice
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
@@ -10,23 +11,31 @@ from layershare.units import count, count_of, duration, percent, size
 
 def story(run: Run) -> str:
     """A run in one sentence: what is left of what, and what that did to perplexity."""
-    before, after = (run.results[when]["all"]["parameters"] for when in ("before", "after"))
+    before, after = (sizes.all.parameters for sizes in (run.results.before, run.results.after))
     sentence = f"{run.model} at {percent(run.kept)}: {count_of(after, before)} parameters"
-    if run.evaluation is None:
+    if run.evaluation is None or run.evaluation.text is None:
         return sentence
-    return f"{sentence}, perplexity {quality(run, 3)} {in_blocks(run.evaluation['text'])}"
+    return f"{sentence}, perplexity {quality(run, 3)} {in_blocks(run.evaluation.text)}"
 
 
 def quality(run: Run, digits: int = 4) -> str:
     """Perplexity beside the original's: `38.3 instead of 37.1`."""
-    assert run.evaluation is not None
-    ours, theirs = (run.evaluation[key]["value"] for key in ("perplexity", "original_perplexity"))
+    ours, theirs = perplexities(run)
     return f"{digits_of(ours, digits)} instead of {digits_of(theirs, digits)}"
 
 
-def in_blocks(text: dict[str, Any]) -> str:
+def perplexities(run: Run) -> tuple[float, float]:
+    """The model's and the original's."""
+    measured = run.evaluation
+    assert measured is not None
+    assert measured.perplexity is not None
+    assert measured.original_perplexity is not None
+    return measured.perplexity.value, measured.original_perplexity.value
+
+
+def in_blocks(text: Blocks) -> str:
     """The length that a perplexity is of: `in blocks of 256 tokens`."""
-    return f"in blocks of {text['length']:,} tokens"
+    return f"in blocks of {text.length:,} tokens"
 
 
 def digits_of(value: float, digits: int = 4) -> str:
@@ -36,14 +45,14 @@ def digits_of(value: float, digits: int = 4) -> str:
 
 def method_of(run: Run) -> str:
     """The method, and whether training followed."""
-    return run.results["method"] + (", healed" if run.healing else "")
+    return run.results.method + (", healed" if run.healing else "")
 
 
 def healing(run: Run) -> str:
     """How a model was healed, in one sentence."""
     done = run.healing
     assert done is not None
-    settings, needs = done["settings"], done["needs"]
+    settings, needs = done.settings, done.needs
     what = {
         "lora": f"adapters of rank {settings['lora']['rank']} (merged afterwards)",
         "factors": "the factors",
@@ -59,23 +68,24 @@ def healing(run: Run) -> str:
     replaced = ", the original's blocks replaced step by step" if settings["replace"] else ""
     return (
         f"After the compression, {what} ({count(needs['trained'])} parameters) were trained on "
-        f"{count(needs['tokens'])} tokens of {done['text']['source']} in {needs['steps']:,} steps, for {loss}{replaced}"
+        f"{count(needs['tokens'])} tokens of {done.text.source} in {needs['steps']:,} steps, for {loss}{replaced}"
     )
 
 
 def healed(run: Run) -> list[tuple[str, str, str]]:
     """What was measured before and after healing: name, then both values in words."""
     assert run.healing is not None
-    stages = run.healing.get("evaluation", {})
-    rows: list[tuple[str, str, str]] = []
-    if stages and "text" in stages["after"]:
-        before, after = stages["before"], stages["after"]
-        old, new = (digits_of(each["perplexity"]["value"]) for each in (before, after))
-        rows.append((f"perplexity {in_blocks(after['text'])}", old, new))
-        if after["kl"] is not None:
-            rows.append(("KL divergence from the original", f"{before['kl']:.3g}", f"{after['kl']:.3g}"))
-    losses = [entry["held_out_perplexity"] for entry in run.healing["log"] if "held_out_perplexity" in entry]
-    name = f"perplexity of held-out training text {in_blocks(run.healing['text'])}"
+    stages, rows = run.healing.evaluation, []
+    if stages and (text := stages.after.text) is not None:
+        before, after = stages.before, stages.after
+        assert before.perplexity is not None
+        assert after.perplexity is not None
+        old, new = (digits_of(each.value) for each in (before.perplexity, after.perplexity))
+        rows.append((f"perplexity {in_blocks(text)}", old, new))
+        if after.kl is not None:
+            rows.append(("KL divergence from the original", f"{before.kl:.3g}", f"{after.kl:.3g}"))
+    losses = [entry["held_out_perplexity"] for entry in run.healing.log if "held_out_perplexity" in entry]
+    name = f"perplexity of held-out training text {in_blocks(run.healing.text)}"
     rows.append((name, digits_of(losses[0]), digits_of(losses[-1])))
     return rows
 
@@ -87,12 +97,12 @@ def made_in(seconds: dict[str, float]) -> str:
 
 def sizes(run: Run) -> list[tuple[str, str, str, float]]:
     """Size before and after: what is counted, both in words, and the fraction that is left."""
-    before, after = run.results["before"], run.results["after"]
+    before, after = run.results.before, run.results.after
     rows = (
-        ("parameters", before["all"]["parameters"], after["all"]["parameters"], count),
-        ("parameters of the compressed matrices", *(x["targets"]["parameters"] for x in (before, after)), count),
-        ("bytes on disk", before["all"]["bytes"], after["all"]["bytes"], size),
-        ("multiplications per token", *(x["all"]["multiplications"] for x in (before, after)), count),
+        ("parameters", before.all.parameters, after.all.parameters, count),
+        ("parameters of the compressed matrices", before.targets.parameters, after.targets.parameters, count),
+        ("bytes on disk", before.all.bytes, after.all.bytes, size),
+        ("multiplications per token", before.all.multiplications, after.all.multiplications, count),
     )
     return [(name, words(old), words(new), new / old) for name, old, new, words in rows]
 
@@ -131,18 +141,18 @@ def _shared(run: Run, kinds: tuple[str, ...], one: str, many: str) -> list[str]:
 
 def calibration(run: Run) -> str:
     """The text that the model was compressed for."""
-    text = run.results.get("calibration")
-    return f"{blocks(text)}, seed {text['seed']}" if text else "none: the method needs no text"
+    text = run.results.calibration
+    return f"{blocks(text)}, seed {text.seed}" if text else "none: the method needs no text"
 
 
-def blocks(text: dict[str, Any]) -> str:
+def blocks(text: Blocks) -> str:
     """A text and how much of it: `stdlib, 32 blocks of 256 tokens`."""
-    return f"{text['source']}, {text['blocks']:,} blocks of {text['length']:,} tokens"
+    return f"{text.source}, {text.blocks:,} blocks of {text.length:,} tokens"
 
 
 def options(run: Run) -> str:
     """The method's options that are set: `group_size 2`."""
-    given = {key: value for key, value in (run.results.get("options") or {}).items() if value is not None}
+    given = {key: value for key, value in (run.results.options or {}).items() if value is not None}
     return ", ".join(
         f"{key} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for key, value in given.items()
@@ -165,12 +175,12 @@ def loading(run: Run) -> str:
 def scores(run: Run) -> list[tuple[str, str, str]]:
     """Zero-shot scores: task and metric, then the original's and the model's in words."""
     return [
-        (f"{task}, {metric}", score(theirs), score(results["model"]["scores"][metric]))
-        for task, results in run.tasks.items()
-        for metric, theirs in results["original"]["scores"].items()
+        (f"{task}, {metric}", score(reached), score(ours.scores[metric]))
+        for task, (ours, theirs) in run.tasks.items()
+        for metric, reached in theirs.scores.items()
     ]
 
 
-def score(measured: dict[str, Any]) -> str:
+def score(measured: Score) -> str:
     """A score with its standard error: `0.381 ± 0.012`."""
-    return f"{measured['value']:.3f}" + (f" ± {measured['stderr']:.3f}" if measured["stderr"] else "")
+    return f"{measured.value:.3f}" + (f" ± {measured.stderr:.3f}" if measured.stderr else "")
