@@ -193,6 +193,7 @@ def _carry_out(recipe: Recipe, output: Path) -> None:
     from layershare.job import speed_for
     from layershare.plan.plan import Plan
     from layershare.plan.table import needs_sentence, plan_table
+    from layershare.report.words import compared
     from layershare.run import run
 
     planned: list[Job] = []
@@ -209,6 +210,8 @@ def _carry_out(recipe: Recipe, output: Path) -> None:
         results = run(recipe, output, announce=announce, show=show_plan)
     if planned and planned[0].plan is None:
         show(plan_table(planned[0].spec, Plan.read(output / "plan.json", planned[0].spec)))
+    if results.held_out is not None:
+        tell(f"{compared(results.held_out)}.")
     if results.evaluation is not None:
         print_evaluation(results.evaluation)
     tell(f"The compressed model is in {output}.")

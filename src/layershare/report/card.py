@@ -15,6 +15,7 @@ from layershare.report.runs import Run
 from layershare.report.words import (
     blocks,
     calibration,
+    compared,
     edits,
     healed,
     healing,
@@ -106,6 +107,8 @@ def card(run: Run) -> str:
         rows += [f"| {name} (zero-shot) | {theirs} | {ours} | |" for name, theirs, ours in scores(run)]
         measured = "" if run.evaluation is None else f"{measured}\n\n"
         measured += "Zero-shot scores are lm-eval's, ± standard errors; `results.json` has rows, versions and hashes."
+    if run.results.held_out is not None:
+        measured += f"\n\n{compared(run.results.held_out)}."
     return _CARD.format(
         front=_front_matter(run).to_yaml(),
         model=run.model,

@@ -18,6 +18,7 @@ from layershare.report.runs import AGAIN, SPEED, Run
 from layershare.report.words import (
     blocks,
     calibration,
+    compared,
     digits_of,
     edits,
     healed,
@@ -104,7 +105,7 @@ def _template() -> Any:
     )
     filters = (
         *(blocks, calibration, citation, count, digits_of, draw, edits, healed, healing, in_blocks, loading),
-        *(made_in, options, percent, scores, size, sizes, story),
+        *(compared, made_in, options, percent, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}
     return environment.get_template("page.html")

@@ -5,6 +5,7 @@ from collections import Counter
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Slice
+from layershare.report.results import HeldOutText
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -143,6 +144,13 @@ def calibration(run: Run) -> str:
     """The text that the model was compressed for."""
     text = run.results.calibration
     return f"{blocks(text)}, seed {text.seed}" if text else "none: the method needs no text"
+
+
+def compared(text: HeldOutText) -> str:
+    """What was found on held-out text before the result was written: every candidate's divergence."""
+    names = {"own": "its own plan", "refitted": "fitted again"}
+    found = ", ".join(f"{names.get(label, label)} {kl:.3g}" for label, kl in text.kl.items())
+    return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"
 
 
 def blocks(text: Blocks) -> str:
