@@ -54,7 +54,7 @@ def test_a_run_that_finds_the_disk_full_goes_on_when_it_is_not(folder, tmp_path)
 def test_a_run_on_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=650k", "tmpfs", disk], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
         free = shutil.disk_usage(tmp_path)
