@@ -49,7 +49,7 @@ def compress(method: str, keep: float) -> dict[str, Any]:
             "options": METHODS[method],
             "keep": keep,
             "of": "targets",
-            "calibration": {"text": "stdlib", "blocks": 32, "length": 512, "stats": str(OUT / "stats")},
+            "calibration": {"text": "stdlib", "blocks": 16, "length": 512, "held_out": 4, "stats": str(OUT / "stats")},
             "evaluation": {"text": "stdlib", "blocks": 16, "length": 512, "dtype": "float32"},
         }
     )
