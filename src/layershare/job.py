@@ -188,12 +188,12 @@ def missing_to_plan(job: Job, folder: Path | None) -> str | None:
     return None
 
 
-def plan_only(recipe: Recipe, folder: Path | None, announce: Announce = silent) -> Job:
-    """Plan a recipe by what its method needs: config, weights, or statistics that `calibrate_to` left in a folder.
+def planned(job: Job, folder: Path | None, announce: Announce = silent) -> Job:
+    """A job with its plan, by what its method needs: weights, or statistics that `calibrate_to` left in a folder.
 
-    Raises `LayershareError` as `prepare`, and if the method needs statistics that are not there, or a text.
+    Raises `LayershareError` if the method needs statistics that are not there, or a text.
     """
-    job = prepare(recipe)
+    recipe = job.recipe
     if job.plan is not None:
         return job
     if (missing := missing_to_plan(job, folder)) is not None:

@@ -111,7 +111,7 @@ def plan(
 
     Groups, ranks, exact sizes, time, memory and disk; from the model's config alone if the method can.
     """
-    from layershare.job import missing_to_plan, plan_only, prepare, speed_for
+    from layershare.job import missing_to_plan, planned, prepare, speed_for
     from layershare.plan.table import needs_sentence, plan_table
 
     require_parent(output)
@@ -133,7 +133,7 @@ def plan(
         tell(f"{missing} {needs_sentence(job.needs, speed_for(job))}")
         return
     with progress() as (announce, _):
-        job = plan_only(recipe, stats, announce)
+        job = planned(job, stats, announce)
     assert job.plan is not None
     if json:
         print_json(job.plan)
