@@ -82,8 +82,7 @@ class InputGrams:
 
 def site_modules(spec: Spec, layer: int) -> dict[str, str]:
     """Site -> the name, within its block, of the module whose input it is."""
-    start = len(f"{spec.blocks}.{layer}.")
-    return {linear.site: linear.site[start:] for linear in spec.linears if linear.layer == layer}
+    return {linear.site: spec.within(layer, linear.site) for linear in spec.linears if linear.layer == layer}
 
 
 class Changes:

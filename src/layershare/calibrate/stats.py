@@ -175,11 +175,10 @@ def calibrate(
 
 def _streamed(spec: Spec, layer: int, rows: int) -> dict[Statistic, Measure]:
     """What can be measured of a layer while a text of so many rows passes through its block."""
-    start = len(f"{spec.blocks}.{layer}.")
-    mlp = [linear.name[start:] for linear in spec.part(layer, "mlp")]
+    mlp = [spec.within(layer, linear.name) for linear in spec.part(layer, "mlp")]
     return {
         "inputs": InputGrams(site_modules(spec, layer), magnitudes=True),
-        "blocks": Changes(f"{spec.blocks}.{layer}", mlp, rows),
+        "blocks": Changes(spec.block(layer), mlp, rows),
     }
 
 
@@ -190,8 +189,7 @@ def _back(trail: Trail, spec: Spec, stats: Stats, done: Callable[[int], None]) -
         if stats.has("gradients", layer):
             trail.run()
             continue
-        start = len(f"{spec.blocks}.{layer}.")
-        measure = GradientGrams({x.name[start:]: x.name for x in spec.linears if x.layer == layer})
+        measure = GradientGrams({spec.within(layer, x.name): x.name for x in spec.linears if x.layer == layer})
         with measure.attach(block):
             trail.run()
         stats.write("gradients", layer, measure)

@@ -107,6 +107,14 @@ class Spec:
         first = {role: linears[0] for role, linears in self.by_role.items()}
         return "k" in first and "q" in first and first["k"].d_out < first["q"].d_out
 
+    def block(self, layer: int) -> str:
+        """The name of a block, relative to the base model."""
+        return f"{self.blocks}.{layer}"
+
+    def within(self, layer: int, name: str) -> str:
+        """The name of a module or tensor of a block, relative to that block."""
+        return name.removeprefix(f"{self.block(layer)}.")
+
     def linear(self, role: str, layer: int) -> Linear:
         """The linear of one role in one layer. Raises `KeyError` if that layer has none."""
         return self.by_place[role, layer]

@@ -179,7 +179,7 @@ def compressed(
     disk lets go of its own copies of the dense weights.
     """
     spec, weights = factored.spec, factored.weights
-    place, start = weights.block_name(layer), f"{spec.blocks}.{layer}."
+    place = weights.block_name(layer)
     parameters, modules, replaced = {}, {}, {}
     for name, parameter in list(block.named_parameters()):
         if name in own or factored.replaces(f"{place}.{name}"):
@@ -189,15 +189,15 @@ def compressed(
     linears = {linear.name: linear for linear in spec.linears if linear.layer == layer}
     for composed in compositions(spec, factored.plan.edits):
         if here := [name for name in composed.names if name in linears]:
-            made = _composed(factored, composed, {name: block.get_submodule(name.removeprefix(start)) for name in here})
+            made = _composed(factored, composed, {name: block.get_submodule(spec.within(layer, name)) for name in here})
             for name, module in made.items():
                 weight = weights.tensor(spec.weight_name(linears[name]))
                 replaced[name] = Replaced(linears[name], weight, module, composed)
-                inside = name.removeprefix(start)
+                inside = spec.within(layer, name)
                 modules[inside] = weights.model.get_submodule(f"{place}.{inside}")
                 block.set_submodule(inside, module)
     for dropped, part in dropped_parts(factored.plan.edits):
-        names = [linear.name.removeprefix(start) for linear in spec.part(layer, part)]
+        names = [spec.within(layer, linear.name) for linear in spec.part(layer, part)]
         if dropped == layer and part == "attention":
             parent = common_parent(names)
             modules[parent] = block.get_submodule(parent)

@@ -75,12 +75,12 @@ def refine_blocks(factored: Factored, store: Store, evidence: Evidence, options:
 
 def own_factors(spec: Spec, edits: tuple[Edit, ...], layer: int) -> list[str]:
     """Names, relative to a block, of the factors that no other block uses."""
-    start, found = f"{spec.blocks}.{layer}.", []
+    start, found = f"{spec.block(layer)}.", []
     for composition in compositions(spec, edits):
         for member, factor in composition.stored():
             users = composition.users(factor) if factor.home else (member,)
             if all(user.name.startswith(start) for user in users):
-                found.append(f"{member.name.removeprefix(start)}.{factor.name}.weight")
+                found.append(f"{spec.within(layer, member.name)}.{factor.name}.weight")
     return found
 
 

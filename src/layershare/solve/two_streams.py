@@ -68,7 +68,7 @@ def refit_to_original(
         done = factored.refitted(layer)
         dense = twin(block)
         here = [x for x in spec.linears if x.layer == layer and (layer, x.part) not in dropped]
-        inside = {x.name.removeprefix(f"{spec.blocks}.{layer}."): x for x in here}
+        inside = {spec.within(layer, x.name): x for x in here}
         own = [f"{name}.weight" for name, x in inside.items() if (x.role, x.layer) not in shared]
         with compressed(same, layer, factored, own) as replaced:
             if not done:

@@ -121,7 +121,7 @@ class Slicing:
     def block(self, layer: int, block: nn.Module, entering: Tensor) -> Tensor:
         """Slice a block, if it is not stored, and run it as sliced; returns the components that leave it."""
         spec, residual, unit, stream = self.spec, self.residual, self.units[1 + layer].name, self.stream
-        place, called = f"{spec.blocks}.{layer}.", f"layer-{layer:03d}"
+        place, called = f"{spec.block(layer)}.", f"layer-{layer:03d}"
         parts = [_Dense(part, block, place) for part in residual.sublayers[2 * layer : 2 * layer + 2]]
         attention, mlp = parts
         whole: dict[str, Any] = {}
