@@ -143,13 +143,12 @@ def _carry_out(run: Context) -> Results:
     chosen = own_plan(run)
     with clock.step("solve") as progress:
         factored = chosen.solved(run, progress)
-    held_out = measuring_held_out(run, chosen)
+    held_out = measuring_held_out(run, factored)
     if held_out is not None and job.compares:
-        chosen = nearest(run, chosen, held_out)
-        factored = chosen.solved(run)
+        chosen, factored = nearest(run, chosen, factored, held_out)
     fitted = refits(chosen.plan, chosen.method, recipe.refit)
     if fitted:
-        factored, fitted = refitted(run, chosen, held_out)
+        factored, fitted = refitted(run, chosen, factored, held_out)
     plan, refined = chosen.plan, None
     if recipe.refine is not None:
         with clock.step("refine") as progress:

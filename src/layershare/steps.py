@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -23,14 +24,11 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.progress import Clock, Progress, no_progress, part
+from layershare.report.results import OWN, REFITTED
 from layershare.solve.apply import UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
 from layershare.solve.two_streams import refit_to_original
-from layershare.store import Store, as_json, write_atomically
-
-OWN = "own"
-REFITTED = "refitted"
-"""What is measured on held-out text beside the rivals, which are called by their names."""
+from layershare.store import Store, write_atomically
 
 
 @dataclass(frozen=True)
@@ -130,23 +128,20 @@ def _planned(run: Context, label: str, name: str, method: Method, evidence: Evid
     return Candidate(label, method, plan)
 
 
-def measuring_held_out(run: Context, own: Candidate) -> HeldOut | None:
+def measuring_held_out(run: Context, own: Factored) -> HeldOut | None:
     """What measures candidates on the held-out text, if there is one."""
-    if run.held_out is None:
-        return None
-    identity = {**run.identity(own.plan.method, own.method), "edits": as_json(asdict(own.plan)["edits"])}
-    return HeldOut(Store(run.work / "held-out", identity), run.evidence)
+    return None if run.held_out is None else HeldOut(Store(run.work / "held-out", own.identity), run.evidence)
 
 
-def nearest(run: Context, own: Candidate, held_out: HeldOut) -> Candidate:
+def nearest(run: Context, own: Candidate, factored: Factored, held_out: HeldOut) -> tuple[Candidate, Factored]:
     """Of the method's own plan and its rivals' the one whose solution is nearest to the original on held-out text.
 
-    That is the one of least KL divergence. Solutions that are not taken are deleted.
+    That is the one of least KL divergence; `factored` is the solution of its own. Those that are not taken are deleted.
     """
     rivals = own.method.rivals()
     with run.clock.step("compare") as progress:
         parts = iter([part(progress, i, 1 + 3 * len(rivals)) for i in range(1 + 3 * len(rivals))])
-        best, least = own, held_out.divergence(OWN, partial(own.solved, run), next(parts))
+        best, least = own, held_out.divergence(OWN, lambda: factored, next(parts))
         for name, method in rivals.items():
             planning, solving, measuring = islice(parts, 3)
             try:
@@ -160,30 +155,29 @@ def nearest(run: Context, own: Candidate, held_out: HeldOut) -> Candidate:
             if kl < least:
                 best, least, loser = rival, kl, best
             shutil.rmtree(loser.folder(run) / UNITS, ignore_errors=True)
-    return best
+    return best, factored if best is own else best.solved(run)
 
 
-def refitted(run: Context, chosen: Candidate, held_out: HeldOut | None) -> tuple[Factored, bool]:
-    """A candidate with its coefficients fitted again, and whether they are.
+def refitted(run: Context, chosen: Candidate, factored: Factored, held_out: HeldOut | None) -> tuple[Factored, bool]:
+    """A candidate, `factored` its solution, with its coefficients fitted again, and whether they are.
 
     They are not where that takes it away from the original on the held-out text, unless the recipe insists.
     """
-
-    guard = None if run.job.recipe.refit is True else held_out
-
-    def farther(held_out: HeldOut, progress: Progress) -> bool:
-        before = held_out.divergence(chosen.label, partial(chosen.solved, run), no_progress)
-        return held_out.divergence(REFITTED, lambda: factored, progress) >= before
-
-    factored = chosen.solved(run)
     with run.clock.step("refit") as progress:
-        if guard is not None and guard.knows(REFITTED) and farther(guard, progress):
+        if held_out is None or run.job.recipe.refit is True:
+            _fit_again(run, chosen.method, factored, progress)
+            return factored, True
+        before = held_out.divergence(chosen.label, lambda: factored, no_progress)
+        if held_out.found.get(REFITTED, -math.inf) >= before:
             return factored, False
-        evidence = replace(run.evidence, progress=progress if guard is None else part(progress, 0, 2))
-        if chosen.method.follows_original:
-            refit_to_original(factored, evidence, chosen.method.outer_root)
-        else:
-            refit_coefficients(factored, evidence)
-        if guard is not None and farther(guard, part(progress, 1, 2)):
-            return chosen.solved(run), False
-        return factored, True
+        _fit_again(run, chosen.method, factored, part(progress, 0, 2))
+        after = held_out.divergence(REFITTED, lambda: factored, part(progress, 1, 2))
+        return (factored, True) if after < before else (chosen.solved(run), False)
+
+
+def _fit_again(run: Context, method: Method, factored: Factored, progress: Progress) -> None:
+    evidence = replace(run.evidence, progress=progress)
+    if method.follows_original:
+        refit_to_original(factored, evidence, method.outer_root)
+    else:
+        refit_coefficients(factored, evidence)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.evaluate.perplexity import Perplexity, logits, negative_log_likelihood, perplexity
+from layershare.formulas.divergence import divergence
 from layershare.model.modes import evaluating
 from layershare.model.weights import require_finite
 from layershare.progress import Progress, no_progress
@@ -78,7 +79,7 @@ def evaluate(
                     q = torch.log_softmax(theirs[row].float(), dim=-1)
                     reference_nll += negative_log_likelihood(q, block)
                     agreement += int((p.argmax(-1) == q.argmax(-1)).sum())
-                    kl += float(q.exp().mul_(q - p).sum(dtype=torch.float64))
+                    kl += divergence(q, p)
     progress(len(batches), len(batches))
     _require_numbers(model, nll)
     if original is not None:

@@ -89,6 +89,11 @@ class TrainingText(CalibrationText):
     held_out: Whole
 
 
+OWN = "own"
+REFITTED = "refitted"
+"""What is compared on held-out text beside a method's rivals, which are called by their names."""
+
+
 @dataclass(frozen=True)
 class HeldOutText(Blocks):
     """The text that candidates were compared on: the label of the one that was taken, and label -> KL divergence."""

@@ -5,7 +5,7 @@ from collections import Counter
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Slice
-from layershare.report.results import HeldOutText
+from layershare.report.results import OWN, REFITTED, HeldOutText
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -148,7 +148,7 @@ def calibration(run: Run) -> str:
 
 def compared(text: HeldOutText) -> str:
     """What was found on held-out text before the result was written: every candidate's divergence."""
-    names = {"own": "its own plan", "refitted": "fitted again"}
+    names = {OWN: "its own plan", REFITTED: "fitted again"}
     found = ", ".join(f"{names.get(label, label)} {kl:.3g}" for label, kl in text.kl.items())
     return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"
 

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from layershare.calibrate.backward import Head
-from layershare.calibrate.drivers.calls import hidden_output
+from layershare.calibrate.drivers.calls import with_hidden_output
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
+from layershare.formulas.divergence import divergence
 from layershare.model.modes import evaluating
 from layershare.plan.evidence import Evidence
 from layershare.progress import Progress
@@ -40,10 +40,6 @@ class HeldOut:
         """Label -> what was found, so far."""
         return {label: self._store.facts(label)["kl"] for label in self._store}
 
-    def knows(self, label: str) -> bool:
-        """Whether what has this label was measured before."""
-        return label in self._store
-
     def divergence(self, label: str, made: Callable[[], Factored], progress: Progress) -> float:
         """KL(original ‖ compressed) in nats per token of what `made` gives, unless what has this label is known.
 
@@ -69,10 +65,11 @@ class HeldOut:
                     args, kwargs = stream.call(batch)
                     tokens, output = batches.rows(batches.tokens, batch), block(*args, **kwargs)
                     ours = head.logits(tokens, output)
-                    theirs = head.logits(tokens, _with_hidden(output, batches.rows(states, batch)))
-                    for each, wanted in zip(ours, theirs, strict=True):  # float32 for one block of text at a time
-                        p, q = (torch.log_softmax(logits[:-1].float(), -1) for logits in (each, wanted))
-                        total += float(q.exp().mul_(q - p).sum(dtype=torch.float64))
+                    wanted = batches.rows(states, batch).to(self._evidence.weights.device)
+                    theirs = head.logits(tokens, with_hidden_output(output, wanted))
+                    for both in zip(ours, theirs, strict=True):  # float32 for one block of text at a time
+                        p, q = (torch.log_softmax(logits[:-1].float(), -1) for logits in both)
+                        total += divergence(q, p)
                         predicted += len(p)
         progress(n_layers, n_layers)
         if not math.isfinite(total):
@@ -88,10 +85,3 @@ class HeldOut:
         for _ in stream:
             stream.run()
         return stream.outputs, Head(self._evidence.weights)
-
-
-def _with_hidden(output: Any, states: Tensor) -> Any:
-    """What a block returns, with other hidden states."""
-    there = hidden_output(output)
-    states = states.to(there.device, there.dtype)
-    return (states, *output[1:]) if isinstance(output, tuple) else states
