@@ -224,7 +224,8 @@ def test_refine(layershare, here):
     code, _, err = layershare(*COMPRESS, "--refine", "--set", "refine.epochs=1", "--set", "refine.lr=0.001")
     assert code == 0, err
     noted = json.loads((here / "small" / "results.json").read_text())["refine"]
-    assert (noted["epochs"], noted["lr"], len(noted["blocks"])) == (1, 0.001, 4)
+    settings = noted["settings"]
+    assert (settings["epochs"], settings["lr"], len(noted["blocks"])) == (1, 0.001, 4)
     code, _, err = layershare("compress", "dense", "-o", "same", "--method", "svd", "--keep", "1", "--refine")
     assert code == 2
     assert "no block has factors to refine" in err

@@ -71,7 +71,7 @@ class Job:
     @property
     def holds_out(self) -> bool:
         """Whether the run needs blocks of text on which choices are tried."""
-        return self.compares or (self.method.follows_original and self.refits)
+        return self.compares or self.recipe.refine is not None or (self.method.follows_original and self.refits)
 
     @property
     def kinds(self) -> frozenset[Statistic]:

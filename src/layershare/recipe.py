@@ -42,7 +42,7 @@ class Calibration:
     length: Length | None = None
     """Tokens per block; without, the model's context, up to 2048."""
     held_out: Count = 16
-    """Blocks beside these on which a refit's choices are tried, where the method makes any."""
+    """Blocks beside these on which choices are tried: plans, a refit's, the best state of what is refined."""
     seed: Seed = 2023
     """Chooses the blocks."""
     batch_size: Count = 4
@@ -83,17 +83,13 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Refine:
-    """How each block's own factors are trained towards the original block: AdamW, with cosine decay from `lr` to 0.
-
-    AA-SVD (arXiv 2604.02119) reports 25 epochs of 256 blocks at 1e-4, 32 per step, for 7B; smaller models want larger
-    steps.
-    """
+    """How each block's own factors are trained towards the original block: AdamW, with cosine decay from `lr` to 0."""
 
     __pydantic_config__ = STRICT
     epochs: Epochs = 10
     """How often all blocks of text are gone through."""
-    lr: Rate = 5e-4
-    """The learning rate of the first step."""
+    lr: Rate = 1e-2
+    """The learning rate of the first step, as a part of each tensor's size (its root mean square)."""
     batch_size: Count = 8
     """Blocks of text per step."""
     norms: Flag = False

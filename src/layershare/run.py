@@ -3,7 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,7 @@ from layershare.progress import Announce, Clock, Progress, silent
 from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import (
+    REFITTED,
     RESULTS,
     CalibrationText,
     Environment,
@@ -41,10 +42,9 @@ from layershare.report.results import (
     read_as,
     shapes,
 )
-from layershare.solve.refine import refine_blocks
 from layershare.solve.write import write_model
-from layershare.steps import Context, measuring_held_out, nearest, own_plan, refitted
-from layershare.store import Store, make_folder, write_json
+from layershare.steps import Context, measuring_held_out, nearest, own_plan, refined, refitted
+from layershare.store import make_folder, write_json
 
 
 def run(
@@ -149,13 +149,11 @@ def _carry_out(run: Context) -> Results:
     fitted = refits(chosen.plan, chosen.method, recipe.refit)
     if fitted:
         factored, fitted = refitted(run, chosen, factored, held_out)
-    plan, refined = chosen.plan, None
+    plan, trained = chosen.plan, None
     if recipe.refine is not None:
-        with clock.step("refine") as progress:
-            seed = recipe.calibration.seed
-            settings = {**asdict(recipe.refine), "seed": seed, "rows": recipe.calibration.batch_size, "refit": fitted}
-            store = Store(run.work / "refine", {**factored.identity, "refine": settings})
-            refined = refine_blocks(factored, store, replace(run.evidence, progress=progress), recipe.refine, seed)
+        assert held_out is not None
+        label = REFITTED if fitted else chosen.label
+        factored, trained = refined(run, recipe.refine, factored, label, fitted, held_out)
     source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):
@@ -181,7 +179,7 @@ def _carry_out(run: Context) -> Results:
         ridge=RIDGE,
         refit=fitted,
         refit_ridge=REFIT_RIDGE,
-        refine=refined,
+        refine=trained,
         groups={name: Solved.of(facts) for name, facts in factored.facts().items()},
         shapes=shapes(job.spec),
         held_out=compared,

@@ -24,9 +24,11 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.progress import Clock, Progress, no_progress, part
-from layershare.report.results import OWN, REFITTED
+from layershare.recipe import Refine
+from layershare.report.results import OWN, REFINED, REFITTED, Refined, RefinedBlock
 from layershare.solve.apply import UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
+from layershare.solve.refine import refine_blocks
 from layershare.solve.two_streams import refit_to_original
 from layershare.store import Store, write_atomically
 
@@ -161,18 +163,41 @@ def nearest(run: Context, own: Candidate, factored: Factored, held_out: HeldOut)
 def refitted(run: Context, chosen: Candidate, factored: Factored, held_out: HeldOut | None) -> tuple[Factored, bool]:
     """A candidate, `factored` its solution, with its coefficients fitted again, and whether they are.
 
-    They are not where that takes it away from the original on the held-out text, unless the recipe insists.
+    They are not where that takes it away from the original on the held-out text, unless the recipe insists, or the
+    method is one whose paper fits them blindly.
     """
     with run.clock.step("refit") as progress:
-        if held_out is None or run.job.recipe.refit is True:
-            _fit_again(run, chosen.method, factored, progress)
-            return factored, True
+        fitted = factored.branch()
+        if held_out is None or run.job.recipe.refit is True or not run.job.method.follows_original:
+            _fit_again(run, chosen.method, fitted, progress)
+            return fitted, True
         before = held_out.divergence(chosen.label, lambda: factored, no_progress)
         if held_out.found.get(REFITTED, -math.inf) >= before:
             return factored, False
-        _fit_again(run, chosen.method, factored, part(progress, 0, 2))
-        after = held_out.divergence(REFITTED, lambda: factored, part(progress, 1, 2))
-        return (factored, True) if after < before else (chosen.solved(run), False)
+        _fit_again(run, chosen.method, fitted, part(progress, 0, 2))
+        after = held_out.divergence(REFITTED, lambda: fitted, part(progress, 1, 2))
+        return (fitted, True) if after < before else (factored, False)
+
+
+def refined(
+    run: Context, options: Refine, factored: Factored, label: str, fitted: bool, held_out: HeldOut
+) -> tuple[Factored, Refined]:
+    """A solution, `label` its own on the held-out text, with its blocks refined, and what became of them.
+
+    It is left as it was where that takes it away from the original on the held-out text. `fitted`: whether its
+    coefficients are fitted again.
+    """
+    recipe = run.job.recipe
+    with run.clock.step("refine") as progress:
+        before = held_out.divergence(label, lambda: factored, no_progress)
+        trained, seed = factored.branch(), recipe.calibration.seed
+        settings = {**asdict(options), "seed": seed, "rows": recipe.calibration.batch_size, "refit": fitted}
+        store = Store(run.work / "refine", {**factored.identity, "refine": settings})
+        blocks = refine_blocks(trained, store, replace(run.evidence, progress=progress), options, seed)
+        after = held_out.divergence(REFINED, lambda: trained, no_progress)
+    kept = after < before
+    noted = {layer: RefinedBlock(**facts) for layer, facts in blocks.items()}
+    return trained if kept else factored, Refined(options, kept, noted)
 
 
 def _fit_again(run: Context, method: Method, factored: Factored, progress: Progress) -> None:

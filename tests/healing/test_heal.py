@@ -14,6 +14,7 @@ from layershare.healing.objective import Objective
 from layershare.healing.parameters import choose, lora_targets, merge
 from layershare.healing.settings import Lora
 from layershare.healing.trainer import HealTrainer, Ordered, last_checkpoint
+from layershare.healing.watch import held_out_loss
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.store import MANIFEST
@@ -207,6 +208,38 @@ def test_results_tell_all_and_the_compression_s_stay(small, tmp_path):
     for name in ("plan.json", "recipe.yaml"):
         assert (tmp_path / "out" / name).read_bytes() == (small / name).read_bytes()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+def test_the_state_that_is_best_on_held_out_text_is_kept(small, tmp_path):
+    # Far too large steps: first it becomes better, then worse.
+    options = {"train": "factors", "optimizer": {"lr": 0.1, "schedule": "constant", "warmup": 0}}
+    done = heal(small, tmp_path / "out", **options)
+    held_out = [entry["held_out_loss"] for entry in done["log"] if "held_out_loss" in entry]
+    assert min(held_out) < min(held_out[0], held_out[-1])
+    tokens = job(small, **options).held_out
+    assert held_out_loss(load(tmp_path / "out"), tokens, 4, torch.device("cpu")) == pytest.approx(min(held_out))
+
+
+def test_a_training_that_never_helps_changes_nothing(small, tmp_path):
+    one = asdict(settings(small).text) | {"tokens": 4 * 16}
+    done = heal(small, tmp_path / "out", lora={"targets": "factors"}, text=one, optimizer={"lr": 3.0, "warmup": 0})
+    held_out = [entry["held_out_loss"] for entry in done["log"] if "held_out_loss" in entry]
+    assert held_out[0] == min(held_out)
+    assert changed(small, tmp_path / "out") == set()
+
+
+def test_relative_steps_are_a_part_of_each_tensor(small, tmp_path):
+    one = asdict(settings(small).text) | {"tokens": 4 * 16}
+    options = {"relative": True, "lr": 1e-3, "warmup": 0, "max_grad_norm": 1e30}
+    heal(small, tmp_path / "out", train="factors", text=one, optimizer=options)
+    before, after = weights(small), weights(tmp_path / "out")
+    moved = changed(small, tmp_path / "out")
+    assert moved
+    for name in moved:  # Adam's first step is as long for every entry, but for those of tiny gradients
+        step = (after[name] - before[name]).abs().max() / before[name].square().mean().sqrt()
+        assert step.item() == pytest.approx(1e-3, rel=1e-2)
+    with pytest.raises(LayershareError, match="as adapters are at first"):
+        heal(small, tmp_path / "lora", train="lora", text=one, optimizer=options)
 
 
 def test_stored_logits_of_the_teacher_do_for_the_teacher(small, tmp_path):

@@ -1,6 +1,6 @@
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import layershare
 from layershare.calibrate.drivers.calls import hidden_output
 from layershare.calibrate.stream import Stream
-from layershare.calibrate.text import Text, load_text
+from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
+from layershare.job import load_and_hold_out
 from layershare.model.describe import describe
 from layershare.model.norms import norm_parameters
 from layershare.model.weights import Weights
@@ -28,7 +29,7 @@ from tests.families import tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
-SOME = {"epochs": 2, "lr": 3e-3, "batch_size": 4}
+SOME = {"epochs": 2, "lr": 1e-2, "batch_size": 4}
 
 
 def recipe_for(folder: Path, **changes) -> Recipe:
@@ -39,8 +40,8 @@ def recipe_for(folder: Path, **changes) -> Recipe:
 
 @torch.no_grad()
 def hidden(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, ...]:
-    """What leaves each block on the calibration text; of the last block, after the last norm."""
-    text = load_text(recipe.calibration.text, tokenizer, split="train", blocks=8, length=64)
+    """What leaves each block on the held-out text; of the last block, after the last norm."""
+    _, text = load_and_hold_out(recipe.calibration, tokenizer, model.config)
     return model(text.tokens, output_hidden_states=True).hidden_states[1:]
 
 
@@ -65,18 +66,21 @@ def test_errors_fall_and_only_private_factors_change(folder, tmp_path, tokenizer
 
     assert results[False].refine is None
     noted = results[True].refine
-    assert {key: noted[key] for key in (*SOME, "norms")} == {**SOME, "norms": False}
+    assert asdict(noted.settings) == {**SOME, "norms": False}
+    found = results[True].held_out
+    assert noted.kept
+    assert found.kl["refined"] < found.kl["refitted"]
     dense = hidden(tiny_model("llama"), recipe, tokenizer)
     before, after = (hidden(models[refine], recipe, tokenizer) for refine in (False, True))
     for layer in range(4):
-        facts = noted["blocks"][str(layer)]
-        assert facts["error"] < 0.95 * facts["start"]
-        assert facts["epoch"] > 0
+        facts = noted.blocks[str(layer)]
+        assert facts.error < 0.98 * facts.start
+        assert facts.epoch > 0
         if layer < 3:
             error = float((dense[layer] - after[layer]).square().sum() / dense[layer].square().sum())
-            assert facts["error"] == pytest.approx(error, rel=1e-4)
+            assert facts.error == pytest.approx(error, rel=1e-4)
     start = float((dense[0] - before[0]).square().sum() / dense[0].square().sum())
-    assert noted["blocks"]["0"]["start"] == pytest.approx(start, rel=1e-4)
+    assert noted.blocks["0"].start == pytest.approx(start, rel=1e-4)
 
 
 def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, tokenizer):
@@ -105,7 +109,9 @@ def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, t
 def test_a_block_never_becomes_worse(folder, tmp_path):
     run(recipe_for(folder, method="svd"), tmp_path / "plain")
     results = run(recipe_for(folder, method="svd", refine={**SOME, "lr": 30.0}), tmp_path / "wild")
-    assert all(facts["epoch"] == 0 for facts in (results.refine or {})["blocks"].values())
+    assert results.refine is not None
+    assert all(facts.epoch == 0 for facts in results.refine.blocks.values())
+    assert not results.refine.kept
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "wild")]
     assert weights[0] == weights[1]
 
@@ -197,9 +203,11 @@ def test_a_block_is_as_the_plan_makes_it(tmp_path):
 def test_the_method_delta_is_refined(folder, tmp_path):
     options = {"protect": 0, "unit": "both"}
     recipe = recipe_for(folder, method="delta", keep=0.8, options=options, refine={**SOME, "epochs": 3, "lr": 1e-2})
-    noted = (run(recipe, tmp_path / "out").refine or {})["blocks"]
+    results = run(recipe, tmp_path / "out").refine
+    assert results is not None
+    noted = results.blocks
     assert noted
-    assert all(facts["error"] < 0.9 * facts["start"] for facts in noted.values())
+    assert all(facts.error < 0.95 * facts.start for facts in noted.values())
     run(replace(recipe, refine=None), tmp_path / "plain")
     names = changed(*(AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("plain", "out")))
     assert {name.split(".")[-2] for name in names} == {"down", "up"}
@@ -211,10 +219,11 @@ def test_deltas_are_refined_and_anchors_stay(with_norms, tmp_path):
     before = copy.deepcopy(model)
     factored = factored_by_hand(model, tmp_path, EDITS)
     text = Text(tokens(8, 16), "random", "", "", bos=False)
-    evidence = Evidence(factored.spec, factored.weights, calibration=text, batch_size=2)
+    spare = replace(text, tokens=tokens(12, 16)[8:])
+    evidence = Evidence(factored.spec, factored.weights, calibration=text, spare=spare, batch_size=2)
     store = Store(tmp_path / "refine", {})
     options = Refine(epochs=3, lr=1e-2, batch_size=4, norms=with_norms)
-    facts = refine_blocks(factored, store, evidence, options, 0)["blocks"]
+    facts = refine_blocks(factored, store, evidence, options, 0)
     assert set(facts) == {"0", "2", "3"}  # layer 1 is an anchor without a delta
     assert all(each["error"] < each["start"] for each in facts.values())
     expected = {f"model.layers.{i}.self_attn.q_proj.coef.weight" for i in (0, 2)}

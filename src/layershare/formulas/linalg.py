@@ -200,6 +200,11 @@ def pivot_factors(factors: Factors, side: Literal["input", "output"]) -> Factors
     return replace(factors, basis=rest.T, coefs=coefs, order=order.argsort())
 
 
+def root_mean_square(tensor: Tensor) -> float:
+    """√(Σxᵢ²/n) of all entries, in float32."""
+    return float(tensor.detach().float().square().mean().sqrt())
+
+
 def weighted_mean(weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:
     """M = (ΣGᵢ)⁻¹ΣGᵢWᵢ, which minimises Σ‖Xᵢ(Wᵢ − M)‖²; d_in × d_out, float64.
 

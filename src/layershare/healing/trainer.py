@@ -14,10 +14,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from layershare.errors import LayershareError
 from layershare.foreign import reading
+from layershare.formulas.linalg import root_mean_square
 from layershare.healing.arguments import OPTIMIZER
 from layershare.healing.objective import Objective
 
 WEIGHTS = "trained.safetensors"
+BEST = "best"
+"""The folder of the trained parameters that were best on the held-out blocks so far."""
 WHOLE = "whole"
 """The file that is written last into a checkpoint; one without it is half of one."""
 
@@ -50,9 +53,10 @@ class Diverged(LayershareError):
 class HealTrainer(Trainer):
     """The Trainer: what is ours is the loss, the order, and what a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, objective: Objective, **options: Any) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, *, relative: bool = False, **options: Any) -> None:
         super().__init__(model, **options)
         self.objective = objective
+        self.relative = relative
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by accumulation steps
         self.remove_callback(PrinterCallback)
         self._parts: dict[str, list[Tensor]] = {}
@@ -69,9 +73,25 @@ class HealTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer. Raises `LayershareError` for what it refuses in this model, or if it is not installed."""
+        """The optimizer, with a group per tensor if steps are `relative` to its size.
+
+        Raises `LayershareError` for what it refuses in this model, if it is not installed, or for relative steps of
+        tensors that are zero.
+        """
         with reading(f"The optimizer '{self.args.optim}'", OPTIMIZER):
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
+        if self.relative:
+            groups, optimizer.param_groups = optimizer.param_groups, []
+            for group in groups:
+                for parameter in group["params"]:
+                    lr = group["lr"] * root_mean_square(_whole(parameter))
+                    if lr == 0:
+                        raise LayershareError(
+                            "optimizer.relative has steps of a part of each tensor's size, but some that train are all "
+                            "zero, as adapters are at first; leave it out, or train factors."
+                        )
+                    optimizer.add_param_group({**group, "params": [parameter], "lr": lr})
+        return optimizer
 
     def diverged(self, when: str) -> Diverged:
         """The error for a loss or weights that are no numbers."""
@@ -100,8 +120,8 @@ class HealTrainer(Trainer):
         """
         whole = {}
         for name, parameter in self._trained().items():
-            tensor = parameter.detach()
-            whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.contiguous()
+            tensor = _whole(parameter)
+            whole[name] = tensor.cpu() if isinstance(parameter, DTensor) else tensor.contiguous()
         if not all(torch.isfinite(each).all() for each in whole.values()):
             raise self.diverged(f"after step {self.state.global_step}")
         return whole
@@ -112,7 +132,18 @@ class HealTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(trained, folder / WEIGHTS)
+            save_file(trained, folder / f"{WEIGHTS}.new")
+            (folder / f"{WEIGHTS}.new").replace(folder / WEIGHTS)  # never half of one in its place
+
+    def keep_as_best(self) -> None:
+        """Remember the trained parameters as they are now. Raises `Diverged` if one is not finite."""
+        self.save_model(str(Path(str(self.args.output_dir)) / BEST))
+
+    def take_best(self) -> None:
+        """Set the trained parameters to what was remembered last."""
+        assert self.model is not None
+        self.accelerator.wait_for_everyone()  # until the main process has written it
+        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / BEST))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trained = self._trained()
@@ -122,6 +153,12 @@ class HealTrainer(Trainer):
                 if isinstance(target, DTensor):
                     tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
                 target.copy_(tensor)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter, of which FSDP may have a shard on each rank, all of which have to call it then."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def last_checkpoint(folder: Path) -> Path | None:

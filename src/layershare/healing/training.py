@@ -17,7 +17,7 @@ from layershare.healing.objective import Objective
 from layershare.healing.parameters import merge
 from layershare.healing.replacement import ReplacementCallback, gates
 from layershare.healing.trainer import HealTrainer, Ordered, last_checkpoint
-from layershare.healing.watch import Watch
+from layershare.healing.watch import Watch, best
 from layershare.model.arch import find_blocks
 from layershare.progress import Progress, Say
 
@@ -52,8 +52,8 @@ class Trained:
 
     @property
     def held_out_loss(self) -> float:
-        """That of the last measurement on the held-out blocks."""
-        return next(entry["held_out_loss"] for entry in reversed(self.log) if "held_out_loss" in entry)
+        """That of the best measurement on the held-out blocks, after which the model is as it was then."""
+        return best(self.log)["held_out_loss"]
 
 
 def train(
@@ -72,7 +72,8 @@ def train(
             stack.enter_context(_no_denormals())
         if healing.compile:
             stack.enter_context(compiled(model, original))
-        trainer = HealTrainer(student, Objective(healing.loss, model, teacher), args=options, train_dataset=data)
+        objective, relative = Objective(healing.loss, model, teacher), healing.optimizer.relative
+        trainer = HealTrainer(student, objective, relative=relative, args=options, train_dataset=data)
         if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
             raise LayershareError("FSDP of version 1 cannot train layers that share; launch with --fsdp_version 2.")
         if healing.replace is not None:
@@ -101,7 +102,13 @@ def _no_denormals() -> Iterator[None]:
 
 
 def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:
-    """The trained model out of what accelerate wrapped it in; where it was sharded, it is loaded anew."""
+    """The model as it was when its held-out loss was least, out of what accelerate wrapped it in.
+
+    Where it was sharded, or never better than at first, it is loaded anew.
+    """
+    if best(trainer.state.log_history)["step"] == 0:
+        return job.student()
+    trainer.take_best()
     if not trainer.is_fsdp_enabled:
         return trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     whole = job.student()

@@ -21,7 +21,7 @@ _TIMED = 5
 
 
 class Watch(TrainerCallback):
-    """Reports progress, tells how it goes, measures on held-out blocks, and marks checkpoints that are whole."""
+    """Reports progress, tells how it goes, keeps what is best on held-out blocks, and marks whole checkpoints."""
 
     def __init__(
         self, trainer: HealTrainer, held_out: Tensor, every: int, rows: int, progress: Progress, say: Say
@@ -81,9 +81,16 @@ class Watch(TrainerCallback):
             raise self.trainer.diverged(f"after step {state.global_step}")
         perplexity, length = math.exp(min(nll, 700)), self.held_out.shape[1]
         state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
+        if 0 < best(state.log_history)["step"] == state.global_step:
+            self.trainer.keep_as_best()
         self.say(
             f"step {state.global_step} of {state.max_steps}: held-out perplexity {perplexity:.4g}, blocks of {length:,}"
         )
+
+
+def best(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of a log with the least held-out loss, the first one of several."""
+    return min((entry for entry in log if "held_out_loss" in entry), key=lambda entry: entry["held_out_loss"])
 
 
 @torch.no_grad()

@@ -71,8 +71,8 @@ def count_work(
 
     It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit to so many `streams`,
     to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. On `held_out` × `length` tokens, which
-    a refit takes, too, it measures its plan, those of its `rivals`, which it solves for that, and the refit. Without a
-    plan, every matrix counts as solved at its full rank, if the method solves anything.
+    refit and refinement take, too, it measures its plan, those of its `rivals`, which it solves for that, the refit and
+    the refinement. Without a plan, every matrix counts as solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length
     sites = {linear.site: linear.d_in for linear in spec.linears}.values()
@@ -91,12 +91,13 @@ def count_work(
         width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
         turned = 2 * spec.n_layers * width**3 + width * sum(linear.parameters for linear in spec.linears)
         return Work(2 * tokens * forward, 2 * tokens * spec.n_layers * width**2, turned, 2 * spec.n_layers * width**3)
-    compared = (rivals + 2) * held_out * length * (forward + 2 * spec.head_multiplications)
+    compared = (rivals + 2 + (epochs > 0)) * held_out * length * (forward + 2 * spec.head_multiplications)
     if streams:
         passes += _REFIT[streams] * (blocks + held_out) / blocks
         single += streams * grams
     if epochs:
-        passes += 3 + 4 * epochs  # original, compressed, start; then forward, backward (twice a forward) and error
+        passes += 2 + 3 * epochs  # original, compressed; forward and backward, which is twice a forward
+        passes += (3 + epochs) * held_out / blocks  # the same of the former, and every epoch's error
     model = (
         int(tokens * passes) * forward
         + head

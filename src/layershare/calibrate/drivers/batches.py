@@ -10,6 +10,9 @@ from torch import Tensor
 
 from layershare.disk import require_disk, writing
 
+Part = tuple[int, slice]
+"""The number of a batch, and rows of it."""
+
 
 class Batches:
     """Token ids [n, length] in batches of `size` rows, and the room for their hidden states."""
@@ -25,6 +28,12 @@ class Batches:
     def rows(self, states: Tensor, batch: int) -> Tensor:
         """The part [rows, ...] of a tensor [n, ...] that belongs to one batch."""
         return states[batch * self.size : (batch + 1) * self.size]
+
+    def split(self, first: int) -> tuple[list[Part], list[Part]]:
+        """The first so many rows, and the others, as parts of batches."""
+        ends = [min(max(first - batch * self.size, 0), self.size) for batch in range(len(self))]
+        front = [(batch, slice(end)) for batch, end in enumerate(ends) if end > 0]
+        return front, [(batch, slice(end, None)) for batch, end in enumerate(ends) if end < self.size]
 
     def room(self, like: Tensor) -> Tensor:
         """Uninitialised hidden states [n, length, width] on the CPU, given some of one batch."""
