@@ -11,6 +11,7 @@ from layershare.foreign import parse_yaml, read_text, reading, write_yaml
 from layershare.values import (
     STRICT,
     Count,
+    Counted,
     Dial,
     Epochs,
     Flag,
@@ -109,8 +110,8 @@ class Recipe:
     """The method's own options."""
     keep: Dial = 0.8
     """What remains: a fraction (0.8), parameters (5.4B) or a size (11GB)."""
-    of: Literal["all", "targets"] = "all"
-    """Whether `keep` counts all parameters, or the compressed linears alone as the papers do."""
+    of: Counted = "all"
+    """What `keep` counts: all parameters, those of the compressed linears as the papers do, or products per token."""
     plan: Word | None = None
     """A plan file to carry out in place of the method's own plan."""
     refit: Literal["auto"] | Flag = "auto"

@@ -6,7 +6,7 @@ within which it means something and can be computed with.
 
 import re
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -68,6 +68,8 @@ Rate = Annotated[Number, Field(ge=1e-12, le=1e30)]
 """A learning rate, or the length of a gradient: what float32 can still be multiplied by."""
 Dial = Annotated[float | str, BeforeValidator(_dial)]
 """What `plan.budget.parse_keep` reads."""
+Counted = Literal["all", "targets", "multiplications"]
+"""What `keep` counts: all parameters, those of the compressed linears alone, or multiplications per token."""
 ShardSize = Annotated[Word, AfterValidator(_shards)]
 
 _T = TypeVar("_T")

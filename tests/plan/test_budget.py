@@ -102,6 +102,29 @@ def test_keep_in_parameters_and_in_bytes():
         assert 0.98 * 0.7 < getattr(plan.after, of).bytes / before.bytes <= 0.7001
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("svd-llm", {}), ("svd-llm", {"pivot": True}), ("basis-sharing", {}), ("slicegpt", {})],
+)
+def test_keep_of_multiplications(method, options):
+    spec = describe(AutoConfig.for_model("llama"))  # of real size, so that small steps are possible
+    for keep in (0.8, 0.5):
+        plan = plan_with(spec, method, make_method(method, options), keep, "multiplications")
+        assert 0.95 * keep < plan.after.all.multiplications / plan.before.all.multiplications <= keep
+        if method == "basis-sharing":  # a basis is stored once, and multiplied for every layer
+            assert plan.after.all.parameters / plan.before.all.parameters < keep - 0.05
+    with pytest.raises(LayershareError, match="The output head alone takes"):
+        plan_with(spec, method, make_method(method, options), 0.01, "multiplications")
+    with pytest.raises(LayershareError, match="Multiplications have no bytes"):
+        plan_with(spec, method, make_method(method, options), "5GB", "multiplications")
+
+
+def test_deltas_save_no_multiplications():
+    spec = describe(AutoConfig.for_model("llama"))
+    with pytest.raises(LayershareError, match="they never save multiplications"):
+        plan_with(spec, "delta", make_method("delta"), 0.9, "multiplications")
+
+
 @pytest.mark.parametrize("of", ["all", "targets"])
 def test_keep_that_cannot_be_met_is_refused(of):
     spec, method = describe(CONFIGS["llama"]()), make_method("svd")

@@ -82,7 +82,7 @@ Of = Annotated[
         "--of",
         metavar="WHAT",
         autocompletion=choices(Recipe, "of"),
-        help="Count `all` parameters, or the compressed `targets` alone.",
+        help="Count `all` parameters, the compressed `targets` alone, or `multiplications` per token.",
     ),
 ]
 Options = Annotated[

@@ -25,7 +25,7 @@ from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
-from layershare.plan.budget import Budget, allowed, measure, parse_keep
+from layershare.plan.budget import Budget, allowed, excess, measure, parse_keep
 from layershare.plan.edits import Edit, check
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
@@ -96,7 +96,7 @@ def plan_with(
     budget = allowed(spec, wanted, of)
     if method.searches and wanted.bytes is not None:  # so that the search need not be repeated
         budget, _ = _fitting(spec, budget, wanted.bytes, lambda less: uniform(spec, private_groups(spec.linears), less))
-    budget, edits = (budget, choose(budget)) if wanted.bytes is None else _fitting(spec, budget, wanted.bytes, choose)
+    budget, edits = _fitting(spec, budget, wanted.bytes, choose)
     check(spec, edits)
     sizes = measure(spec, ()), measure(spec, edits)
     loss = method.predicted(edits, evidence)
@@ -104,15 +104,21 @@ def plan_with(
 
 
 def _fitting(
-    spec: Spec, budget: Budget, size: int, choose: Callable[[Budget], tuple[Edit, ...]]
+    spec: Spec, budget: Budget, size: int | None, choose: Callable[[Budget], tuple[Edit, ...]]
 ) -> tuple[Budget, tuple[Edit, ...]]:
-    """The largest budget found whose edits need no more than `size` bytes: the file's header depends on them, too."""
-    targets = measure(spec, ()).targets
+    """The largest budget found whose edits need no more than `size` bytes, if given, and multiply as often as allowed.
+
+    The file's header depends on them, too, and so do the products of what is shared.
+    """
+    first, targets = budget, measure(spec, ()).targets
     while True:
         edits = choose(budget)
-        after = measure(spec, edits)
-        excess = (after.all if budget.of == "all" else after.targets).bytes - size
-        if excess <= 0:
+        after, parameters = measure(spec, edits), budget.parameters
+        if size is not None:
+            more = (after.all if budget.of == "all" else after.targets).bytes - size
+            parameters -= ceil(more * targets.parameters / targets.bytes)
+        elif budget.of == "multiplications" and (more := excess(first, spec, after)) > 0:
+            parameters = min(parameters - 1, parameters * first.parameters // (first.parameters + more))
+        if parameters >= budget.parameters:
             return budget, edits
-        parameters = budget.parameters - ceil(excess * targets.parameters / targets.bytes)
         budget = replace(budget, fraction=budget.fraction * parameters / budget.parameters, parameters=parameters)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, prod
-from typing import Literal
+from typing import get_args
 
 from layershare.errors import LayershareError, short, unknown
 from layershare.model.arch import Spec
@@ -13,10 +13,16 @@ from layershare.model.checkpoint import file_bytes
 from layershare.plan.edits import Edit, dropped_parts, kept_layers, sharing, sliced_width
 from layershare.plan.layout import checkpoint_tensors, composed_tensors, compositions, origins
 from layershare.plan.slices import target_names
+from layershare.values import Counted
 
 _DIAL = r"((?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][-+]?[0-9]{1,3})?)\s*([A-Za-z]*)"
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_NAMES = {
+    "all": "parameters",
+    "targets": "parameters in its targets",
+    "multiplications": "multiplications per token",
+}
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,22 @@ class Sizes:
     all: Size
     targets: Size
 
+    def counted(self, of: Counted) -> int:
+        """What `keep` counts."""
+        return self.all.multiplications if of == "multiplications" else getattr(self, of).parameters
+
 
 @dataclass(frozen=True)
 class Budget:
     """What may be kept: of the targets a fraction and the count that is never exceeded, and what the user counts `of`.
 
-    With `of="all"` the whole model may have `parameters` plus everything that is not a target.
+    With `of="all"` the whole model may have `parameters` plus everything that is not a target, and with
+    `of="multiplications"` it may multiply as often, plus the output head.
     """
 
     fraction: Fraction
     parameters: int
-    of: Literal["all", "targets"] = "targets"
+    of: Counted = "targets"
 
 
 @dataclass(frozen=True)
@@ -131,22 +142,24 @@ def target_parameters(spec: Spec) -> int:
 
 def allows(budget: Budget, spec: Spec, edits: Sequence[Edit]) -> bool:
     """Whether the model after the edits is within the budget, in what the user counts."""
-    sizes = measure(spec, edits)
-    if budget.of == "targets":
-        return sizes.targets.parameters <= budget.parameters
-    return sizes.all.parameters <= budget.parameters + spec.parameters - target_parameters(spec)
+    return excess(budget, spec, measure(spec, edits)) <= 0
+
+
+def excess(budget: Budget, spec: Spec, after: Sizes) -> int:
+    """By how much a model of this size is over the budget, in what the user counts."""
+    rest = measure(spec, ()).counted(budget.of) - target_parameters(spec)
+    return after.counted(budget.of) - budget.parameters - rest
 
 
 def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
-    """The targets' budget under `keep`, counted of all parameters (`of="all"`) or of the targets alone.
+    """The targets' budget under `keep`, counted of all parameters, of the targets alone, or of multiplications.
 
-    Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed, and for other
-    words than these two.
+    Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed, for bytes of
+    multiplications, and for other words than these three.
     """
-    if of != "all" and of != "targets":  # so that its type is known
-        raise unknown("of", of, ("all", "targets"))
-    targets = target_parameters(spec)
-    total = spec.parameters if of == "all" else targets
+    if of != "all" and of != "targets" and of != "multiplications":  # so that its type is known
+        raise unknown("of", of, get_args(Counted))
+    targets, total = target_parameters(spec), measure(spec, ()).counted(of)
     rest = total - targets
     if keep.fraction is not None:
         wanted = keep.fraction * total
@@ -154,15 +167,18 @@ def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
         wanted = Fraction(keep.parameters)
     else:
         assert keep.bytes is not None
+        if of == "multiplications":
+            raise LayershareError("Multiplications have no bytes; give keep as a fraction (0.5) or a count (5.4B).")
         sizes = measure(spec, ())
         size = sizes.all.bytes if of == "all" else sizes.targets.bytes
         itemsize = Fraction(sizes.targets.bytes, targets)
         wanted = total - (size - keep.bytes) / itemsize
     if wanted > total:
         raise LayershareError(
-            f"The model has {total:,} parameters{'' if of == 'all' else ' in its targets'}, less than keep asks for: "
-            "there is nothing to compress."
+            f"The model has {total:,} {_NAMES[of]}, less than keep asks for: there is nothing to compress."
         )
+    if wanted <= rest and of == "multiplications":
+        raise LayershareError(f"The output head alone takes {rest:,} multiplications per token; keep more.")
     if wanted <= rest:
         raise LayershareError(
             "keep is smaller than what cannot be compressed: embeddings, norms, biases and file header take "

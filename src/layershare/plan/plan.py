@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import FailFast, Field, ValidationError
 
@@ -12,7 +12,7 @@ from layershare.foreign import parse_json, read_text, reading
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes, measure, parse_keep
 from layershare.plan.edits import Edit, check
-from layershare.values import STRICT, Dial, Word, checked, first_fault
+from layershare.values import STRICT, Counted, Dial, Word, checked, first_fault
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
     method: Word
     options: dict[Word, Any]
     keep: Dial
-    of: Literal["all", "targets"]
+    of: Counted
     before: Sizes
     after: Sizes
     edits: Annotated[tuple[Edit, ...], FailFast(), Field(max_length=100_000)]

@@ -88,9 +88,8 @@ class SliceGpt(Method):
 
 
 def _used(spec: Spec, budget: Budget, edit: Slice) -> int:
-    """Parameters of the model or of the targets, as the budget counts."""
-    sizes = measure(spec, (edit,))
-    return (sizes.targets if budget.of == "targets" else sizes.all).parameters
+    """What the budget counts of the sliced model."""
+    return measure(spec, (edit,)).counted(budget.of)
 
 
 def _widest(spec: Spec, budget: Budget, step: int) -> Slice:
