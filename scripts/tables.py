@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`heal MODEL`, `speed`, `measured METHOD`, or, from the code, `recipe KIND` or `options`.
+`repair MODEL`, `first`, `heal MODEL`, `speed`, `measured METHOD`, or, from the code, `recipe KIND` or `options`.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.heal.tables import heal_page, speed_page
-from benchmarks.methods.tables import machine, markdown, measured_method, model_page, variants_page
+from benchmarks.methods.tables import machine, markdown, measured_method, model_page, models_page, variants_page
 from benchmarks.results import Results
 from scripts.method_matrix import matrix
 from scripts.recipe_tables import options_page, recipe_page
@@ -19,8 +19,8 @@ from scripts.recipe_tables import options_page, recipe_page
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
 BENCHMARKS = ROOT / "benchmarks"
-METHODS, FORMS, AUTO, HEAL = (
-    Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "forms", "auto", "heal")
+METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL = (
+    Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "forms", "auto", "repair", "first", "heal")
 )
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
@@ -69,6 +69,10 @@ def table(name: str) -> str:
         return variants_page(FORMS, which, kind)
     if kind == "auto":
         return variants_page(AUTO, which, kind)
+    if kind == "repair":
+        return variants_page(REPAIR, which, kind)
+    if kind == "first":
+        return models_page(FIRST, kind)
     if kind == "heal":
         return heal_page(HEAL, which)
     if kind == "speed":

@@ -1,6 +1,6 @@
 """Tables of the experiments in benchmarks/methods: by model for docs/results.md, by method for docs/papers.md."""
 
-from math import log
+from math import inf, log
 from typing import Any
 
 from benchmarks.results import Results
@@ -115,12 +115,32 @@ def _perplexity(results: list[Values], method: str, keep: float, test: int) -> s
     return ""
 
 
-def variants_page(every: Results, model: str, folder: str) -> str:
-    """Perplexity on each text by what was done and size, worst first, with what is added to its logarithm."""
-    found = [each for name, each in every.read().items() if name.startswith(f"{model}/")]
-    found = done([each for each in found if "method" in each["experiment"]])
-    if not found:
-        return UNMEASURED
+def models_page(every: Results, folder: str) -> str:
+    """Perplexity of several models on their first text, a column per model and size, the worst first."""
+    columns: dict[tuple[str, float], dict[str, str]] = {}
+    notes, worst = [], {"original": inf}
+    for model in dict.fromkeys(name.split("/")[0] for name in every.read()):
+        found = [each for name, each in every.read().items() if name.startswith(f"{model}/")]
+        found = [each for each in found if "method" in each["experiment"]]
+        first = require_comparable(done(found), model, folder)
+        text, original = first["text"], first["original_perplexity"]["value"]
+        for each in sorted(found, key=lambda each: -each["experiment"]["keep"]):
+            cells = columns.setdefault((model, each["experiment"]["keep"]), {"original": f"{original:.4g}"})
+            cells[each["experiment"]["method"]] = _added(each, 0, original)
+            value = inf if "refused" in each else each["evaluations"][0]["perplexity"]["value"]
+            worst.setdefault(each["experiment"]["method"], value)
+        blocks = f"{text['blocks']} blocks of {text['length']} tokens"
+        notes.append(f"{model}: perplexity on {text['source']}, {blocks}; {machine(done(found)[-1])}")
+    header = ["kept of the targets", *(f"{model}, {keep:.0%}" for model, keep in columns)]
+    order = sorted(worst, key=lambda method: -worst[method])
+    rows = [[method, *(cells.get(method, "") for cells in columns.values())] for method in order]
+    mark = "† not within 0.5 % of the size of its column."
+    marks = [mark] if any("†" in cell for row in rows for cell in row) else []
+    return "\n\n".join([markdown(header, rows), *marks, *notes])
+
+
+def require_comparable(found: list[Values], model: str, folder: str) -> Values:
+    """What was measured first on a model; raises `ValueError` if its results are of other weights or texts."""
     require_same(
         model,
         f"benchmarks/{folder}",
@@ -129,20 +149,36 @@ def variants_page(every: Results, model: str, folder: str) -> str:
             "test texts": {each["evaluations"][0]["text"]["tokens_sha256"] for each in found},
         },
     )
+    return found[0]["evaluations"][0]
+
+
+def _added(result: Values, test: int, original: float) -> str:
+    """Perplexity, what is added to its logarithm, and a mark if it is not of the size of its column."""
+    if "refused" in result:
+        return "refused"
+    value = result["evaluations"][test]["perplexity"]["value"]
+    return f"{value:.4g} ({log(value / original):+.4f}){' †' if off_size(result) else ''}"
+
+
+def variants_page(every: Results, model: str, folder: str) -> str:
+    """Perplexity on each text by what was done and size, worst first, with what is added to its logarithm."""
+    found = [each for name, each in every.read().items() if name.startswith(f"{model}/")]
+    found = done([each for each in found if "method" in each["experiment"]])
+    if not found:
+        return UNMEASURED
+    require_comparable(found, model, folder)
     keeps = sorted({each["experiment"]["keep"] for each in found}, reverse=True)
     tables = []
     for number, test in enumerate(found[0]["evaluations"]):
         text, original = test["text"], test["original_perplexity"]["value"]
         values: dict[str, dict[float, float]] = {}
-        marks = {}
+        cells: dict[str, dict[float, str]] = {}
         for each in found:
             name, keep = each["experiment"]["method"], each["experiment"]["keep"]
             values.setdefault(name, {})[keep] = each["evaluations"][number]["perplexity"]["value"]
-            marks[name, keep] = " †" if off_size(each) else ""
-        rows = []
-        for name in sorted(values, key=lambda name: -values[name].get(keeps[-1], 0)):
-            cells = {keep: f"{x:.4g} ({log(x / original):+.4f}){marks[name, keep]}" for keep, x in values[name].items()}
-            rows.append([name, *(cells.get(keep, "") for keep in keeps)])
+            cells.setdefault(name, {})[keep] = _added(each, number, original)
+        worst_first = sorted(values, key=lambda name: -values[name].get(keeps[-1], 0))
+        rows = [[name, *(cells[name].get(keep, "") for keep in keeps)] for name in worst_first]
         title = (
             f"{model}, perplexity on {text['source']}, {text['blocks']} blocks of {text['length']} tokens; original "
             f"{original:.2f}; in brackets what is added to its logarithm"

@@ -23,5 +23,6 @@ def test_shipped_recipes_run(recipe, small, shared, tmp_path, tokenizer, words):
     tokens = 2 * settings.batch_size * 16
     settings = read_healing(recipe, {"model": str(folder)} | tiny | {"text.tokens": tokens, "text.epochs": None})
     done = heal_folder(prepare_healing(settings), tmp_path / "out")
-    assert done.needs["steps"] == 2
-    assert changed(folder, tmp_path / "out")
+    held_out = [entry["held_out_loss"] for entry in done.log if "held_out_loss" in entry]
+    assert len(held_out) == 3
+    assert bool(changed(folder, tmp_path / "out")) == (min(held_out) < held_out[0])  # two steps need not help
