@@ -91,6 +91,20 @@ def test_remainder_groups_stay_in_the_budget_in_models_of_real_size():
         }
 
 
+@pytest.mark.parametrize("pivot", [False, True])
+@pytest.mark.parametrize("method", ["svd-llm", "basis-sharing"])
+def test_ranks_in_multiples(method, pivot):
+    spec = describe(AutoConfig.for_model("llama"))
+    for multiple in (8, 128):
+        options = make_method(method, {"multiple": multiple, "pivot": pivot})
+        for keep in (0.8, 0.5):
+            plan = plan_with(spec, method, options, keep, "targets")
+            assert all(edit.rank % multiple == 0 for edit in plan.edits if isinstance(edit, Share))
+            assert 0.985 * keep < plan.after.targets.parameters / plan.before.targets.parameters <= keep
+    with pytest.raises(LayershareError, match="or set a smaller multiple"):
+        plan_with(spec, method, make_method(method, {"multiple": 8192}), 0.5, "targets")
+
+
 def test_keep_in_parameters_and_in_bytes():
     spec, method = describe(CONFIGS["llama"]()), make_method("svd-llm")
     dense = measure(spec, ())

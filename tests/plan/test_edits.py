@@ -122,7 +122,7 @@ def test_what_is_no_plan_is_refused(tmp_path):
     [
         ({"keep": "x"}, "keep=x is not understood"),
         ({"keep": True}, "keep: Input should be a fraction"),
-        ({"of": "half"}, "of: Input should be 'all' or 'targets'"),
+        ({"of": "half"}, "of: Input should be 'all', 'targets' or 'multiplications'"),
         ({"options": [1]}, "options: Input should be a mapping"),
         ({"model_type": "gpt2"}, "is for a 'gpt2' model, this is a 'llama'"),
         ({"colour": 1}, "colour: there is no such key"),

@@ -88,7 +88,7 @@ class Asvd(LowRank):
         for done, linear in enumerate(spec.linears):
             evidence.progress(done, len(spec.linears))
             truncations += self._truncations(linear, evidence, probe)
-        return search(spec, budget, truncations, self.pivot)
+        return search(spec, budget, truncations, self.pivot, self.multiple)
 
     def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
         """S², which takes the place of the Gram."""
@@ -109,7 +109,9 @@ class Asvd(LowRank):
             yield Truncation(linear, rank, probe.loss({name: truncated(linear, factors, rank)}))
 
 
-def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation], pivot: bool = False) -> tuple[Share, ...]:
+def search(
+    spec: Spec, budget: Budget, truncations: Sequence[Truncation], pivot: bool = False, multiple: int = 1
+) -> tuple[Share, ...]:
     """STRS: the least harmful truncations, as few of them as meet the budget, which all of them together must."""
     ordered = sorted(truncations, key=lambda each: each.loss)
     costs = {x: matrix_cost(x, pivot) for x in spec.linears}
@@ -132,4 +134,4 @@ def search(spec: Spec, budget: Budget, truncations: Sequence[Truncation], pivot:
     left = budget.parameters - parameters(count)
     exact[0] = costs[last].rank(Fraction(costs[last].size(chosen[last]) + left))
     available = budget.parameters - sum(x.parameters for x in spec.linears if x not in chosen)
-    return allocate(spec, private_groups(linears, pivot), exact, available)
+    return allocate(spec, private_groups(linears, pivot), exact, available, multiple=multiple)

@@ -25,7 +25,7 @@ no gradients are measured.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -45,7 +45,7 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.ranks import Group, group_cost, in_order, private_groups
 from layershare.plan.search import Curve, Window, choose
-from layershare.values import Count, Flag, Names, Number
+from layershare.values import Flag, Names, Number
 
 Part = Annotated[Number, Field(ge=0, lt=1)]
 
@@ -69,8 +69,6 @@ class Auto(LowRank):
     """The same of Grams of gradients."""
     compare: Flag = True
     """Solve other plans, too, and keep the one that is nearest to the original on text that is held out."""
-    multiple: Count = 1
-    """Ranks are multiples of this."""
 
     @property
     def uses(self) -> frozenset[Statistic]:
@@ -90,7 +88,8 @@ class Auto(LowRank):
         """`svd-llm` and `basis-sharing`, with bases of the same form."""
         if not self.compare:
             return {}
-        return {"svd-llm": SvdLlm(pivot=self.pivot), "basis-sharing": BasisSharing(pivot=self.pivot)}
+        form: Any = {"pivot": self.pivot, "multiple": self.multiple}
+        return {"svd-llm": SvdLlm(**form), "basis-sharing": BasisSharing(**form)}
 
     def require(self, spec: Spec, budget: Budget) -> None:
         """Raise `LayershareError` for roles in `joint` that cannot share a basis."""

@@ -62,7 +62,7 @@ class BasisSharing(LowRank):
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The same ratio for every group."""
-        return uniform(spec, self.groups(spec), budget)
+        return uniform(spec, self.groups(spec), budget, self.multiple)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on."""

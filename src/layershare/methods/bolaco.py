@@ -97,7 +97,7 @@ class Bolaco(LowRank):
             factors[x] = left.to(weight.dtype), right.to(weight.dtype)
 
         def shares(wanted: dict[str, float]) -> tuple[Share, ...]:
-            return at_ratios(spec, budget, {x: wanted[name] for x, name in names.items()}, self.pivot)
+            return at_ratios(spec, budget, {x: wanted[name] for x, name in names.items()}, self.pivot, self.multiple)
 
         def loss(proposal: optuna.Trial) -> float:
             evidence.progress(proposal.number, self.trials)
@@ -121,7 +121,9 @@ class Bolaco(LowRank):
         return f"{'qk' if linear.role in ('q', 'k') else linear.role}.{linear.layer * self.segments // spec.n_layers}"
 
 
-def at_ratios(spec: Spec, budget: Budget, wanted: dict[Linear, float], pivot: bool = False) -> tuple[Share, ...]:
+def at_ratios(
+    spec: Spec, budget: Budget, wanted: dict[Linear, float], pivot: bool = False, multiple: int = 1
+) -> tuple[Share, ...]:
     """Ranks for ratios min(1, t·x) of the linears, x `wanted`, with the t that meets the budget; at 1 they stay dense.
 
     The linears that are not among these must not take the budget alone.
@@ -132,7 +134,8 @@ def at_ratios(spec: Spec, budget: Budget, wanted: dict[Linear, float], pivot: bo
     low = [(x, ratio) for x, ratio in zip(linears, ratios, strict=True) if ratio < 1]
     dense = fixed + sum(size for size, ratio in zip(sizes, ratios, strict=True) if ratio == 1)
     exact = [matrix_cost(x, pivot).rank(ratio * x.parameters) for x, ratio in low]
-    return allocate(spec, private_groups((x for x, _ in low), pivot), exact, budget.parameters - dense)
+    groups = private_groups((x for x, _ in low), pivot)
+    return allocate(spec, groups, exact, budget.parameters - dense, multiple=multiple)
 
 
 def scaled(wanted: Sequence[float], sizes: Sequence[int], available: int) -> list[float]:

@@ -76,7 +76,8 @@ class DRank(LowRank):
             limit = [limits[group] for group in own]
             sizes |= zip(own, in_proportion(budget.fraction * sum(limit), weights, limit), strict=True)
         sizes = to_v(sizes, limits, Fraction(self.beta))
-        return allocate(spec, groups, [costs[group].rank(sizes[group]) for group in groups], budget.parameters)
+        exact = [costs[group].rank(sizes[group]) for group in groups]
+        return allocate(spec, groups, exact, budget.parameters, multiple=self.multiple)
 
     def refits(self, fraction: float) -> bool:
         """From 40 % removed on."""

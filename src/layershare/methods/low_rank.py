@@ -18,10 +18,14 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.layout import named_tensors
 from layershare.plan.method import Method, Solution, Unit
 from layershare.plan.ranks import private_groups, uniform
-from layershare.values import Flag
+from layershare.values import Count, Flag
 
 SPECTRUM_POINTS = 64
 _PIVOT = "Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."
+
+_MULTIPLE = (
+    "Ranks are multiples of this: kernels, quantization in groups and tensor parallelism want 8 to 128."
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class LowRank(Method):
     solves: ClassVar[tuple[type, ...]] = (Share,)
     # Attribute docstrings of a base class are not found.
     pivot: Annotated[Flag, Field(description=_PIVOT)] = False
+    multiple: Annotated[Count, Field(description=_MULTIPLE)] = 1
 
     def metric(self, evidence: Evidence, linear: Linear) -> Tensor | None:
         """What errors in a linear's inputs count, d_in × d_in: their Gram, `None` for all directions the same."""
@@ -74,7 +79,7 @@ class UniformLowRank(LowRank):
 
     def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
         """The same ratio for every matrix."""
-        return uniform(spec, private_groups(spec.linears, self.pivot), budget)
+        return uniform(spec, private_groups(spec.linears, self.pivot), budget, self.multiple)
 
 
 def as_factors(share: Share, left: Tensor, right: Tensor, error: float, spectrum: Tensor | None = None) -> Factors:

@@ -56,7 +56,7 @@ class WeLore(LowRank):
         following = [
             float(values[rank]) if rank < len(values) else 0.0 for values, rank in zip(spectra, ranks, strict=True)
         ]
-        return allocate(spec, groups, ranks, budget.parameters, following)
+        return allocate(spec, groups, ranks, budget.parameters, following, self.multiple)
 
 
 def normalised(values: Tensor) -> Tensor:

@@ -103,13 +103,10 @@ def in_order(spec: Spec, shares: Iterable[Share]) -> tuple[Share, ...]:
     return tuple(sorted(shares, key=lambda share: (share.layers[0], order[share.roles[0]])))
 
 
-def uniform(spec: Spec, groups: Sequence[Group], budget: Budget) -> tuple[Share, ...]:
-    """Give every group the published rank for its own size; the groups cover all targets.
-
-    Raises `LayershareError` if a group would get no rank at all.
-    """
-    costs = [group_cost(spec, group) for group in groups]
-    return allocate(spec, groups, [cost.rank(budget.fraction * cost.whole) for cost in costs], budget.parameters)
+def uniform(spec: Spec, groups: Sequence[Group], budget: Budget, multiple: int = 1) -> tuple[Share, ...]:
+    """Give every group the published rank for its own size; the groups cover all targets. Raises as `allocate`."""
+    exact = [cost.rank(budget.fraction * cost.whole) for cost in (group_cost(spec, group) for group in groups)]
+    return allocate(spec, groups, exact, budget.parameters, multiple=multiple)
 
 
 def allocate(
@@ -118,46 +115,50 @@ def allocate(
     exact: Sequence[Fraction | float],
     parameters: int,
     gains: Sequence[float] | None = None,
+    multiple: int = 1,
 ) -> tuple[Share, ...]:
     """Whole ranks for groups from exact ones that stay within `parameters`, using them up to `TOLERANCE` where it can.
 
-    Every rank is rounded down, and a group stays dense where its factors would not be smaller than its matrices. The
-    ranks stand as they are when they use `parameters` up to `TOLERANCE`, as they do in models of real size. Otherwise,
-    in small models, groups get one rank more, in turn, while there are parameters left: first those that gain most, by
-    `gains` or by default by what rounding took. Raises `LayershareError` if a group would get no rank at all.
+    Every rank is rounded down to a multiple of `multiple`, and a group stays dense where its factors would not be
+    smaller than its matrices. The ranks stand as they are when they use `parameters` up to `TOLERANCE`, as they do in
+    models of real size. Otherwise, in small models, groups get one step more, in turn, while there are parameters left:
+    first those that gain most, by `gains` or by default by what rounding took. Raises `LayershareError` if a group
+    would get no rank at all.
     """
     costs = [group_cost(spec, group) for group in groups]
-    ranks = [int(rank) for rank in exact]
+    ranks = [int(rank) // multiple * multiple for rank in exact]
     sizes = [
-        cost.whole if cost.size(rank) >= cost.whole else cost.size(int(rank))
-        for rank, cost in zip(exact, costs, strict=True)
+        cost.whole if cost.size(rank) >= cost.whole else cost.size(rounded)
+        for rank, rounded, cost in zip(exact, ranks, costs, strict=True)
     ]
     left = parameters - sum(sizes)
     if left > TOLERANCE * parameters:
         lost = [rank - whole for rank, whole in zip(exact, ranks, strict=True)] if gains is None else gains
-        spend(ranks, sizes, costs, left, sorted(range(len(groups)), key=lambda i: (-lost[i], i)))
+        spend(ranks, sizes, costs, left, sorted(range(len(groups)), key=lambda i: (-lost[i], i)), multiple)
     shares = []
     for group, rank, size, cost in zip(groups, ranks, sizes, costs, strict=True):
         if rank < 1:
             share = group.share(rank)
             raise LayershareError(
                 f"keep leaves no rank for {' and '.join(share.roles)} of layers {share.layers[0]}–{share.layers[-1]}; "
-                "keep more."
+                f"keep more{'' if multiple == 1 else ', or set a smaller multiple'}."
             )
         if size < cost.whole:
             shares.append(group.share(rank))
     return in_order(spec, shares)
 
 
-def spend(ranks: list[int], sizes: list[int], costs: Sequence[Cost], left: int, turns: Sequence[int]) -> None:
-    """Raise ranks in place by one each, in `turns`, round after round, as long as any fits into `left` parameters."""
+def spend(
+    ranks: list[int], sizes: list[int], costs: Sequence[Cost], left: int, turns: Sequence[int], by: int = 1
+) -> None:
+    """Raise ranks in place `by` so much each, in `turns`, round after round, as long as any fits into `left`."""
     fits = True
     while fits:
         fits = False
         for i in turns:
-            step = costs[i].size(ranks[i] + 1) - sizes[i]
+            step = costs[i].size(ranks[i] + by) - sizes[i]
             if 0 < step <= left:
-                ranks[i] += 1
+                ranks[i] += by
                 sizes[i] += step
                 left -= step
                 fits = True
