@@ -310,3 +310,13 @@ def test_run_outside_of_the_loop() -> None:
         stream.run()
     with pytest.raises(RuntimeError, match="not been run"):
         _ = stream.outputs
+
+
+@pytest.mark.parametrize("first", [0, 3, 4, 7, 10])
+def test_batches_split_into_the_first_rows_and_the_others(first):
+    text = tokens(10, 8)
+    batches = Batches(text, 4, None)
+    front, rest = ([batches.rows(text, batch)[rows] for batch, rows in parts] for parts in batches.split(first))
+    assert torch.equal(torch.cat([text[:0], *front]), text[:first])
+    assert torch.equal(torch.cat([text[:0], *rest]), text[first:])
+    assert all(len(part) for part in [*front, *rest])

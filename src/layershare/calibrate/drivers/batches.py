@@ -31,9 +31,10 @@ class Batches:
 
     def split(self, first: int) -> tuple[list[Part], list[Part]]:
         """The first so many rows, and the others, as parts of batches."""
-        ends = [min(max(first - batch * self.size, 0), self.size) for batch in range(len(self))]
+        sizes = [len(self.rows(self.tokens, batch)) for batch in range(len(self))]
+        ends = [min(max(first - batch * self.size, 0), size) for batch, size in enumerate(sizes)]
         front = [(batch, slice(end)) for batch, end in enumerate(ends) if end > 0]
-        return front, [(batch, slice(end, None)) for batch, end in enumerate(ends) if end < self.size]
+        return front, [(batch, slice(end, None)) for batch, end in enumerate(ends) if end < sizes[batch]]
 
     def room(self, like: Tensor) -> Tensor:
         """Uninitialised hidden states [n, length, width] on the CPU, given some of one batch."""
