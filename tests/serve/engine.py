@@ -64,24 +64,34 @@ def said(llm: Any) -> Said:
     return Said(tokens, torch.tensor(chosen))
 
 
-def check(llm: Any, folder: Path) -> None:
-    """The engine says what transformers does."""
-    ours, theirs = said(llm), expected(folder)
-    assert ours.tokens == theirs.tokens
-    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=1e-3)
+def register_here(folder: Path) -> None:
+    """Let vLLM ask a model's class what it can do in this process: of its own ones it asks a new one, half a minute."""
+    from vllm import ModelRegistry
+
+    for name in (*json.loads((folder / "config.json").read_text())["architectures"], "TransformersForCausalLM"):
+        lazy = ModelRegistry.models.get(name)
+        if lazy is not None:
+            ModelRegistry.register_model(name, lazy.load_model_cls())
+
+
+@contextmanager
+def served(folder: Path, **options: Any) -> Iterator[Any]:
+    """An engine for a folder, as short-lived as the block, which says what transformers does."""
+    theirs = expected(folder)  # at first: vLLM changes classes of transformers that it runs
+    with serving(folder, **options) as llm:
+        ours = said(llm)
+        assert ours.tokens == theirs.tokens
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=1e-3)
+        yield llm
 
 
 @contextmanager
 def serving(folder: Path, **options: Any) -> Iterator[Any]:
     """An engine for a folder, as short-lived as the block."""
-    from vllm import LLM, ModelRegistry
+    from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    # A class that is registered is asked here what it can do; of its own ones vLLM asks a new process, half a minute.
-    for name in (*json.loads((folder / "config.json").read_text())["architectures"], "TransformersForCausalLM"):
-        lazy = ModelRegistry.models.get(name)
-        if hasattr(lazy, "load_model_cls"):
-            ModelRegistry.register_model(name, lazy.load_model_cls())
+    register_here(folder)
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "skip_tokenizer_init": True}
     llm = None
     try:

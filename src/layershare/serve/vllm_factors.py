@@ -118,7 +118,8 @@ class Store:
         self._held: dict[Key, Held] = {}
         self._loaded: dict[tuple[str, str], list[Held]] = defaultdict(list)
         self._readers: dict[Key, set[tuple[Key, ...]]] = defaultdict(set)
-        self._parts: dict[tuple[Key, ...], Part] = {}
+        self.parts: dict[tuple[Key, ...], Part] = {}
+        """What multiplies, by the factors that it is."""
 
     def hold(self, key: Key, factor: Factor, member: Member) -> None:
         """Note that a factor is needed."""
@@ -152,11 +153,11 @@ class Store:
 
     def part(self, keys: tuple[Key, ...], method: UnquantizedLinearMethod) -> Part:
         """The matrix that these are, one below the other: made once."""
-        if keys not in self._parts:
+        if keys not in self.parts:
             weights = [self._held[key].finish() for key in keys]
             held = self._held[keys[0]]
             if held.pivoted:
-                self._parts[keys] = PivotedPart(weights[0], method, held)
+                self.parts[keys] = PivotedPart(weights[0], method, held)
             else:
-                self._parts[keys] = Part(weights[0] if len(weights) == 1 else torch.cat(weights), method)
-        return self._parts[keys]
+                self.parts[keys] = Part(weights[0] if len(weights) == 1 else torch.cat(weights), method)
+        return self.parts[keys]
