@@ -38,6 +38,8 @@ FUSED: dict[type[nn.Module], tuple[str, ...]] = {
     MergedColumnParallelLinear: ("gate_proj", "up_proj"),
 }
 """What a fused layer of vLLM's is made of where its model does not say."""
+INTERLEAVED = "query_key_value"
+"""What families call the linear whose outputs are q, k and v of one head after another (Bloom, Falcon)."""
 
 
 class LayershareVllmConfig(QuantizationConfig):
@@ -86,6 +88,11 @@ class LayershareVllmConfig(QuantizationConfig):
             names = [f"{parent}.{part}" for part in parts]
             known = [_known(name, self.shards) for name in names]
             if any(known):
+                if last == INTERLEAVED and isinstance(layer, QKVParallelLinear):
+                    raise LayershareError(
+                        f"vLLM reorders the rows of '{prefix}' while it loads them, which factors cannot follow: use "
+                        f"--model-impl transformers, or {INSTEAD}."
+                    )
                 shards = [self.shards[a] if a else Shard(b) for a, b in zip(known, names, strict=True)]
                 return LayershareLinearMethod(self.store, shards)
         return UnquantizedLinearMethod()
