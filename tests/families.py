@@ -96,10 +96,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """What a method is given here that is not its default: what a tiny model has room for, in little time."""
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
     """A random causal LM of the family in evaluation mode; biases and norms are not trivially 0 or 1."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config or CONFIGS[family](), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

@@ -18,7 +18,7 @@ HOUSE = """
     report
     methods · solve · evaluate
     plan
-    calibrate
+    calibrate · serve
     model
     folders
     manifest · bars · recipe

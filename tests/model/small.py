@@ -64,14 +64,18 @@ def compressed(family: str, **options) -> Any:
     """A live compressed model of the family, with random factors and deltas and with notes in its config."""
     model = tiny_model(family, **options)
     notes = {"method": "random", "keep": 0.5}
-    adopt(model, LayershareConfig([*some_shares(model), *some_deltas(model)], notes))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ComposedLinear):
-                for part in module.children():
-                    part.weight.normal_(std=0.15)  # pyright: ignore[reportCallIssue, reportArgumentType]
-                for order in module.buffers(recurse=False):
-                    order.copy_(torch.randperm(len(order)))
+    return filled(adopt(model, LayershareConfig([*some_shares(model), *some_deltas(model)], notes)))
+
+
+@torch.no_grad()
+def filled(model: Any) -> Any:
+    """The model, its factors random."""
+    for module in model.modules():
+        if isinstance(module, ComposedLinear):
+            for part in module.children():
+                part.weight.normal_(std=0.15)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            for order in module.buffers(recurse=False):
+                order.copy_(torch.randperm(len(order)))
     return model
 
 

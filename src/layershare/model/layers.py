@@ -14,7 +14,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError
-from layershare.model.composition import Composition, Factor
+from layershare.model.composition import Composition, Factor, Side
+
+
+def unpivoted(weight: torch.Tensor, order: torch.Tensor, side: Side) -> torch.Tensor:
+    """The matrix of a factor that is pivoted on a side, `[out, in]`, from T and its order."""
+    dim = -1 if side == "input" else 0  # along which the identity stands beside T
+    identity = torch.eye(weight.shape[dim + 1], dtype=weight.dtype, device=weight.device)
+    return torch.cat((identity, weight), dim).index_select(dim, order if dim == 0 else order.argsort())
 
 
 class SharedLinear(nn.Linear):
@@ -126,11 +133,7 @@ class ComposedLinear(nn.Module):
         for factor in factors:
             weight = self.part(factor).weight.to(place, dtype)
             if factor.pivots:
-                side = -1 if factor.pivots == "input" else 0  # where the identity stands beside T
-                order = self.order(factor).to(place)
-                identity = torch.eye(weight.shape[side + 1], dtype=dtype, device=place)
-                weight = torch.cat((identity, weight), side)
-                weight = weight.index_select(side, order if side == 0 else order.argsort())
+                weight = unpivoted(weight, self.order(factor).to(place), factor.pivots)
             weights.append(weight)
         return reduce(lambda inner, outer: outer @ inner, weights)
 
