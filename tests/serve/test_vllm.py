@@ -23,8 +23,11 @@ from tests.serve.engine import config_of, register_here, served, serving
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
-FAMILIES_BY_TRANSFORMERS = ("olmo2", "starcoder2")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite"),
+    *("opt", "stablelm", "cohere", "glm4"),
+)
+FAMILIES_BY_TRANSFORMERS = ("olmo2", "starcoder2", "phi", "gpt_neox", "smollm3")
 """Those of which vLLM runs transformers' code."""
 
 
@@ -131,6 +134,8 @@ def test_what_cannot_be_served_is_refused_with_what_to_do(tokenizer, words, tmp_
     sentence = refused(tmp_path / "gpt2")
     assert sentence.startswith("vLLM cannot serve the factors of 'h.0.attn.c_attn', a Conv1D layer: ")
     assert "`layershare export --dense`" in sentence
+    save(compressed("bloom", config=config_of("bloom")), tmp_path / "bloom")
+    assert "h.0.self_attention.query_key_value' while it loads them, which" in refused(tmp_path / "bloom")
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):

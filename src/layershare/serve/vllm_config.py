@@ -90,8 +90,8 @@ class LayershareVllmConfig(QuantizationConfig):
             if any(known):
                 if last == INTERLEAVED and isinstance(layer, QKVParallelLinear):
                     raise LayershareError(
-                        f"vLLM reorders the rows of '{prefix}' while it loads them, which factors cannot follow: use "
-                        f"--model-impl transformers, or {INSTEAD}."
+                        f"vLLM reorders the rows of '{prefix}' while it loads them, which factors cannot follow: "
+                        f"{INSTEAD}."
                     )
                 shards = [self.shards[a] if a else Shard(b) for a, b in zip(known, names, strict=True)]
                 return LayershareLinearMethod(self.store, shards)
