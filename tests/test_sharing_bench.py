@@ -23,6 +23,7 @@ from benchmarks.sharing.formulas import (
     rests,
     shared_losses,
 )
+from benchmarks.sharing.tables import sharing_map, sharing_plans, sharing_ways
 from benchmarks.sharing.windows import hybrids, private_curve, spread, window
 from tests.families import tiny_model
 
@@ -182,7 +183,8 @@ def test_windows_are_spread_over_the_depth():
 
 MATRIX = {
     "keeps": [0.6],
-    "shapes": [{"layers": 2, "distance": 1}, {"layers": 2, "distance": 10}],
+    "shapes": [{"layers": 2, "distance": 1}, {"layers": 3, "distance": 1}, {"layers": 2, "distance": 10}],
+    "thorough": [{"layers": 2, "distance": 1}],
     "plans": {
         "private": {},
         "offered": {"offered": [2, 3]},
@@ -194,7 +196,7 @@ MATRIX = {
             "text": {"text": "letters", "blocks": 16, "length": 32, "held_out": 4, "test": 4},
             "windows": 2,
             "polished": 1,
-            "plans": ["private", "offered", "down pairs", "gate triples"],
+            "plans": {0.6: ["private", "offered", "down pairs", "gate triples"]},
             "steps": ["refit", "refine"],
             "further": ["gate triples"],
         },
@@ -204,7 +206,7 @@ MATRIX = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tokenizer, words, commands) -> dict[str, dict]:
+def written(tmp_path_factory, tokenizer, words, commands) -> Results:
     """What the command writes, run twice."""
     folder = tmp_path_factory.mktemp("sharing")
     tiny_model("llama").save_pretrained(folder / "model")
@@ -222,7 +224,12 @@ def results(tmp_path_factory, tokenizer, words, commands) -> dict[str, dict]:
     assert "elsewhere: left out; say where it is with --path elsewhere=FOLDER" in printed[0]
     assert "tiny/plan/0.6-offered" in printed[0]
     assert "tiny/" not in printed[1]
-    return Results(folder / "results.jsonl").read()
+    return Results(folder / "results.jsonl")
+
+
+@pytest.fixture
+def results(written) -> dict[str, dict]:
+    return written.read()
 
 
 def test_the_map_has_every_role_and_shape(results):
@@ -231,8 +238,10 @@ def test_the_map_has_every_role_and_shape(results):
     assert "shared" in found[0]["0.6"]
     assert "shared" not in found[1]["0.6"]
     assert found[0]["0.6"]["shared"][0] <= found[0]["0.6"]["pooled"][0]
+    assert "hybrid" in found[0]["0.6"]
+    assert "hybrid" not in results["tiny/map/gate-3x1"]["found"][0]["0.6"]
     assert results["tiny/map/gate-2x10"]["found"] == []
-    assert len([name for name in results if name.startswith("tiny/map/")]) == 14
+    assert len([name for name in results if name.startswith("tiny/map/")]) == 21
 
 
 def test_plans_of_one_size_are_measured(results):
@@ -248,3 +257,20 @@ def test_plans_of_one_size_are_measured(results):
     assert plans["offered"]["found"]["predicted"] <= plans["private"]["found"]["predicted"] * 1.001
     assert list(plans["gate triples"]["found"]["kl"]) == ["solved", "refit", "refine"]
     assert plans["private"]["experiment"]["texts"]["test"]["tokens_sha256"]
+
+
+def test_tables_compare_with_plans_that_share_nothing(written, results, tmp_path):
+    assert "| 40% | `gate` |" in sharing_map(written, "tiny")
+    assert "2 layers, 10 apart" not in sharing_map(written, "tiny")  # there are none
+    assert sharing_ways(written, "tiny").count("\n") == 8
+    page = sharing_plans(written, "tiny")
+    private, pairs = (results[f"tiny/plan/0.6-{name}"]["found"]["kl"]["solved"] for name in ("private", "down pairs"))
+    assert "| down pairs | 2 | " in page
+    assert f"{sum(pairs) / sum(private) - 1:+.1%} ± " in page
+    assert "Not measured yet" in sharing_plans(written, "elsewhere")
+    other = results["tiny/plan/0.6-private"]
+    other["experiment"]["texts"]["test"]["tokens_sha256"] = "another"
+    mixed = Results(tmp_path / "mixed.jsonl")
+    mixed.write(results)
+    with pytest.raises(ValueError, match=r"of different texts; run `python -m benchmarks\.sharing\.run` again"):
+        sharing_plans(mixed, "tiny")

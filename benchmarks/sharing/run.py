@@ -44,8 +44,8 @@ def mapped(ground: Ground, matrix: Values, row: Values, role: str, shape: Values
     for number, places in enumerate(spread(len(layers_of), shape["layers"], shape["distance"], row["windows"])):
         layers = [layers_of[place] for place in places]
         members = [ground.seen(ground.spec.linear(role, layer)) for layer in layers]
-        polish = number < row["polished"]
-        found.append({"layers": layers, **{str(x): window(members, x, polish=polish) for x in matrix["keeps"]}})
+        how = {"polish": number < row["polished"], "thorough": shape in matrix["thorough"]}
+        found.append({"layers": layers, **{str(x): window(members, x, **how) for x in matrix["keeps"]}})
     return found
 
 
@@ -101,9 +101,8 @@ def pending_plans(
 ) -> Iterator[tuple[str, Values, Any]]:
     """Name, identity and work of each plan that is not measured yet."""
     lab, there, row = Lab(ground, work / model), results.read(), matrix["models"][model]
-    for keep in matrix["keeps"]:
-        chosen = {name: matrix["plans"][name] for name in row["plans"]}
-        for name, make in plans(ground, keep, chosen):
+    for keep, names in row["plans"].items():
+        for name, make in plans(ground, keep, {name: matrix["plans"][name] for name in names}):
             steps = row["steps"] if name in row["further"] else []
             name = f"{model}/plan/{keep}-{name}"
             identity = {"keep": keep, "steps": steps, **ground.identity}

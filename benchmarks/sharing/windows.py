@@ -44,23 +44,24 @@ def group_cost(members: Sequence[Seen], *, pivot: bool = True) -> Cost:
     return Cost(first.width + n * first.other, n * first.whole, pivot)
 
 
-def window(members: Sequence[Seen], keep: float, *, polish: bool) -> Values:
+def window(members: Sequence[Seen], keep: float, *, polish: bool, thorough: bool = True) -> Values:
     """Way -> predicted loss, that of private bases of the same size, and the part of the parameters saved.
 
     Every way gets the largest rank within `keep` of the matrices' parameters. All bases are pivoted but in `plain`,
-    where the private ones are not either.
+    where the private ones are not either. Common directions and hybrids take long and are left out unless `thorough`.
     """
     cost, own = group_cost(members), [own_losses(member) for member in members]
     rank = int(cost.rank(keep * cost.whole))
     size = int(cost.size(rank))
     basis = pooled(members)
-    matching = common(members, min(rank, *(len(each) - 1 for each in own)))
     curve = shared_losses(members, basis)
     found = {"pooled": (size, float(curve[rank]))}
-    found["common"] = size, float(shared_losses(members, matching)[rank])
     if polish:
         found["shared"] = size, float(shared_losses(members, polished(members, basis[:, :rank]))[-1])
-    found |= hybrids(members, keep, (basis, matching), polish=polish)
+    if thorough:
+        matching = common(members, min(rank, *(len(each) - 1 for each in own)))
+        found["common"] = size, float(shared_losses(members, matching)[rank])
+        found |= hybrids(members, keep, (basis, matching), polish=polish)
     found["bound"] = size, sum(float(each[min(rank, len(each) - 1)]) for each in own)
     private = frontier([private_curve(member) for member in members])
     result: Values = {"rank": rank, **{name: compared(*private[:2], *point) for name, point in found.items()}}
