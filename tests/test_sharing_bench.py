@@ -266,6 +266,7 @@ def test_tables_compare_with_plans_that_share_nothing(written, results, tmp_path
     page = sharing_plans(written, "tiny")
     private, pairs = (results[f"tiny/plan/0.6-{name}"]["found"]["kl"]["solved"] for name in ("private", "down pairs"))
     assert "| down pairs | 2 | " in page
+    assert "*offered* shares " in page
     assert f"{sum(pairs) / sum(private) - 1:+.1%} ± " in page
     assert "Not measured yet" in sharing_plans(written, "elsewhere")
     other = results["tiny/plan/0.6-private"]

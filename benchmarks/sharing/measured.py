@@ -67,12 +67,12 @@ def adjacent(linears: Sequence[Linear], size: int) -> Iterator[tuple[Linear, ...
         yield tuple(linears[start : start + size])
 
 
-def offered(ground: Ground, keep: float, sizes: Sequence[int]) -> Plan:
-    """The plan of least predicted loss where any run of so many layers, of any role, may share a basis."""
+def offered(ground: Ground, keep: float, sizes: Sequence[int], roles: Sequence[str]) -> Plan:
+    """The plan of least predicted loss where any run of so many layers, of any of these roles, may share a basis."""
     families = {}
     for role, linears in ground.spec.by_role.items():
         found = [Window(i, i + 1, (_private(ground, linear),)) for i, linear in enumerate(linears)]
-        for size in sizes:
+        for size in sizes if role in roles else ():
             runs = [(start, start + size) for start in range(len(linears) - size + 1)]
             found += [Window(*run, (_shared(ground, linears[slice(*run)]),)) for run in runs]
         families[role] = found

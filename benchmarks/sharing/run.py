@@ -67,7 +67,8 @@ def plans(ground: Ground, keep: float, variants: Mapping[str, Values]) -> Iterat
     alone = cache(lambda: private(ground, keep))
     for name, settings in variants.items():
         if "offered" in settings:
-            yield name, lambda settings=settings: offered(ground, keep, settings["offered"])
+            roles = settings.get("roles", ground.spec.roles)
+            yield name, lambda settings=settings, roles=roles: offered(ground, keep, settings["offered"], roles)
         elif "forced" in settings:
             spec = ground.spec
             groups = [x for role in settings["forced"] for x in adjacent(spec.by_role[role], settings["layers"])]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from benchmarks.methods.tables import machine, markdown, require_same
@@ -58,7 +58,7 @@ def sharing_ways(every: Results, model: str) -> str:
 
 
 def sharing_plans(every: Results, model: str) -> str:
-    """KL of whole plans that share, against the plan of the same size that does not."""
+    """KL of whole plans that share, against the plan of the same size that does not, and what those share by choice."""
     plans = {name.split("/", 2)[2]: each for name, each in every.read().items() if name.startswith(f"{model}/plan/")}
     if not plans:
         return UNMEASURED
@@ -76,10 +76,15 @@ def sharing_plans(every: Results, model: str) -> str:
             change = found["predicted"] / private["predicted"] - 1
             cells = [_change(found["kl"].get(step), private["kl"][step]) for step in steps]
             body.append([name, str(len(found["groups"])), f"{change:+.1%}", *cells])
+        if not body:
+            continue
         own = " · ".join(f"{fmean(private['kl'][step]):.4f} {STEPS[step]}" for step in steps)
         header = [f"{_removed(str(keep))} removed", "groups", "predicted", *(f"KL {STEPS[step]}" for step in steps)]
         title = f"Nothing shared: KL {own} (predicted {private['predicted']:.4f})"
         tables.append(f"{title}:\n\n{markdown(header, body)}")
+        for name in (each.partition("-")[2] for each in plans if each.startswith(f"{keep}-offered")):
+            groups = plans[f"{keep}-{name}"]["found"]["groups"]
+            tables.append(f"*{name}* shares {', '.join(f'`{group}`' for group in groups) or 'nothing'}.")
     first = next(iter(plans.values()))
     text = first["experiment"]["texts"]["test"]
     note = f"{model}, on {text['blocks']} other blocks of {text['length']} tokens of {text['source']}. {machine(first)}"
@@ -137,10 +142,10 @@ def _saved(found: Values, way: str) -> float:
 
 
 def _cell(saved: list[float]) -> str:
-    """Mean and, where there are several, the best."""
+    """Median, least and most."""
     if not saved:
         return ""
-    return f"{fmean(saved):+.1%}" if len(saved) == 1 else f"{fmean(saved):+.1%} ({max(saved):+.1%})"
+    return f"{median(saved):+.1%} ({min(saved):+.1%} to {max(saved):+.1%})"
 
 
 def _change(ours: list[float] | None, private: list[float]) -> str:
