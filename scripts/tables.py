@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`repair MODEL`, `first`, `heal MODEL`, `speed`, `measured METHOD`, or, from the code, `recipe KIND` or `options`.
+`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `measured METHOD`, or, from the code, `recipe KIND`
+or `options`.
 """
 
 import json
@@ -13,15 +14,18 @@ from typing import Any
 from benchmarks.heal.tables import heal_page, speed_page
 from benchmarks.methods.tables import machine, markdown, measured_method, model_page, models_page, variants_page
 from benchmarks.results import Results
+from benchmarks.sharing.tables import sharing_map, sharing_plans, sharing_ways
 from scripts.method_matrix import matrix
 from scripts.recipe_tables import options_page, recipe_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
+PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md", "docs/sharing.md")
 BENCHMARKS = ROOT / "benchmarks"
-METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL = (
-    Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "forms", "auto", "repair", "first", "heal")
+METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL, SHARING = (
+    Results(BENCHMARKS / name / "results.jsonl")
+    for name in ("methods", "forms", "auto", "repair", "first", "heal", "sharing")
 )
+SHARED = {"map": sharing_map, "ways": sharing_ways, "plans": sharing_plans}
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
@@ -75,6 +79,9 @@ def table(name: str) -> str:
         return models_page(FIRST, kind)
     if kind == "heal":
         return heal_page(HEAL, which)
+    if kind == "sharing":
+        part, _, model = which.partition(" ")
+        return SHARED[part](SHARING, model)
     if kind == "speed":
         return speed_page(BENCHMARKS / "heal" / "speed.json")
     if kind == "measured":

@@ -45,6 +45,17 @@ def test_the_readme_s_commands_run_in_order(user, commands):
     assert (user / "from-recipe" / "results.json").is_file()
 
 
+def test_the_commands_of_the_page_on_sharing_run(user, commands):
+    page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    (command,) = blocks("bash", page)
+    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=user, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 × 2 (input)" in done.stdout
+
+
 def run_python(commands: Path, script: str, folder: Path, **environment: str) -> str:
     """What a script prints that runs in a folder."""
     command = [commands / "python", "-c", script]

@@ -8,6 +8,7 @@ from layershare.formulas.linalg import (
     share_and_own,
     share_input,
     share_output,
+    shared_spectra,
     spectrum,
     square_root,
     weighted_mean,
@@ -197,6 +198,20 @@ def test_the_spectrum_is_that_of_the_scaled_weights(n, d_in, d_out, side, weight
     torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-8, atol=1e-8 * float(expected[0]))
     assert float(values[len(expected) :].sum()) < 1e-8 * float(expected[0])
     assert n > 1 or len(values) == min(d_in, d_out)
+
+
+def test_what_a_shared_basis_takes_off_each_layer_s_error_is_that_of_least_squares():
+    inputs, grams = random_inputs(3, 9)
+    weights = [torch.randn(9, 7, dtype=torch.float64) for _ in range(3)]
+    spectra = shared_spectra(weights, grams)
+    for rank in (1, 4, 9):
+        basis = share_input(weights, grams, rank).basis
+        for x, weight, found in zip(inputs, weights, spectra, strict=True):
+            wanted = x @ weight
+            fit = torch.linalg.lstsq(x @ basis, wanted).solution
+            left = float((wanted - x @ basis @ fit).square().sum())
+            whole = float(wanted.square().sum())
+            assert whole - float(found[:rank].sum()) == pytest.approx(left, rel=1e-6, abs=1e-8 * whole)
 
 
 def test_the_weighted_mean_is_the_least_squares_solution_over_all_layers():

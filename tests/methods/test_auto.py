@@ -20,10 +20,14 @@ from layershare.model.source import read_model, read_tokenizer
 from layershare.model.weights import Weights
 from layershare.plan.edits import Share
 from layershare.plan.evidence import Evidence
+from layershare.plan.ranks import Group
 from tests.families import CONFIGS, tiny_model
 from tests.methods.evidence import measured
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+
+
+SHARED = ["q", "v", "gate", "up"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,9 @@ def planned(evidence: Evidence, keep: float, **options):
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.3])
-@pytest.mark.parametrize("options", [{}, {"two_sided": False}, {"pivot": False}, {"joint": ["q+k+v", "gate+up"]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"two_sided": False}, {"pivot": False}, {"joint": ["q+k+v", "gate+up"]}, SHARED]
+)
 def test_plans_use_their_budget_up_to_half_a_percent(evidence, keep, options):
     plan = planned(evidence, keep, **options)
     kept = plan.after.targets.parameters / plan.before.targets.parameters
@@ -106,6 +112,70 @@ def test_roles_share_a_basis_where_that_costs_less(tmp_path, tokenizer, words):
 def test_roles_that_cannot_share_are_refused(option, evidence):
     with pytest.raises(LayershareError, match="joint"):
         planned(evidence, 0.5, joint=[option])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shared": ["down"]}, "Unknown role in shared 'down'"),
+        ({"shared": ["gate"], "joint": ["gate+up"]}, "'gate' is in joint and in shared; leave it out of one of them."),
+    ],
+)
+def test_layers_that_cannot_share_are_refused(options, message, evidence):
+    with pytest.raises(LayershareError, match=message):
+        planned(evidence, 0.5, **options)
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_layers_share_a_basis_where_that_costs_less(two_sided, tmp_path, tokenizer, words):
+    """Two layers whose matrices read one and the same space do, and lose what is predicted."""
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(8, 32, generator=generator)
+    for layer in (1, 2):
+        weight = model.get_parameter(f"model.layers.{layer}.mlp.up_proj.weight")
+        weight.data = 0.1 * torch.randn(56, 8, generator=generator) @ read + 1e-3 * weight.data
+    evidence = measured(model, tmp_path, tokenizer, words, "inputs", "gradients")
+    method = Auto(shared=("up",), two_sided=two_sided)
+    plan = plan_with(evidence.spec, "auto", method, 0.6, "targets", evidence)
+    (share,) = (edit for edit in plan.edits if isinstance(edit, Share) and len(edit.layers) > 1)
+    assert share.id == "up.01-02"
+    private = planned(evidence, 0.6, two_sided=two_sided)
+    if two_sided:
+        assert plan.predicted_loss is not None
+        assert private.predicted_loss is not None
+        assert 0 < plan.predicted_loss < private.predicted_loss
+    linears = [evidence.spec.linear("up", layer) for layer in (1, 2)]
+    weights = [evidence.weight(linear) for linear in linears]
+    seen, roots = method.weighed(evidence, linears, weights)
+    grams = [evidence.gram(linear) for linear in linears]
+    made = method.factors(share, seen, grams)
+    lost = whole = relative = 0.0
+    for weight, coef, gram in zip(seen, made.coefs, grams, strict=True):
+        rest = weight.double() - made.basis @ coef
+        error, total = (float((x * (gram.double() @ x)).sum()) for x in (rest, weight.double()))
+        lost, whole, relative = lost + error, whole + total, relative + error / total
+    assert made.error == pytest.approx(lost / whole, rel=1e-4)
+    predicted = float(method._tails(Group(share.places, "input", True), evidence)[share.rank])
+    assert predicted == pytest.approx(0.5 * lost / evidence.stats.tokens if roots else relative, rel=1e-3)
+
+
+def test_layers_that_share_are_solved_and_fitted_again(tmp_path, tokenizer, words):
+    model = tiny_model("llama")
+    for role in ("gate", "up", "q", "v"):
+        part = "mlp" if role in ("gate", "up") else "self_attn"
+        first = model.get_parameter(f"model.layers.0.{part}.{role}_proj.weight").data
+        for layer in (1, 2):
+            model.get_parameter(f"model.layers.{layer}.{part}.{role}_proj.weight").data = first.clone()
+    where = {"blocks": 16, "length": 32, "folder": tmp_path / "out"}
+    small = layershare.compress(
+        model, tokenizer, keep=0.5, of="targets", text=words, **where, compare=False, shared=SHARED
+    )
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert any(len({layer for _, layer in edit["places"]}) > 1 for edit in plan["edits"])
+    kl = layershare.measure(small, tokenizer, text=words, original=model, length=32).kl
+    assert kl is not None
+    assert kl < 1
 
 
 def test_too_small_a_budget_and_evidence_that_is_not_there(evidence, tmp_path, tokenizer, words):

@@ -144,6 +144,24 @@ def spectrum(weights: Sequence[Tensor], grams: Sequence[Tensor | None], side: Li
     return torch.linalg.eigvalsh(moment).flip(0).clamp(min=0)
 
 
+def shared_spectra(weights: Sequence[Tensor], grams: Sequence[Tensor]) -> list[Tensor]:
+    """What each direction of a shared basis takes off a layer's error ‖XᵢWᵢ‖² under its own Gram, not the pooled one.
+
+    The directions are those of `share_input`, B = S⁻¹U, best first for the group. With RᵢᵀRᵢ = Gᵢ and Qᵢ from the QR
+    decomposition of RᵢB, the first k of them and the best coefficients for them take ‖Q_kᵀRᵢWᵢ‖² off. Returns n of d_in
+    values, float64.
+    """
+    moment, root = _input_moment(weights, grams)
+    assert root is not None
+    basis = torch.linalg.solve_triangular(root, _top(moment, len(moment))[1], upper=True)
+    found = []
+    for weight, gram in zip(weights, grams, strict=True):
+        own = square_root([gram])
+        directions = torch.linalg.qr(own @ basis).Q
+        found.append(_apply_transposed(own.T @ directions, weight).square().sum(1))
+    return found
+
+
 def refit(basis: Tensor, gram: Tensor, weight: Tensor) -> Tensor:
     """Best coefficients of one layer for a fixed basis under the layer's own Gram: (BᵀGB + λ1)⁻¹BᵀGW.
 

@@ -6,7 +6,9 @@ matrix seen through Γ^½ (`formulas/two_sided`: OBD-LLM, arXiv 2604.00821; KFAC
 of the dropped eigenvalues is the predicted rise of the loss per token. So errors of different matrices can be compared:
 the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
 same input can share a basis where that costs less (`plan/search`; with pivoted bases it cost more in every layer of
-our models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each.
+our models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each. Up to three adjacent layers
+can share a basis, too, for the roles in `shared`: it has Basis Sharing's directions, while coefficients, and what is
+lost, are those under each layer's own Gram (docs/sharing.md says where that pays).
 
 The plan is a prediction. So two others are solved beside it and measured on text that is held out (`rivals`), and the
 best is kept: it is never worse there than `svd-llm` or `basis-sharing` of the same size and form. What is solved is
@@ -22,8 +24,8 @@ Every ingredient is an option. Without `two_sided` the loss of a matrix is its r
 no gradients are measured.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Annotated, Any, ClassVar
 
@@ -33,12 +35,12 @@ from torch import Tensor
 
 from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError, unknown
-from layershare.formulas.linalg import spectrum, square_root
+from layershare.formulas.linalg import Factors, balanced, energy, refit, shared_spectra, spectrum, square_root
 from layershare.formulas.two_sided import shrunk
 from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.low_rank import LowRank
 from layershare.methods.svd_llm import SvdLlm
-from layershare.model.arch import ROLES, Linear, Spec
+from layershare.model.arch import READERS, ROLES, Linear, Spec
 from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Place, Share
 from layershare.plan.evidence import Evidence
@@ -48,6 +50,8 @@ from layershare.plan.search import Curve, Window, choose
 from layershare.values import Flag, Names, Number
 
 Part = Annotated[Number, Field(ge=0, lt=1)]
+TOGETHER = 3
+"""Layers that may share a basis at most."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Auto(LowRank):
     """Roles whose output errors count the same in every direction; how much a role counts is still measured."""
     joint: Names = ()
     """Roles that may share a basis in a layer, where they read the same input: gate+up, q+k, k+v, q+k+v."""
+    shared: Names = ()
+    """Roles of which up to three adjacent layers may share a basis, where that costs less: gate, up."""
     shrink_inputs: Part = 0.0
     """How far Grams of inputs are pulled towards one that favours no direction (0: not, 1: all the way)."""
     shrink_gradients: Part = 0.0
@@ -102,6 +108,11 @@ class Auto(LowRank):
                 raise LayershareError(f"'{together}' in joint must name two or more roles, such as gate+up.")
             if set(roles) <= set(spec.roles) and len({spec.linear(role, 0).site for role in roles}) > 1:
                 raise LayershareError(f"'{together}' in joint: these roles do not read the same input in this model.")
+        for role in self.shared:
+            if role not in READERS:
+                raise unknown("role in shared", role, READERS)
+            if any(role in together.split("+") for together in self.joint):
+                raise LayershareError(f"'{role}' is in joint and in shared; leave it out of one of them.")
 
     def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
         """The Gram of a linear's inputs."""
@@ -119,9 +130,14 @@ class Auto(LowRank):
         """The ranks that cost the loss least, by what is predicted."""
         if budget.fraction == 1:
             return ()
-        families = {site: list(self._windows(spec, linears, evidence)) for site, linears in _by_site(spec).items()}
+        alone = [linear for linear in spec.linears if linear.role not in self.shared]
+        families = {site: list(self._windows(spec, linears, evidence)) for site, linears in _by_site(alone).items()}
+        families |= {x: list(self._runs(spec, y, evidence)) for x, y in spec.by_role.items() if x in self.shared}
+        length = max(window.end for windows in families.values() for window in windows)
+        for windows in families.values():  # all cover the same number of places
+            windows.append(Window(max(window.end for window in windows), length, ()))
         try:
-            choices = choose(families, 1, budget.parameters)
+            choices = choose(families, length, budget.parameters)
         except ValueError as error:
             raise LayershareError("keep leaves less than rank 1 for every matrix; keep more.") from error
         return in_order(spec, [x.curve.group.share(x.rank) for x in choices if x.rank is not None])
@@ -133,6 +149,17 @@ class Auto(LowRank):
         shares = [edit for edit in edits if isinstance(edit, Share)]
         return sum(float(self._tails(Group(x.places, x.side, x.pivot), evidence)[x.rank]) for x in shares)
 
+    def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
+        """The factors of one group; where layers share a basis, with coefficients under each one's own Gram."""
+        made = super().factors(share, weights, metrics)
+        grams = [metric for metric in metrics if metric is not None]
+        if len(share.layers) == 1 or share.side == "output" or share.private_rank:
+            return made
+        coefs = tuple(refit(made.basis, gram, weight) for gram, weight in zip(grams, weights, strict=True))
+        rests = [weight.double() - made.basis @ coef for weight, coef in zip(weights, coefs, strict=True)]
+        lost, whole = (sum(map(energy, some, grams)) for some in (rests, weights))
+        return balanced(replace(made, coefs=coefs, error=lost / whole if whole else 0.0), share.side)
+
     def _windows(self, spec: Spec, linears: Sequence[Linear], evidence: Evidence) -> Iterator[Window]:
         """What may stand in the place of linears that read the same input."""
         curves: dict[Group, Curve] = {}  # most groups are in several partitions
@@ -141,6 +168,15 @@ class Auto(LowRank):
                 if group not in curves:
                     curves[group] = self._curve(spec, group, evidence)
             yield Window(0, 1, tuple(curves[group] for group in groups))
+
+    def _runs(self, spec: Spec, linears: Sequence[Linear], evidence: Evidence) -> Iterator[Window]:
+        """What may stand in the place of a role's linears in all layers: bases of their own, or of adjacent layers."""
+        for first in range(len(linears)):
+            for end in range(first + 1, min(first + TOGETHER, len(linears)) + 1):
+                run = linears[first:end]
+                if len({(linear.d_in, linear.d_out) for linear in run}) == 1:
+                    group = Group(tuple(Place(x.role, x.layer) for x in run), "input", self.pivot)
+                    yield Window(first, end, (self._curve(spec, group, evidence),))
 
     def _partitions(self, linears: Sequence[Linear]) -> Iterator[list[Group]]:
         """Ways to put linears into groups: each for itself, and with bases that roles may share."""
@@ -167,18 +203,26 @@ class Auto(LowRank):
         def compute() -> Tensor:
             linears = [evidence.spec.linear(*place) for place in group.places]
             seen, roots = self.weighed(evidence, linears, [evidence.weight(linear) for linear in linears])
-            values = spectrum(seen, [self.metric(evidence, linear) for linear in linears], group.side).cpu()
+            metrics = [self.metric(evidence, linear) for linear in linears]
+            if (layers := len({linear.layer for linear in linears})) > 1:
+                spectra = shared_spectra(seen, metrics)
+                scales = [1.0 if roots else float(each.sum()) or 1.0 for each in spectra]
+                values = torch.stack([each / scale for each, scale in zip(spectra, scales, strict=True)]).sum(0).cpu()
+            else:
+                values = spectrum(seen, metrics, group.side).cpu()
             whole = float(values.sum()) or 1.0
             values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole
-            return (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])).clamp(min=0)
+            tails = (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])).clamp(min=0)
+            # A block that runs for itself has one member of a group alone, whose rank is no higher than that one's.
+            return tails[: min(linears[0].d_in, linears[0].d_out) + 1] if layers > 1 else tails
 
         plain = tuple(place.role in self.plain for place in group.places)
         return evidence.once((group, self.two_sided, self.shrink_inputs, self.shrink_gradients, plain), compute)
 
 
-def _by_site(spec: Spec) -> dict[str, list[Linear]]:
+def _by_site(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
     """Site -> the linears that read the same input."""
     found: dict[str, list[Linear]] = {}
-    for linear in spec.linears:
+    for linear in linears:
         found.setdefault(linear.site, []).append(linear)
     return found
