@@ -1,8 +1,8 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `measured METHOD`, or, from the code, `recipe KIND`
-or `options`.
+`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `measured METHOD`, or, from the code,
+`recipe KIND` or `options`.
 """
 
 import json

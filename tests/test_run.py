@@ -16,6 +16,9 @@ from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
 from layershare.methods.probe import Probe
+from layershare.model.describe import describe
+from layershare.plan.edits import Share
+from layershare.plan.plan import Plan
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import Results, read_as
 from layershare.run import run
@@ -392,3 +395,13 @@ def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
     with pytest.raises(LayershareError, match="has changed since the finished run"):
         run(recipe, tmp_path / "out")
+
+
+def test_a_basis_may_have_more_rank_than_each_of_its_matrices_alone(folder, tmp_path):
+    text = {"text": str(folder.parent / "text.txt"), "blocks": 8, "length": 64}
+    options = {"shared": ["v"], "group_size": 4}
+    values = {"model": str(folder), "method": "basis-sharing", "options": options, "keep": 0.9, "of": "targets"}
+    run(make_recipe({**values, "refit": True, "calibration": text}), tmp_path / "out")
+    plan = Plan.from_file(tmp_path / "out" / "plan.json")
+    ranks = {edit.rank for edit in plan.edits if isinstance(edit, Share) and edit.roles == ("v",)}
+    assert max(ranks) > describe(tiny_model("llama")).linear("v", 0).d_out

@@ -167,7 +167,7 @@ class Composition:
             if has is None or has:
                 homed = (replace(each, home=each.home and members[0].name) for each in term.factors)
                 terms.append(Term(tuple(homed), has))
-        return Composition(members, tuple(terms))
+        return _Part(members, tuple(terms))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `config.json`, without what has its default."""
@@ -181,6 +181,14 @@ class Composition:
             has = None if term.get("members") is None else tuple(term["members"])
             terms.append(Term(**{**term, "factors": tuple(Factor(**each) for each in term["factors"]), "members": has}))
         return cls(**{**values, "members": tuple(Member(**each) for each in values["members"]), "terms": tuple(terms)})
+
+
+@dataclass(frozen=True)
+class _Part(Composition):
+    """Some members of a composition that was checked as a whole: a basis may have more rank than theirs would allow."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def shared(members: Sequence[Member], rank: int, side: Side, private_rank: int = 0, pivot: bool = False) -> Composition:
