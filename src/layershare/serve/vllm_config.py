@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from layershare.autoload import METHOD
 from layershare.errors import LayershareError
 from layershare.manifest import require_whole
 from layershare.model.arch import common_parent
@@ -30,7 +31,6 @@ from layershare.model.hub import LayershareConfig
 from layershare.model.swap import Dropped
 from layershare.serve.vllm_factors import Store
 from layershare.serve.vllm_linear import LayershareLinearMethod, Shard
-from layershare.serve.vllm_plugin import METHOD
 
 INSTEAD = "serve what `layershare export --dense` makes of it"
 FUSED: dict[type[nn.Module], tuple[str, ...]] = {

@@ -13,9 +13,9 @@ import vllm
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from layershare.autoload import METHOD
 from layershare.errors import LayershareError
 
-METHOD = "layershare"
 OLDEST = (0, 32)
 """The first vLLM whose transformers reads our folders."""
 
