@@ -1,7 +1,8 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`repair MODEL`, `first`, `heal MODEL`, `speed`, `measured METHOD`, or, from the code, `recipe KIND` or `options`.
+`repair MODEL`, `first`, `heal MODEL`, `speed`, `bytes`, `measured METHOD`, or, from the code, `recipe KIND` or
+`options`.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bytes.tables import bytes_page
 from benchmarks.heal.tables import heal_page, speed_page
 from benchmarks.methods.tables import machine, markdown, measured_method, model_page, models_page, variants_page
 from benchmarks.results import Results
@@ -17,7 +19,7 @@ from scripts.method_matrix import matrix
 from scripts.recipe_tables import options_page, recipe_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md")
+PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md", "docs/quantizing.md")
 BENCHMARKS = ROOT / "benchmarks"
 METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL = (
     Results(BENCHMARKS / name / "results.jsonl") for name in ("methods", "forms", "auto", "repair", "first", "heal")
@@ -77,6 +79,8 @@ def table(name: str) -> str:
         return heal_page(HEAL, which)
     if kind == "speed":
         return speed_page(BENCHMARKS / "heal" / "speed.json")
+    if kind == "bytes":
+        return bytes_page(BENCHMARKS / "bytes" / "results.json")
     if kind == "measured":
         return measured_method(METHODS, which)
     if kind == "recipe":
