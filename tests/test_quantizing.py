@@ -160,4 +160,6 @@ def test_gptq_is_nearer_to_the_original_than_rounding(tmp_path):
     original, tokenizer = load("sample"), read_tokenizer("sample")
     measured = {"text": "stdlib", "blocks": 4, "length": 256, "original": original}  # of another part of the text
     rounded, compensated = (layershare.measure(model, tokenizer, **measured).kl for model in (plain, ours))
+    assert compensated is not None
+    assert rounded is not None
     assert compensated < 0.9 * rounded
