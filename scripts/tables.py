@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `measured METHOD`, or, from the code,
+`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `bytes`, `measured METHOD`, or, from the code,
 `recipe KIND` or `options`.
 """
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bytes.tables import bytes_page
 from benchmarks.heal.tables import heal_page, speed_page
 from benchmarks.methods.tables import machine, markdown, measured_method, model_page, models_page, variants_page
 from benchmarks.results import Results
@@ -19,7 +20,10 @@ from scripts.method_matrix import matrix
 from scripts.recipe_tables import options_page, recipe_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/methods.md", "docs/results.md", "docs/papers.md", "docs/recipe.md", "docs/sharing.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "quantizing")),
+)
 BENCHMARKS = ROOT / "benchmarks"
 METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL, SHARING = (
     Results(BENCHMARKS / name / "results.jsonl")
@@ -84,6 +88,8 @@ def table(name: str) -> str:
         return SHARED[part](SHARING, model)
     if kind == "speed":
         return speed_page(BENCHMARKS / "heal" / "speed.json")
+    if kind == "bytes":
+        return bytes_page(BENCHMARKS / "bytes" / "results.json")
     if kind == "measured":
         return measured_method(METHODS, which)
     if kind == "recipe":

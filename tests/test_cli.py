@@ -71,6 +71,7 @@ def test_help_does_not_import_torch():
         "methods",
         "calibrate",
         "heal",
+        "quantize",
         "eval",
         "bench",
         "report",

@@ -71,6 +71,21 @@ def test_the_readme_s_python_runs(user, commands):
     assert "trainable params" in printed
 
 
+def test_the_page_about_quantizing_runs(user, commands):
+    page = (ROOT / "docs" / "quantizing.md").read_text(encoding="utf-8")
+    folder = user / "quantizing"
+    folder.mkdir()
+    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    script = "\n".join(blocks("bash", page))
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The quantized model is in small-4bit." in done.stdout
+    run_python(commands, "\n".join(blocks("python", page)), folder)
+    assert (folder / "small-8bit" / "config.json").is_file()
+
+
 def test_the_pages_name_every_family_and_method():
     families = re.search(r"Tested families: (.*?)\. Mixture", README, re.DOTALL)
     assert families is not None

@@ -11,7 +11,7 @@ HOUSE = """
     cli
     __init__
     api
-    run
+    run · quantizing
     steps
     job
     healing

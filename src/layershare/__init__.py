@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layershare.api import compress, heal, make_plan, measure
+    from layershare.api import compress, heal, make_plan, measure, quantize
     from layershare.errors import LayershareError, UnsupportedModelError
     from layershare.evaluate.divergence import Evaluation
     from layershare.manifest import Verified, verify
@@ -24,6 +24,7 @@ _HOME = {
     "compress": "api",
     "heal": "api",
     "measure": "api",
+    "quantize": "api",
     "make_plan": "api",
     "Evaluation": "evaluate.divergence",
     "LayershareError": "errors",
@@ -55,6 +56,7 @@ __all__ = [
     "load",
     "make_plan",
     "measure",
+    "quantize",
     "resolve",
     "save",
     "verify",

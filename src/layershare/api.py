@@ -165,6 +165,52 @@ def heal(
         return load(out, dtype=model.dtype, device_map=model.device).train(model.training)
 
 
+def quantize(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    bits: int = 4,
+    group: int = 64,
+    basis_bits: int | None = None,
+    text: Source | None = None,
+    blocks: int = Calibration.blocks,
+    length: int | None = None,
+    seed: int = Calibration.seed,
+    batch_size: int = Calibration.batch_size,
+    device: str = Recipe.device,
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+) -> PreTrainedModel:
+    """The model of a folder or hub id, compressed or not, with the matrices of its blocks stored as small integers.
+
+    It is left in the new folder `out` and returned as `from_pretrained` gives it. `bits`: 8 or 4 for each number,
+    `basis_bits` for those of bases (`None`: the same), with a scale for each `group` along the input. `text`: what
+    GPTQ compensates errors for, as `load_text` takes it, in `blocks` blocks of `length` tokens (`None`: the model's
+    context, at most 2048); `None` rounds. `progress`: show it (`None`: in a terminal).
+
+    Raises `LayershareError` for what cannot be done, before anything is written.
+    """
+    from layershare.quantizing import quantize_folder
+
+    calibration = source = None
+    if text is not None:
+        source = as_source(text)
+        values = {"text": name_of(source), "blocks": blocks, "length": length, "seed": seed, "batch_size": batch_size}
+        calibration = make_as(Calibration, values)
+    how: dict[str, Any] = {"bits": bits, "group": group, "basis_bits": basis_bits, "calibration": calibration}
+    with shown(progress) as (announce, _):
+        quantize_folder(
+            folder,
+            out,
+            **how,
+            text=source,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            announce=announce,
+        )
+        return load(out, device_map=device_of(device), trust_remote_code=trust_remote_code)
+
+
 def make_plan(
     model: PreTrainedModel | PreTrainedConfig,
     *,

@@ -21,6 +21,8 @@ WORK = ".run"
 RECIPE = "recipe.yaml"
 HEAL = "heal.yaml"
 """The recipe of a healing, beside which that of the compression lies."""
+QUANTIZE = "quantize.yaml"
+"""How a finished folder was quantized; beside it may lie how that was made."""
 MEND = "mend that, or name another folder"
 AGAIN = "delete the folder, so that the command can make it again, or name another one"
 """What to do about a finished folder that is damaged."""
@@ -36,7 +38,7 @@ def is_finished(out: Path, recipe: str, name: str = RECIPE) -> bool:
         return False
     if not (out / WORK).exists() or (out / "config.json").is_file():
         require_whole(out, weights=False, mend=AGAIN)
-    names = [each for each in (HEAL, RECIPE) if (out / each).is_file()]
+    names = [each for each in (QUANTIZE, HEAL, RECIPE) if (out / each).is_file()]
     finished = (out / "config.json").is_file() and names[:1] == [name]
     place = out if finished else out / WORK
     if (place / name).is_file():

@@ -24,7 +24,7 @@ FREE = (
 )
 """Files that people may change, in lower case; the model does not depend on them."""
 _MEND = "make or fetch it again, or delete its manifest.json if it was changed on purpose"
-_OURS = ("plan.json", "recipe.yaml", "heal.yaml")
+_OURS = ("plan.json", "recipe.yaml", "heal.yaml", "quantize.yaml")
 """Files beside which a manifest is ours, whatever has become of it."""
 _NAMED = 3
 """How many faults, and tensors of one file, a sentence names."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from layershare.cli.compressing import calibrate, compress, methods, plan, run
-from layershare.cli.finished import export, generate, list_models, report, verify
+from layershare.cli.finished import export, generate, list_models, quantize, report, verify
 from layershare.cli.healing import heal
 from layershare.cli.measuring import bench, evaluate
 from layershare.cli.output import complain
@@ -27,6 +27,7 @@ VERBS = {
     "methods": methods,
     "calibrate": calibrate,
     "heal": heal,
+    "quantize": quantize,
     "eval": evaluate,
     "bench": bench,
     "report": report,

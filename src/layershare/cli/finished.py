@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from layershare.cli.options import Device, Dtype, Folder, Out, Trust
-from layershare.cli.output import quiet, require_parent, show, tell
+from layershare.cli.options import Blocks, Device, Dtype, Folder, Length, Out, Trust, given, text_option
+from layershare.cli.output import progress, quiet, require_parent, show, tell
 from layershare.errors import LayershareError
-from layershare.recipe import Recipe
+from layershare.recipe import Calibration, Recipe, make_as
+from layershare.units import size
 
 
 def report(
@@ -48,6 +49,38 @@ def export(
         raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
     export_dense(folder, output, trust_remote_code=trust)
     tell(f"The dense model is in {output}.")
+
+
+def quantize(
+    folder: Folder,
+    output: Out,
+    bits: Annotated[int, typer.Option("--bits", metavar="N", help="8 or 4 bits for each number.")] = 4,
+    group: Annotated[int, typer.Option("--group", metavar="N", help="Numbers that share a scale.")] = 64,
+    basis_bits: Annotated[
+        int | None, typer.Option("--basis-bits", metavar="N", help="Bits of bases, if others: 8 beside 4, say.")
+    ] = None,
+    text: Annotated[
+        str | None, text_option("--text", "-t", help="Round by what this text needs (GPTQ); as for compress.")
+    ] = None,
+    blocks: Blocks = None,
+    length: Length = None,
+    device: Device = Recipe.device,
+    trust: Trust = False,
+) -> None:
+    """Store a model's matrices as small integers.
+
+    8 or 4 bits a number, of a compressed model or any other. Leaves another Hugging Face folder.
+    """
+    from layershare.quantizing import quantize_folder
+
+    given_text = given(text=text, blocks=blocks, length=length)
+    if text is None and given_text:
+        raise LayershareError("--blocks and --length are those of a text: name it with --text, or leave them out.")
+    calibration = None if text is None else make_as(Calibration, given_text)
+    how: dict[str, Any] = {"bits": bits, "group": group, "basis_bits": basis_bits, "calibration": calibration}
+    with progress() as (announce, _):
+        done = quantize_folder(folder, output, **how, device=device, trust_remote_code=trust, announce=announce)
+    tell(f"The matrices take {size(done.after)} instead of {size(done.before)}. The quantized model is in {output}.")
 
 
 def verify(folder: Annotated[Path, typer.Argument(help="Folder that layershare wrote.")]) -> None:

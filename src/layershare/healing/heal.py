@@ -16,7 +16,7 @@ from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, HEAL, WORK, is_finished, publish, work_folder
 from layershare.foreign import reading
-from layershare.healing.job import HealJob, results_of
+from layershare.healing.job import HealJob
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import train
@@ -24,7 +24,7 @@ from layershare.model.hub import QUANT_METHOD, load, write_folder
 from layershare.model.original import copy_side_files
 from layershare.progress import Announce, Clock, Progress, Say, no_progress, say_nothing, silent
 from layershare.report.page import write_pages
-from layershare.report.results import RESULTS, Environment, Healed, Stages, TrainingText, parsed_as, read_as
+from layershare.report.results import RESULTS, Environment, Healed, Stages, TrainingText, parsed_as, read_as, results_of
 from layershare.store import make_folder, write_atomically, write_json
 
 KEPT = ("plan.json", "recipe.yaml")

@@ -20,7 +20,6 @@ from layershare.calibrate.text import Source, Text, block_length, load_text
 from layershare.device import device_of, precision_of
 from layershare.errors import LayershareError, how_to_install, short
 from layershare.evaluate.evaluator import Evaluator, load_evaluator
-from layershare.foreign import read_mapping, reading
 from layershare.healing.arguments import require_known, require_optimizer
 from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
@@ -34,7 +33,7 @@ from layershare.model.source import read_config, read_tokenizer, resolve, values
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
 from layershare.progress import Progress
-from layershare.report.results import RESULTS
+from layershare.report.results import results_of
 from layershare.store import checksum
 
 MOST_EPOCHS, MOST_BLOCKS = 10_000, 10**8
@@ -259,12 +258,3 @@ def _original(folder: Path, config: PreTrainedConfig) -> str | None:
     notes = getattr(config, "quantization_config", None) or {}
     name = results_of(folder).get("model") or notes.get("compression", {}).get("model")
     return name if isinstance(name, str) else None
-
-
-def results_of(folder: Path) -> dict[str, Any]:
-    """What is in a folder's `results.json`; nothing if it has none. Raises `LayershareError` if it is damaged."""
-    file = folder / RESULTS
-    if not file.exists():
-        return {}
-    with reading(f"The {RESULTS} of '{folder}'", "delete it, or compress the model again"):
-        return read_mapping(file)

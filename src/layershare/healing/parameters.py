@@ -12,7 +12,7 @@ from transformers.trainer_utils import check_target_module_exists
 from layershare.errors import LayershareError, how_to_install, unknown
 from layershare.healing.settings import Healing, Lora
 from layershare.model.arch import find_blocks
-from layershare.model.layers import ComposedLinear, SharedLinear
+from layershare.model.layers import ComposedLinear, QuantizedLinear, SharedLinear
 from layershare.model.norms import norm_parameters
 from layershare.model.parallel import adapt_sharding
 
@@ -20,8 +20,13 @@ from layershare.model.parallel import adapt_sharding
 def choose(model: PreTrainedModel, healing: Healing) -> Any:
     """Freeze all of a model but what is to train; returns the model to train, with adapters around it for LoRA.
 
-    Raises `LayershareError` if nothing of the kind is there, or PEFT is missing.
+    Raises `LayershareError` if nothing of the kind is there, for quantized weights, and if PEFT is missing.
     """
+    if healing.train != "norms" and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise LayershareError(
+            f"'{healing.model}' is quantized, and quantized weights do not train: heal the model that was quantized, "
+            "then quantize the result, or use --train norms."
+        )
     names = {
         "lora": set,
         "factors": lambda: factors(model),

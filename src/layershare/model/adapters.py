@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from layershare.errors import LayershareError
 from layershare.model.dropped import DroppedAttention, DroppedLinear
-from layershare.model.layers import ComposedLinear
+from layershare.model.layers import ComposedLinear, QuantizedLinear
 
 RESOLVER = "peft.tuners.tuners_utils"
 """The module of PEFT whose `_maybe_include_all_linear_layers` makes names of modules out of a config's targets."""
@@ -52,6 +53,8 @@ def resolve_targets(config: Any, model: nn.Module) -> None:
     _refuse_copies(model, getattr(config, "modules_to_save", None) or ())
     if not ours or not getattr(config, "target_modules", None):
         return
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        _stay_beside(config)
     is_target = import_module(RESOLVER).check_target_module_exists
     named = [name for name, _ in model.named_modules() if is_target(config, name)]
     if not ours.keys() & {*named}:
@@ -74,6 +77,30 @@ def resolve_targets(config: Any, model: nn.Module) -> None:
         forward = {each for name, each in part.items() if each is not None and _is_forward(words, name)}
         config.feedforward_modules = forward
     config.target_modules = targets
+
+
+def _stay_beside(config: Any) -> None:
+    """Have adapters on quantized weights refuse to be merged, which would be lost. Raises for others than LoRA's."""
+    if not hasattr(config, "_register_custom_module"):
+        raise LayershareError(f"A quantized model takes adapters of LoRA alone, no {type(config).__name__}.")
+    config._register_custom_module({QuantizedLinear: _quantized_adapter()})
+
+
+@cache
+def _quantized_adapter() -> type:
+    linear: Any = import_module("peft.tuners.lora").Linear
+
+    class QuantizedAdapter(linear):
+        """LoRA's adapter on a quantized weight."""
+
+        def merge(self, *_: Any, **__: Any) -> None:
+            """Raise `LayershareError`."""
+            raise LayershareError(
+                "An adapter cannot be merged into quantized weights: keep it beside them, or merge it into the model "
+                "before that is quantized."
+            )
+
+    return QuantizedAdapter
 
 
 def _own(name: str, layer: nn.Module) -> str | None:

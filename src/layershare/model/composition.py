@@ -12,6 +12,9 @@ The pivoted form of a d × k matrix B on the input side is P[1; T]: k of its row
 the others, and P puts all d in their places; then z = xB = x[pivots] + x[others]·T. On the output side likewise.
 
 The first member registers what is shared (*) for all, under its own name: one tensor, stored once.
+
+A factor may be stored as small integers with a scale for each group of them; one factor alone, a dense matrix that
+shares nothing, stands here for that.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ Form = Literal["dense", "pivoted"]
 FORMS: tuple[Form, ...] = ("dense", "pivoted")
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
+BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,42 @@ class Member:
     conv1d: bool = False
 
 
+Stored = dict[str, tuple[tuple[int, ...], str | None]]
+"""Shape and dtype (`None`: the model's) of stored tensors, by name."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A weight as integers of so many bits, with a scale for each `group` of neighbours along its input.
+
+    The last group of a row may be shorter. `formulas.quantize.dense_weight` makes a weight of its tensors.
+    Raises `LayershareError` for bits that do not exist, and groups of no numbers.
+    """
+
+    bits: int
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise unknown("number of bits", str(self.bits), map(str, BITS))
+        if type(self.group) is not int or self.group < 1:
+            raise LayershareError(f"A group of {self.group!r} numbers has no scale: give 1 or more, such as 64.")
+
+    def tensors(self, rows: int, columns: int) -> Stored:
+        """What is stored of a weight of that shape: two 4-bit numbers in a byte."""
+        packed = columns if self.bits == 8 else -(-columns // 2)
+        codes = ((rows, packed), "int8" if self.bits == 8 else "uint8")
+        return {"codes": codes, "scales": ((rows, -(-columns // self.group)), None)}
+
+
 @dataclass(frozen=True)
 class Factor:
     """One linear map of a product, a child `name` of the layer that registers it.
 
     `inward`, `outward`: its widths, `None` for the member's own d_in or d_out. `home`: the member that registers it for
     all; `None`: every member has its own. `form`: "pivoted" stores T as weight and, in `order`, where x or y has
-    its numbers: P[1; T] meets x[order] on the input side, and its y is (z, zT)[order] on the output side.
+    its numbers: P[1; T] meets x[order] on the input side, and its y is (z, zT)[order] on the output side. `storage`:
+    how its weight is stored, `None` for the model's dtype.
     """
 
     name: str
@@ -54,6 +87,7 @@ class Factor:
     outward: int | None = None
     home: str | None = None
     form: Form = "dense"
+    storage: Storage | None = None
 
     @property
     def pivots(self) -> Side | None:
@@ -68,7 +102,7 @@ class Factor:
     @property
     def keys(self) -> tuple[str, ...]:
         """The names of its tensors in the layer that registers it."""
-        return (f"{self.name}.weight",) if self.pivots is None else (f"{self.name}.weight", self.order)
+        return tuple(self._named(1, 1))
 
     def shape(self, member: Member) -> tuple[int, int]:
         """Its weight's shape in a member, [out, in] as `nn.Linear` stores it."""
@@ -78,8 +112,18 @@ class Factor:
             return rows, columns
         return (rows, columns - rows) if self.pivots == "input" else (rows - columns, columns)
 
+    def tensors(self, member: Member) -> Stored:
+        """What a member that registers it stores of it, by the names there."""
+        return self._named(*self.shape(member))
+
+    def _named(self, rows: int, columns: int) -> Stored:
+        weight: Stored = {"weight": ((rows, columns), None)}
+        weight = weight if self.storage is None else self.storage.tensors(rows, columns)
+        named = {f"{self.name}.{key}": each for key, each in weight.items()}
+        return named if self.pivots is None else {**named, self.order: ((rows + columns,), "int32")}
+
     def parameters(self, member: Member) -> int:
-        """Its stored numbers, which are also its multiplications per token."""
+        """Its numbers, which are also its multiplications per token."""
         rows, columns = self.shape(member)
         return rows * columns
 
@@ -169,6 +213,14 @@ class Composition:
                 terms.append(Term(tuple(homed), has))
         return _Part(members, tuple(terms))
 
+    def stored_as(self, storage: Storage, shared: Storage) -> Composition:
+        """The same with the factors stored so; those that the first member registers for all as `shared`."""
+
+        def stored(factor: Factor) -> Factor:
+            return replace(factor, storage=shared if factor.home else storage)
+
+        return replace(self, terms=tuple(replace(t, factors=tuple(map(stored, t.factors))) for t in self.terms))
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in `config.json`, without what has its default."""
         return _plain(self)
@@ -179,7 +231,7 @@ class Composition:
         terms = []
         for term in values["terms"]:
             has = None if term.get("members") is None else tuple(term["members"])
-            terms.append(Term(**{**term, "factors": tuple(Factor(**each) for each in term["factors"]), "members": has}))
+            terms.append(Term(**{**term, "factors": tuple(map(_factor, term["factors"])), "members": has}))
         return cls(**{**values, "members": tuple(Member(**each) for each in values["members"]), "terms": tuple(terms)})
 
 
@@ -213,6 +265,16 @@ def deltas(members: Sequence[Member], rank: int, names: Sequence[str]) -> Compos
     base = Factor("base", home=members[0].name)
     low_rank = Factor("down", outward=rank), Factor("up", inward=rank)
     return Composition(tuple(members), (Term((base,)), Term(low_rank, tuple(names))))
+
+
+def alone(member: Member) -> Composition:
+    """A dense layer as a composition: one factor, its own whole matrix."""
+    return Composition((member,), (Term((Factor("base"),)),))
+
+
+def _factor(values: dict[str, Any]) -> Factor:
+    storage = values.get("storage")
+    return Factor(**{**values, "storage": None if storage is None else Storage(**storage)})
 
 
 def _plain(value: Any) -> Any:

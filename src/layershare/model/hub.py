@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version as installed
 from itertools import chain
@@ -35,7 +35,7 @@ from layershare.model.checked import AGAIN
 from layershare.model.composition import Composition
 from layershare.model.dropped import DroppedAttention, DroppedLinear
 from layershare.model.given import require_model
-from layershare.model.layers import ComposedLinear
+from layershare.model.layers import ComposedLinear, QuantizedLinear
 from layershare.model.parallel import adapt_sharding, adapt_tensor_plan
 from layershare.model.sliced import Sliced, SlicedNorm, slice_modules
 from layershare.model.source import read_model
@@ -202,10 +202,24 @@ def load(
     or more in its files than the model has, for NaN and infinity in its weights, and where `verify` does.
     """
     model, _ = read_model(folder, trust_remote_code=trust_remote_code, **options)
-    require_finite((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)
+    require_finite((name, tensor) for name, tensor in _numbers(model) if not tensor.is_meta)
     kinds = ComposedLinear | DroppedAttention | DroppedLinear | SlicedNorm
     ours = any(isinstance(module, kinds) for module in model.modules())
     return model.dequantize() if dense and ours else model
+
+
+def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters, and the scales of quantized ones, with their names."""
+    yield from model.named_parameters()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield f"{name}.scales", module.get_buffer("scales")
+
+
+def adopt(model: PreTrainedModel, config: LayershareConfig) -> None:
+    """Make a model in memory whose modules are as `config` says look like a compressed one that was loaded."""
+    vars(model).update(hf_quantizer=LayershareQuantizer(config), is_quantized=False)
+    model.config.quantization_config = config
 
 
 def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -8,13 +8,15 @@ accelerate, FSDP) is seen by every layer. All children are `nn.Linear`, which ot
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from layershare.errors import LayershareError
-from layershare.model.composition import Composition, Factor, Side
+from layershare.formulas.quantize import dense_weight
+from layershare.model.composition import Composition, Factor, Side, Storage
 
 
 def unpivoted(weight: torch.Tensor, order: torch.Tensor, side: Side) -> torch.Tensor:
@@ -26,6 +28,59 @@ def unpivoted(weight: torch.Tensor, order: torch.Tensor, side: Side) -> torch.Te
 
 class SharedLinear(nn.Linear):
     """What several layers share: a class of its own, so that FSDP wrap policies can name it."""
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear without bias whose weight is stored as integers and scales; each call makes the weight of them anew.
+
+    The weight is no parameter: it does not train. The tensors are left uninitialised.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        storage: Storage,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # `nn.Linear`'s would make the weight
+        self.in_features, self.out_features, self.storage = in_features, out_features, storage
+        self.register_parameter("bias", None)
+        for name, (shape, own) in storage.tensors(out_features, in_features).items():
+            tensor = torch.empty(shape, device=device, dtype=getattr(torch, own) if own else dtype)
+            self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight, `[out, in]`, marked as initialised; see `ComposedLinear.weight`."""
+        weight = dense_weight(self.codes, self.scales, self.storage.group, self.in_features)  # pyright: ignore[reportArgumentType]
+        weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        return weight
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        storage = self.storage
+        return f"{self.in_features} -> {self.out_features}, {storage.bits} bits in groups of {storage.group}"
+
+
+class SharedQuantizedLinear(QuantizedLinear, SharedLinear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The same, shared."""
+
+
+PARTS = (nn.Linear, SharedLinear, QuantizedLinear, SharedQuantizedLinear)
+"""What the factors of a layer are."""
+
+
+def made_part(factor: Factor, columns: int, rows: int, **place: Any) -> nn.Linear:
+    """The linear that a factor is, on a `device` and of a `dtype`, uninitialised."""
+    if factor.storage is not None:
+        return (SharedQuantizedLinear if factor.home else QuantizedLinear)(columns, rows, factor.storage, **place)
+    kind = SharedLinear if factor.home else nn.Linear
+    # Built on meta and then allocated: nothing is drawn from the random number generator.
+    part = kind(columns, rows, bias=False, device="meta", dtype=place["dtype"])
+    return part.to_empty(device=place["device"])
 
 
 class ComposedLinear(nn.Module):
@@ -59,10 +114,7 @@ class ComposedLinear(nn.Module):
         for factor in self.factors:
             if factor.registered_by(self.member):
                 rows, columns = factor.shape(self.member)
-                kind = SharedLinear if factor.home else nn.Linear
-                # Built on meta and then allocated: nothing is drawn from the random number generator.
-                part = kind(columns, rows, bias=False, device="meta", dtype=dtype).to_empty(device=device)
-                self.add_module(factor.name, part)
+                self.add_module(factor.name, made_part(factor, columns, rows, device=device, dtype=dtype))
                 if factor.pivots:
                     order = torch.empty(rows + columns, dtype=torch.int32, device=device)
                     self.register_buffer(factor.order, order)
@@ -158,7 +210,7 @@ class ComposedLinear(nn.Module):
     def require_plain_parts(self) -> None:
         """Raise `LayershareError` where a part is wrapped (an adapter that is not merged) or offloaded."""
         for part in self.parts():
-            if type(part) not in (nn.Linear, SharedLinear):
+            if type(part) not in PARTS:
                 raise LayershareError("A factor carries an adapter: merge or unload the adapters first.")
             if part.weight.is_meta:
                 raise LayershareError("Weights are offloaded: load the model without a device map for this.")

@@ -16,7 +16,7 @@ from transformers.distributed.tensor_parallel import (
     TensorParallelLayer,
 )
 
-from layershare.model.layers import ComposedLinear, SharedLinear
+from layershare.model.layers import ComposedLinear, QuantizedLinear, SharedLinear
 from layershare.model.sliced import SlicedNorm
 
 # The style of a dense layer -> the styles of the factor that meets the input and of the one that makes the output
@@ -100,9 +100,9 @@ def adapt_tensor_plan(model: PreTrainedModel, plan: dict[str, str]) -> None:
     """Give the entries of `plan` that cover a layer that shares the matching style, in place.
 
     A sliced model has no plan, so that transformers refuses to split it: a sum over split writers would count the
-    shortcuts several times.
+    shortcuts several times. Nor has a quantized one, whose weights are no parameters.
     """
-    if any(isinstance(module, SlicedNorm) for module in model.modules()):
+    if any(isinstance(module, SlicedNorm | QuantizedLinear) for module in model.modules()):
         plan.clear()
     composed = {_pattern(name) for name, module in model.named_modules() if isinstance(module, ComposedLinear)}
     for key in plan.keys() & composed:

@@ -75,10 +75,10 @@ def composed_tensors(spec: Spec, each: Composition) -> Tensors:
     """The tensors of a composition, by full names, in the dtypes of the dense weights that they stand for."""
     tensors: Tensors = {}
     for member, factor in each.stored():
-        name, shape = f"{spec.base_prefix}{member.name}", factor.shape(member)
-        weight, *order = (f"{name}.{key}" for key in factor.keys)
-        tensors[weight] = (shape, spec.tensors[f"{name}.weight"][1])
-        tensors |= dict.fromkeys(order, ((sum(shape),), torch.int32))
+        name = f"{spec.base_prefix}{member.name}"
+        dense = spec.tensors[f"{name}.weight"][1]
+        for key, (shape, dtype) in factor.tensors(member).items():
+            tensors[f"{name}.{key}"] = (shape, getattr(torch, dtype) if dtype else dense)
     return tensors
 
 

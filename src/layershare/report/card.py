@@ -23,6 +23,7 @@ from layershare.report.words import (
     loading,
     options,
     perplexities,
+    quantized,
     scores,
     sizes,
     story,
@@ -40,7 +41,7 @@ _CARD = """\
 
 Made by layershare {layershare} with the method `{method}`{options}: {edits}. Compressed for the text: {calibration}.
 `recipe.yaml` has every setting, `results.json` every measurement, `plan.json` what was done to each matrix.
-
+{quantized}
 ## Size and quality
 
 | | original | this model | |
@@ -119,6 +120,7 @@ def card(run: Run) -> str:
         options=f" ({options(run)})" if options(run) else "",
         edits=edits(run),
         calibration=calibration(run),
+        quantized=f"\n{quantized(run)}. `quantize.yaml` has every setting.\n" if run.results.quantization else "",
         table="\n".join(rows),
         measured=measured,
         healing=_healing(run),

@@ -113,7 +113,7 @@ def _row(results: Listed) -> list[str]:
     method = results.method if results.of == "all" else f"{results.method}, {results.keep} of {results.of}"
     return [
         short(results.model),
-        printable(method) + (", healed" if results.healing else ""),
+        printable(method) + results.after_words,
         brief_count(after.parameters),
         percent(after.parameters / before.parameters, 1),
         size(after.bytes),

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.speed import Rate
-from layershare.foreign import read_mapping
+from layershare.foreign import read_mapping, reading
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes
 from layershare.recipe import Refine
@@ -185,6 +185,25 @@ class Healed(Environment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantized(Environment):
+    """What `quantize` notes: the folder that it was given, and how matrices are stored, `basis_bits` those of bases.
+
+    `text`: what errors were compensated for, `None` for rounding. `before`, `after`: bytes of all matrices in the
+    blocks. `error`: what quantizing a factor lost, relative, on average of all; see `solve.quantize`.
+    """
+
+    model: Word
+    bits: _Count
+    basis_bits: _Count
+    group: _Count
+    text: CalibrationText | None
+    before: _Count
+    after: _Count
+    error: Number
+    seconds: Number
+
+
+@dataclass(frozen=True, kw_only=True)
 class Listed:
     """What the list needs of `results.json`."""
 
@@ -196,6 +215,13 @@ class Listed:
     after: _Sizes
     evaluation: Measured | None = written_with("evaluation")
     healing: Healed | None = written_with("healing")
+    quantization: Quantized | None = written_with("quantization")
+
+    @property
+    def after_words(self) -> str:
+        """What was done after the compression, to be put behind the method's name: `, healed, 4 bits`."""
+        healed = ", healed" if self.healing else ""
+        return f"{healed}, {self.quantization.bits} bits" if self.quantization else healed
 
     @property
     def measured(self) -> Measured:
@@ -248,6 +274,15 @@ class Speed(Environment):
     new: _Count
     rounds: _Count
     rates: list[Rate]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """What is in a folder's `results.json`; nothing if it has none. Raises `LayershareError` if it is damaged."""
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    with reading(f"The {RESULTS} of '{folder}'", "delete it, or compress the model again"):
+        return read_mapping(file)
 
 
 def read_as(kind: type[_T], path: Path) -> _T:

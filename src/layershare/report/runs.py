@@ -126,7 +126,8 @@ class Run:
     @property
     def ordinary(self) -> bool:
         """Whether the result is an ordinary checkpoint, with no more than whole layers gone or merged."""
-        return all(isinstance(e, Merge) or (isinstance(e, Drop) and e.part == "block") for e in self.edits)
+        whole = all(isinstance(e, Merge) or (isinstance(e, Drop) and e.part == "block") for e in self.edits)
+        return whole and self.results.quantization is None
 
     @property
     def sliced(self) -> bool:

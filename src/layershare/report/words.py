@@ -45,8 +45,21 @@ def digits_of(value: float, digits: int = 4) -> str:
 
 
 def method_of(run: Run) -> str:
-    """The method, and whether training followed."""
-    return run.results.method + (", healed" if run.healing else "")
+    """The method, and whether training and quantizing followed."""
+    return run.results.method + run.results.after_words
+
+
+def quantized(run: Run) -> str:
+    """How a model was quantized, in one sentence; nothing for others."""
+    done = run.results.quantization
+    if done is None:
+        return ""
+    bases = "" if done.basis_bits == done.bits else f" (bases as {done.basis_bits}-bit ones)"
+    how = "rounded" if done.text is None else f"by GPTQ on {blocks(done.text)}"
+    return (
+        f"All matrices of its blocks are stored as {done.bits}-bit numbers{bases}, {done.group} with one scale, {how}: "
+        f"{size(done.after)} instead of {size(done.before)}"
+    )
 
 
 def healing(run: Run) -> str:
@@ -171,8 +184,9 @@ def loading(run: Run) -> str:
     """What it takes to load the result, and what becomes of programs that cannot."""
     if run.ordinary:
         return "It is an ordinary checkpoint, which loads without layershare, too."
+    trains = "LoRA takes" if run.results.quantization else "It trains like any model; PEFT and TRL take"
     needed = (
-        "layershare must be installed, not imported. It trains like any model; PEFT and TRL take the usual names "
+        f"layershare must be installed, not imported. {trains} the usual names "
         "(`q_proj`, …), whose adapters sit on a layer's own factor."
     )
     if run.sliced:

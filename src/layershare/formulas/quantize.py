@@ -1,0 +1,105 @@
+"""Weights as small integers: rounding, GPTQ's compensation of what it loses, and two 4-bit numbers in a byte.
+
+A weight W (out × in, as `nn.Linear` stores it) is ŵ = s·q with whole numbers |q| ≤ 2^(bits − 1) − 1 and one scale s for
+each group of neighbours along the input; the last group may be shorter.
+"""
+
+import torch
+from torch import Tensor
+
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""What a group's largest number may be clipped to, relative to itself."""
+DAMPING = 0.01
+"""Added to a Gram matrix, relative to its mean eigenvalue; GPTQ's."""
+_PANEL = 128
+
+
+def best_scales(weight: Tensor, bits: int, group: int, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
+    """The scales (out × ⌈in / group⌉, of that dtype) of least Σ hⱼ(wⱼ − ŵⱼ)² under rounding, among `SHRINKS`.
+
+    `importance`: h (in), the diagonal of the Gram of the inputs; `None`: all the same.
+    """
+    largest, ahead = 2 ** (bits - 1) - 1, -weight.shape[1] % group
+    groups = torch.nn.functional.pad(weight.double(), (0, ahead)).unflatten(1, (-1, group))
+    counts = torch.ones(weight.shape[1]) if importance is None else importance
+    counts = torch.nn.functional.pad(counts.to(groups), (0, ahead)).unflatten(0, (-1, group))
+    top = groups.abs().amax(-1) / largest
+    best, least = top, torch.full_like(top, torch.inf)
+    for shrink in SHRINKS:
+        scales = (top * shrink).to(dtype).double()
+        error = (counts * (groups - _nearest(groups, scales[..., None], largest) * scales[..., None]).square()).sum(-1)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best.to(dtype)
+
+
+def rounded(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
+    """q (out × in, int8): the nearest numbers."""
+    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
+    return _nearest(weight.double(), steps, 2 ** (bits - 1) - 1).to(torch.int8)
+
+
+def compensated(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
+    """q (out × in, int8) by GPTQ, for small ‖X(W − Ŵ)ᵀ‖² with G = XᵀX (in × in).
+
+    One column after the other is rounded, those of the largest Gᵢᵢ first, and what that loses is made up for by all
+    columns that are still to come: with H = G + λ1 and the upper Cholesky factor U of H⁻¹, column j's error
+    e = (wⱼ − ŵⱼ)/Uⱼⱼ changes W by −e·Uⱼ. Each row is treated by itself. Columns are updated lazily, a panel at a
+    time. Paper: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323.
+    The order by Gᵢᵢ and scales that are fixed beforehand are later options of the authors' code (`--act-order`,
+    `--static-groups`). Being greedy it can be unlucky: a row that plain rounding leaves nearer is rounded.
+    """
+    nearest = rounded(weight, scales, bits, group)
+    found = _one_by_one(weight, gram, scales, bits, group)
+    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
+
+    def error(codes: Tensor) -> Tensor:
+        missing = weight.double() - codes * steps
+        return (missing @ gram.double() * missing).sum(1, keepdim=True)
+
+    return found.where(error(found) <= error(nearest), nearest)
+
+
+def _one_by_one(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
+    """What GPTQ finds for each row."""
+    gram, left = gram.double(), weight.double()
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]][:, order]
+    damping = DAMPING * gram.diagonal().mean() or 1.0  # inputs that are all zero: plain rounding
+    damped = gram[order][:, order] + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left, codes = left[:, order], torch.empty_like(left)
+    for start in range(0, len(gram), _PANEL):
+        end = min(start + _PANEL, len(gram))
+        errors = torch.empty_like(left[:, start:end])
+        for j in range(start, end):
+            codes[:, j] = _nearest(left[:, j], steps[:, j], 2 ** (bits - 1) - 1)
+            error = errors[:, j - start] = (left[:, j] - codes[:, j] * steps[:, j]) / upper[j, j]
+            left[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
+        left[:, end:] -= errors @ upper[start:end, end:]
+    return codes[:, order.argsort()].to(torch.int8)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Two 4-bit numbers in a byte, the first one in its lower half: int8 out × in to uint8 out × ⌈in / 2⌉."""
+    halves = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8) & 15
+    return halves[:, ::2] | halves[:, 1::2] << 4
+
+
+def unpacked(stored: Tensor, columns: int) -> Tensor:
+    """The numbers of `packed`, int8 out × `columns`; what is stored as int8 as it is."""
+    if stored.dtype == torch.int8:
+        return stored
+    halves = torch.stack((stored & 15, stored >> 4), -1).flatten(1)[:, :columns].to(torch.int8)
+    return (halves ^ 8) - 8  # the fourth bit is the sign
+
+
+def dense_weight(stored: Tensor, scales: Tensor, group: int, columns: int) -> Tensor:
+    """Ŵ (out × `columns`, of the scales' dtype) of its stored numbers, packed or not, and its scales."""
+    steps = scales.repeat_interleave(group, 1)[:, :columns]
+    return unpacked(stored, columns).to(scales.dtype) * steps
+
+
+def _nearest(weight: Tensor, steps: Tensor, largest: int) -> Tensor:
+    """w/s, rounded and clipped; 0 where s is 0."""
+    return (weight / steps.where(steps != 0, 1)).round().clamp(-largest, largest)

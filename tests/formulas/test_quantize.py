@@ -1,0 +1,108 @@
+"""Rounding and GPTQ against brute force."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from layershare.formulas.quantize import DAMPING, best_scales, compensated, dense_weight, packed, rounded, unpacked
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the Gram of inputs that are much alike."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, columns, generator=generator, dtype=torch.float64)
+    x += 2 * torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    return weight, x.T @ x
+
+
+def error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
+    """‖X(W − Ŵ)ᵀ‖² of each row."""
+    missing = weight - approximation.double()
+    return (missing @ gram * missing).sum(1)
+
+
+def dense(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    return dense_weight(codes, scales, group, codes.shape[1])
+
+
+@pytest.mark.parametrize("columns", [1, 6, 7])
+def test_two_numbers_fit_into_a_byte(columns):
+    codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
+    stored = packed(codes)
+    assert stored.dtype == torch.uint8
+    assert stored.shape == (5, -(-columns // 2))
+    assert torch.equal(unpacked(stored, columns), codes)
+    assert torch.equal(unpacked(codes, columns), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_takes_the_nearest_number(bits):
+    weight, _ = problem(3, 10)
+    scales = best_scales(weight, bits, 4, torch.float64)
+    assert scales.shape == (3, 3)
+    found, largest = dense(rounded(weight, scales, bits, 4), scales, 4), 2 ** (bits - 1) - 1
+    for row, column in product(range(3), range(10)):
+        choices = scales[row, column // 4] * torch.arange(-largest, largest + 1)
+        assert (found[row, column] - weight[row, column]).abs() == (choices - weight[row, column]).abs().min()
+
+
+def test_scales_are_no_worse_than_those_of_the_largest_number():
+    weight, gram = problem(20, 64)
+    importance = gram.diagonal()
+    plain = weight.unflatten(1, (-1, 16)).abs().amax(-1) / 7
+    best = best_scales(weight, 4, 16, torch.float64, importance)
+    losses = [
+        (importance * (weight - dense(rounded(weight, scales, 4, 16), scales, 16)).square()).sum()
+        for scales in (best, plain)
+    ]
+    assert losses[0] < losses[1]
+
+
+def test_groups_of_zeros_stay_zero():
+    weight = torch.zeros(2, 8)
+    scales = best_scales(weight, 4, 4, torch.float16)
+    assert not dense(rounded(weight, scales, 4, 4), scales, 4).any()
+    assert not dense(compensated(weight, torch.zeros(8, 8), scales, 4, 4), scales, 4).any()
+
+
+def sequential(weight: Tensor, gram: Tensor, scales: Tensor, group: int) -> Tensor:
+    """What GPTQ does, by its definition: after each rounding the best that the others can become, exactly."""
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    order = gram.diagonal().argsort(descending=True, stable=True).tolist()
+    codes, target = torch.zeros_like(weight), weight.clone()
+    for place, column in enumerate(order):
+        step = scales[:, column // group]
+        codes[:, column] = (target[:, column] / step).round().clamp(-7, 7)
+        done, rest = order[: place + 1], order[place + 1 :]
+        steps = torch.stack([scales[:, each // group] for each in done], 1)
+        lost = weight[:, done] - codes[:, done] * steps
+        target[:, rest] = weight[:, rest] + torch.linalg.solve(damped[rest][:, rest], damped[rest][:, done] @ lost.T).T
+    return codes.to(torch.int8)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(10, 4), (300, 64)])
+def test_gptq_is_the_sequential_optimum(columns, group):
+    weight, gram = problem(4, columns)
+    scales = best_scales(weight, 4, group, torch.float64, gram.diagonal())
+    codes, reference = compensated(weight, gram, scales, 4, group), sequential(weight, gram, scales, group)
+    nearest = rounded(weight, scales, 4, group)
+    ours, theirs = (error(weight, dense(each, scales, group), gram) for each in (reference, nearest))
+    assert torch.equal(codes, reference.where((ours <= theirs)[:, None], nearest))
+    assert (ours <= theirs).any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gptq_lies_between_rounding_and_the_best_of_all(seed):
+    weight, gram = problem(6, 4, seed)
+    scales = best_scales(weight, 4, 4, torch.float64)
+    ours = error(weight, dense(compensated(weight, gram, scales, 4, 4), scales, 4), gram)
+    nearest = error(weight, dense(rounded(weight, scales, 4, 4), scales, 4), gram)
+    assert (ours <= nearest * (1 + 1e-9)).all()
+    grid = torch.tensor(list(product(range(-7, 8), repeat=4)), dtype=torch.float64)
+    for row in range(6):
+        missing = weight[row] - scales[row] * grid
+        best = (missing @ gram * missing).sum(1).min()
+        assert ours[row] >= best * (1 - 1e-9)

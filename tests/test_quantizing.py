@@ -1,0 +1,165 @@
+"""`layershare quantize`: folders in, folders out, and what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import layershare
+from layershare.cli import main
+from layershare.errors import LayershareError
+from layershare.model.hub import load
+from layershare.model.layers import QuantizedLinear
+from layershare.model.source import read_tokenizer
+from layershare.report.listing import listing
+from tests.families import tokens
+from tests.healing.tiny import compress_tiny, heal
+
+pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Call the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capfd.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def small(tmp_path, tokenizer, words, monkeypatch) -> Path:
+    """A compressed tiny model in `small` beside the dense one, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return compress_tiny(tmp_path, tokenizer, words)
+
+
+def results(folder: Path | str) -> dict[str, Any]:
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def stored_bytes(folder: Path | str, *, ours: bool) -> int:
+    """The bytes of the matrices in the blocks of a folder's model."""
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    inside = {name: tensor for name, tensor in state.items() if ".layers." in name and "norm" not in name}
+    assert any(name.endswith("codes") for name in inside) == ours
+    return sum(tensor.nbytes for tensor in inside.values())
+
+
+def test_a_compressed_model_is_quantized(small, run):
+    code, out, err = run(
+        "quantize", "small", "-o", "q4", "--basis-bits", "8", "--group", "16",
+        "--text", "text.txt", "--blocks", "8", "--length", "32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "The quantized model is in q4." in out
+    layershare.verify("q4")
+    note, before, after = results("q4")["quantization"], results("small"), results("q4")
+    assert (note["bits"], note["basis_bits"], note["group"], note["text"]["length"]) == (4, 8, 16, 32)
+    assert note["before"] == before["after"]["targets"]["bytes"] == stored_bytes("small", ours=False)
+    assert note["after"] == after["after"]["targets"]["bytes"] == stored_bytes("q4", ours=True)
+    assert after["after"]["all"]["bytes"] == Path("q4/model.safetensors").stat().st_size
+    assert after["after"]["all"]["parameters"] == before["after"]["all"]["parameters"]
+    for name in ("plan.json", "recipe.yaml"):
+        assert Path("q4", name).read_bytes() == Path("small", name).read_bytes()
+    card = Path("q4/README.md").read_text()
+    assert "stored as 4-bit numbers (bases as 8-bit ones), 16 with one scale, by GPTQ on" in card
+    assert "No quality was measured" in card
+    assert "bits: 4" in Path("q4/quantize.yaml").read_text()
+    assert "4 bits" in "".join(str(cell) for column in listing(Path())[0].columns for cell in column.cells)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("q4"), AutoTokenizer.from_pretrained("q4")
+    assert len(tokenizer) == len(read_tokenizer("small"))
+    code, _, err = run("export", "q4", "-o", "plain", "--dense")
+    assert code == 0, err
+    plain: Any = AutoModelForCausalLM.from_pretrained("plain")
+    torch.testing.assert_close(plain(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dense_model_is_quantized_in_python(small):
+    model = layershare.quantize("dense", "q8", bits=8, group=32)
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    layershare.verify("q8")
+    expected: Any = load("dense")
+    assert 0 < (model(tokens()).logits - expected(tokens()).logits).abs().max() < 0.1
+    text = ["".join(map(str, range(400)))] * 4
+    better = layershare.quantize("dense", "q4", text=text, blocks=4, length=32)
+    assert results("q4")["quantization"]["text"]["blocks"] == 4
+    assert torch.equal(better(tokens()).logits, load("q4")(tokens()).logits)
+
+
+def test_the_same_input_gives_the_same_bytes(small):
+    for name in ("one", "two"):
+        layershare.quantize("small", name, text="text.txt", blocks=8, length=32)
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+
+
+def test_a_healed_model_keeps_what_is_known_of_it(small):
+    Path("other.txt").write_text(Path("text.txt").read_text()[::-1])
+    heal(small, Path("healed"), evaluation={"text": "other.txt", "blocks": 2, "length": 16})
+    layershare.quantize("healed", "q8", bits=8)
+    assert Path("q8/heal.yaml").is_file()
+    assert "evaluation" in results("healed")["healing"]
+    assert "evaluation" not in results("q8")["healing"]
+    assert "## Healing" in Path("q8/README.md").read_text()
+    with pytest.raises(LayershareError, match="not empty"):  # it is no longer what that healing made
+        heal(small, Path("q8"), evaluation={"text": "other.txt", "blocks": 2, "length": 16})
+
+
+REFUSED = {
+    ("quantize", "q8", "-o", "again"): "'q8' is quantized already: give the model that it was made from.",
+    ("quantize", "small", "-o", "again", "--bits", "3"): "Unknown number of bits '3'. Known: 4, 8.",
+    ("quantize", "small", "-o", "again", "--basis-bits", "16"): "Unknown number of bits '16'.",
+    ("quantize", "small", "-o", "again", "--group", "0"): "A group of 0 numbers has no scale",
+    ("quantize", "small", "-o", "again", "--blocks", "8"): "name it with --text",
+    ("quantize", "small", "-o", "again", "--text", "nowhere.txt"): "nowhere.txt",
+    ("quantize", "small", "-o", "q8"): "The output folder 'q8' is not empty",
+    ("quantize", "smal", "-o", "again"): "Unknown model 'smal'. Did you mean 'small'?",
+    ("quantize", "sliced", "-o", "again"): "'sliced' is sliced",
+    ("compress", "q8", "-o", "again", "-m", "svd"): "already compressed by layershare",
+    ("heal", "q8", "-o", "again", "--text", "text.txt", "--length", "16"): "quantized weights do not train",
+    ("heal", "q8", "-o", "again", "--text", "text.txt", "--length", "16", "--train", "full"): "do not train",
+}
+
+
+def test_bad_input_ends_in_one_sentence_with_nothing_written(small, run):
+    layershare.quantize("small", "q8", bits=8)
+    dense = load("dense")
+    layershare.compress(dense, read_tokenizer("dense"), method="slicegpt", keep=0.9, text="text.txt", folder="sliced",
+                        blocks=8, length=32)  # fmt: skip
+    for arguments, sentence in REFUSED.items():
+        code, _, err = run(*arguments)
+        assert code == 2, (arguments, err)
+        assert sentence in " ".join(err.split()), (arguments, err)
+        assert err.strip().count("\n") <= 3
+        assert not Path("again").exists()
+    with pytest.raises(LayershareError, match="Unknown number of bits"):
+        layershare.quantize("small", "again", bits=16)
+
+
+def test_norms_of_a_quantized_model_train(small):
+    layershare.quantize("small", "q8", bits=8)
+    heal(Path("q8").absolute(), Path("healed"), train="norms")
+    one, two = (load(name).state_dict() for name in ("q8", "healed"))
+    changed = {name for name in one if not torch.equal(one[name], two[name])}
+    assert changed
+    assert all("norm" in name for name in changed)
+
+
+def test_gptq_is_nearer_to_the_original_than_rounding(tmp_path):
+    plain = layershare.quantize("sample", tmp_path / "rounded")
+    ours = layershare.quantize("sample", tmp_path / "gptq", text="stdlib", blocks=16, length=256)
+    original, tokenizer = load("sample"), read_tokenizer("sample")
+    measured = {"text": "stdlib", "blocks": 4, "length": 256, "original": original}  # of another part of the text
+    rounded, compensated = (layershare.measure(model, tokenizer, **measured).kl for model in (plain, ours))
+    assert compensated is not None
+    assert rounded is not None
+    assert compensated < 0.9 * rounded
