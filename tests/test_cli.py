@@ -328,7 +328,7 @@ newer_format = change_config(quantization_config={"quant_method": "layershare", 
 MISTAKES = {
     "method": (("-m", "basis_share"), None, "Unknown method 'basis_share'. Did you mean 'basis-sharing'?"),
     "option": (("-O", "groupsize=2"), None, "Unknown option of basis-sharing 'groupsize'. Did you mean 'group_size'?"),
-    "no options": (("-m", "svd", "-O", "rank=2"), None, "Unknown option of svd 'rank'. Known: pivot."),
+    "no options": (("-m", "svd", "-O", "rank=2"), None, "Unknown option of svd 'rank'. Known: multiple, pivot."),
     "option value": (("-O", "group_size=0"), None, "Option 'group_size' of basis-sharing"),
     "role": (("-O", "shared=q,quary"), None, "Unknown role 'quary'."),
     "absent role": (("-O", "shared=[qkv]"), None, "A 'llama' model has no role 'qkv'"),

@@ -45,7 +45,7 @@ def planned(evidence: Evidence, keep: float, **options):
 
 @pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.3])
 @pytest.mark.parametrize(
-    "options", [{}, {"two_sided": False}, {"pivot": False}, {"joint": ["q+k+v", "gate+up"]}, SHARED]
+    "options", [{}, {"two_sided": False}, {"pivot": False}, {"joint": ["q+k+v", "gate+up"]}, {"shared": SHARED}]
 )
 def test_plans_use_their_budget_up_to_half_a_percent(evidence, keep, options):
     plan = planned(evidence, keep, **options)

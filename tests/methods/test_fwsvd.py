@@ -47,5 +47,5 @@ def test_it_gives_uniform_ranks_and_has_no_options_of_its_own():
     spec = unmeasured(tiny_model("gpt2")).spec
     plans = [plan_with(spec, name, make_method(name), 0.6, "targets") for name in ("fwsvd", "svd-llm")]
     assert plans[0].edits == plans[1].edits
-    with pytest.raises(LayershareError, match=r"Unknown option of fwsvd 'rank'\. Known: pivot"):
+    with pytest.raises(LayershareError, match=r"Unknown option of fwsvd 'rank'\. Known: multiple, pivot"):
         make_method("fwsvd", {"rank": 3})

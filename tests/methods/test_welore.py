@@ -95,7 +95,7 @@ def test_equal_singular_values_are_all_kept_or_none():
 
 def test_what_is_asked_for_in_vain_is_said_in_one_sentence():
     evidence = unmeasured(tiny_model("llama"))
-    with pytest.raises(LayershareError, match=r"Unknown option of welore 'threshold'\. Known: pivot"):
+    with pytest.raises(LayershareError, match=r"Unknown option of welore 'threshold'\. Known: multiple, pivot"):
         make_method("welore", {"threshold": 0.1})
     with pytest.raises(LayershareError, match="plans by what it measures"):
         plan_with(evidence.spec, "welore", make_method("welore"), 0.5, "targets")
