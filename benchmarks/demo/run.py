@@ -1,4 +1,4 @@
-"""The demo: compress the sample model with three methods at two sizes, compare, and let the last one write Python.
+"""The demo: compress the sample model with three methods to one size, compare, and let the last one write Python.
 
     python -m benchmarks.demo.run [--save benchmarks/demo/results.json]
 
@@ -27,7 +27,7 @@ from layershare.units import size
 OUT = Path("out/demo")
 METHODS: dict[str, dict[str, Any]] = {"svd-llm": {}, "basis-sharing": {}, "auto": {"compare": False}}
 """With options; the others' plans, with which auto would compare its own, are in the table anyway."""
-KEEPS = (0.8, 0.6)
+KEEP = 0.6
 PROMPT = "def read_lines(path):"
 # A process of its own that knows nothing of layershare: transformers finds the loader by itself.
 TALK = """
@@ -41,19 +41,19 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
 
 
-def compress(method: str, keep: float) -> dict[str, Any]:
+def compress(method: str) -> dict[str, Any]:
     recipe = make_recipe(
         {
             "model": "sample",
             "method": method,
             "options": METHODS[method],
-            "keep": keep,
+            "keep": KEEP,
             "of": "targets",
             "calibration": {"text": "stdlib", "blocks": 16, "length": 512, "held_out": 4, "stats": str(OUT / "stats")},
             "evaluation": {"text": "stdlib", "blocks": 16, "length": 512, "dtype": "float32"},
         }
     )
-    return as_json(run(recipe, OUT / f"{method}-{keep}"))
+    return as_json(run(recipe, OUT / method))
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -92,12 +92,11 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     console = Console()
     results = []
-    for keep in KEEPS:
-        for method in METHODS:
-            console.print(f"{method}, keep {keep} of the targets …", highlight=False)
-            results.append(compress(method, keep))
+    for method in METHODS:
+        console.print(f"{method}, keep {KEEP} of the targets …", highlight=False)
+        results.append(compress(method))
     console.print(table(results))
-    last = OUT / f"{[*METHODS][-1]}-{KEEPS[-1]}"
+    last = OUT / [*METHODS][-1]
     console.print(f"\n{last} is an ordinary Hugging Face folder. Loaded with plain transformers, it continues:\n")
     subprocess.run([sys.executable, "-c", TALK, str(last), PROMPT], check=True)
     if arguments.save:
