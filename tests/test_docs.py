@@ -30,39 +30,35 @@ def user(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_readme_s_commands_run_in_order(user, commands):
-    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+def printed_by(command: list[str | Path], folder: Path, environment: dict[str, str]) -> str:
+    """What a command prints that ends well in a folder."""
     done = subprocess.run(
-        ["bash", "-ec", "\n".join(blocks("bash"))],
-        cwd=user,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "The dense model is in small-dense." in done.stdout
+    return done.stdout
+
+
+def run_bash(commands: Path, script: str, folder: Path) -> str:
+    """What a shell's script prints that runs in a folder."""
+    return printed_by(["bash", "-ec", script], folder, {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"})
+
+
+def run_python(commands: Path, script: str, folder: Path, **environment: str) -> str:
+    """What a script prints that runs in a folder."""
+    return printed_by([commands / "python", "-c", script], folder, environment)
+
+
+def test_the_readme_s_commands_run_in_order(user, commands):
+    printed = run_bash(commands, "\n".join(blocks("bash")), user)
+    assert "The dense model is in small-dense." in printed
     assert (user / "from-recipe" / "results.json").is_file()
 
 
 def test_the_commands_of_the_page_on_sharing_run(user, commands):
     page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
     (command,) = blocks("bash", page)
-    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-ec", command], cwd=user, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "5 × 2 (input)" in done.stdout
-
-
-def run_python(commands: Path, script: str, folder: Path, **environment: str) -> str:
-    """What a script prints that runs in a folder."""
-    command = [commands / "python", "-c", script]
-    environment = os.environ | environment
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert "5 × 2 (input)" in run_bash(commands, command, user)
 
 
 def test_the_readme_s_python_runs(user, commands):
@@ -75,13 +71,8 @@ def test_the_page_about_quantizing_runs(user, commands):
     page = (ROOT / "docs" / "quantizing.md").read_text(encoding="utf-8")
     folder = user / "quantizing"
     folder.mkdir()
-    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
-    script = "\n".join(blocks("bash", page))
-    done = subprocess.run(
-        ["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "The quantized model is in small-4bit." in done.stdout
+    printed = run_bash(commands, "\n".join(blocks("bash", page)), folder)
+    assert "The quantized model is in small-4bit." in printed
     run_python(commands, "\n".join(blocks("python", page)), folder)
     assert (folder / "small-8bit" / "config.json").is_file()
 

@@ -197,12 +197,14 @@ def quantize(
         source = as_source(text)
         values = {"text": name_of(source), "blocks": blocks, "length": length, "seed": seed, "batch_size": batch_size}
         calibration = make_as(Calibration, values)
-    how: dict[str, Any] = {"bits": bits, "group": group, "basis_bits": basis_bits, "calibration": calibration}
     with shown(progress) as (announce, _):
         quantize_folder(
             folder,
             out,
-            **how,
+            bits=bits,
+            group=group,
+            basis_bits=basis_bits,
+            calibration=calibration,
             text=source,
             device=device,
             trust_remote_code=trust_remote_code,

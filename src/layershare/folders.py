@@ -18,6 +18,7 @@ from layershare.manifest import require_whole, write_manifest
 from layershare.store import LOCK, MANIFEST, make_folder, only_one, write_atomically
 
 WORK = ".run"
+PLAN = "plan.json"
 RECIPE = "recipe.yaml"
 HEAL = "heal.yaml"
 """The recipe of a healing, beside which that of the compression lies."""
@@ -26,6 +27,18 @@ QUANTIZE = "quantize.yaml"
 MEND = "mend that, or name another folder"
 AGAIN = "delete the folder, so that the command can make it again, or name another one"
 """What to do about a finished folder that is damaged."""
+
+
+def copy_records(folder: Path, staging: Path) -> None:
+    """Copy what tells how a finished folder was made, as far as it is there."""
+    for name in (PLAN, RECIPE, HEAL):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, staging / name)
+
+
+def was_compressed(folder: Path) -> bool:
+    """Whether a folder has the plan and the recipe of a compression, of which pages tell."""
+    return (folder / PLAN).is_file() and (folder / RECIPE).is_file()
 
 
 def is_finished(out: Path, recipe: str, name: str = RECIPE) -> bool:

@@ -1,6 +1,5 @@
 """One quantization: a finished folder in, another one out, whose matrices are stored as small integers."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,26 +11,23 @@ from layershare.calibrate.text import Source
 from layershare.device import device_of
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
-from layershare.folders import HEAL, QUANTIZE, RECIPE, require_new, staged
+from layershare.folders import QUANTIZE, copy_records, require_new, staged, was_compressed
 from layershare.foreign import write_yaml
 from layershare.job import load_calibration
 from layershare.model.arch import find_blocks
-from layershare.model.checked import main_dtype, quantized_by, stored_tensors
+from layershare.model.checked import quantized_by
 from layershare.model.composition import Storage
 from layershare.model.describe import describe, role_of
 from layershare.model.hub import QUANT_METHOD, LayershareConfig, adopt, load, write_folder
 from layershare.model.original import copy_side_files, files_of, located
-from layershare.model.source import read_config, read_tokenizer, resolve, values_of
+from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype, values_of
 from layershare.progress import Announce, Clock, silent
 from layershare.recipe import Calibration
 from layershare.report.page import write_pages
 from layershare.report.results import RESULTS, CalibrationText, Environment, Quantized, results_of
-from layershare.report.runs import PLAN
 from layershare.solve.quantize import quantize_factors
 from layershare.store import as_json, write_atomically, write_json
 
-KEPT = (PLAN, RECIPE, HEAL)
-"""What is copied from the folder as it is."""
 _STALE = ("evaluation", "samples", "held_out")
 """What `results.json` tells of the weights before they were quantized."""
 
@@ -63,8 +59,7 @@ def quantize_folder(
     edits = _edits_of(folder, **trust)
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
     blocks = None if calibration is None else load_calibration(calibration, tokenizer, config, text)
-    stored = stored_tensors(resolve(folder), values_of(resolve(folder)))
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else main_dtype(stored) or torch.float32
+    dtype = stored_dtype(resolve(folder), config)
     before = results_of(Path(resolve(folder)))
     clock = Clock(announce)
 
@@ -105,14 +100,12 @@ def quantize_folder(
         write_folder(model, staging, tokenizer)
         if (files := files_of(folder)) is not None:
             copy_side_files(files, staging)
-            for name in KEPT:
-                if (files / name).is_file():
-                    shutil.copyfile(files / name, staging / name)
+            copy_records(files, staging)
         how = {"bits": bits, "group": group, "basis_bits": shared.bits}
         how |= {"model": done.model, "calibration": None if calibration is None else asdict(calibration)}
         write_atomically(staging / QUANTIZE, write_yaml(how).encode())
         write_json(staging / RESULTS, _results(before, done, staging))
-        if all((staging / name).is_file() for name in (PLAN, RECIPE)):
+        if was_compressed(staging):
             write_pages(staging, out.name)
     return done
 

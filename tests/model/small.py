@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from layershare.model import hub
 from layershare.model.composition import Composition, Member, deltas, shared
 from layershare.model.hub import LayershareConfig, LayershareQuantizer
 from layershare.model.layers import ComposedLinear
@@ -53,10 +54,8 @@ def _by_role(model: PreTrainedModel) -> list[tuple[Member, ...]]:
 
 def adopt(model: PreTrainedModel, config: LayershareConfig) -> PreTrainedModel:
     """Swap a live dense model's modules and make it look like a compressed one that was loaded, nothing filled."""
-    quantizer = LayershareQuantizer(config)
-    quantizer.preprocess_model(model)
-    vars(model).update(hf_quantizer=quantizer, is_quantized=False)
-    model.config.quantization_config = config
+    LayershareQuantizer(config).preprocess_model(model)
+    hub.adopt(model, config)
     return model
 
 

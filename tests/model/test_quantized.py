@@ -20,7 +20,7 @@ from layershare.progress import no_progress
 from layershare.solve.quantize import quantize_factors
 from tests.families import tiny_model, tokens
 from tests.model.small import adopt as adopted
-from tests.model.small import compressed, logits
+from tests.model.small import compressed, filled, logits
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2", "falcon", "phi"]
 INT4, INT8 = Storage(4, 8), Storage(8, 8)
@@ -102,18 +102,10 @@ KINDS: dict[str, Any] = {
 }
 
 
-@torch.no_grad()
 def built(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny llama with one composition of a kind, its factors random."""
     model = tiny_model("llama", dtype=dtype)
-    adopted(model, LayershareConfig(KINDS[kind](model)))
-    for module in model.modules():
-        if isinstance(module, ComposedLinear):
-            for part in module.children():
-                part.weight.normal_(std=0.15)  # pyright: ignore[reportCallIssue, reportArgumentType]
-            for order in module.buffers(recurse=False):
-                order.copy_(torch.randperm(len(order)))
-    return model
+    return filled(adopted(model, LayershareConfig(KINDS[kind](model))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

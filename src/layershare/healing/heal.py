@@ -14,7 +14,7 @@ from layershare.disk import require_disk, writing
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.generate import compare_samples
-from layershare.folders import AGAIN, HEAL, WORK, is_finished, publish, work_folder
+from layershare.folders import AGAIN, HEAL, WORK, copy_records, is_finished, publish, was_compressed, work_folder
 from layershare.foreign import reading
 from layershare.healing.job import HealJob
 from layershare.healing.needs import HealNeeds
@@ -26,9 +26,6 @@ from layershare.progress import Announce, Clock, Progress, Say, no_progress, say
 from layershare.report.page import write_pages
 from layershare.report.results import RESULTS, Environment, Healed, Stages, TrainingText, parsed_as, read_as, results_of
 from layershare.store import make_folder, write_atomically, write_json
-
-KEPT = ("plan.json", "recipe.yaml")
-"""What is copied from the compressed folder as it is."""
 
 
 def heal_folder(job: HealJob, out: str | Path, *, announce: Announce = silent, say: Say = say_nothing) -> Healed:
@@ -119,7 +116,7 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
         **vars(Environment.here(*packages)),
     )
     write_json(staging / RESULTS, results)
-    if all((staging / file).is_file() for file in KEPT):
+    if was_compressed(staging):
         write_pages(staging, out.name)
     publish(staging, out)
     state.wait_for_everyone()
@@ -140,9 +137,7 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
         model.save_pretrained(staging, max_shard_size=job.healing.max_shard_size)
         job.tokenizer.save_pretrained(staging)
     copy_side_files(job.folder, staging)
-    for name in KEPT:
-        if (job.folder / name).is_file():
-            shutil.copyfile(job.folder / name, staging / name)
+    copy_records(job.folder, staging)
     write_atomically(staging / HEAL, job.healing.to_yaml().encode())
 
 

@@ -25,11 +25,10 @@ from layershare.healing.distill import StoredLogits
 from layershare.healing.needs import HealNeeds, estimate
 from layershare.healing.parameters import choose
 from layershare.healing.settings import Healing
-from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import located
-from layershare.model.source import read_config, read_tokenizer, resolve, values_of
+from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
 from layershare.progress import Progress
@@ -89,10 +88,9 @@ class HealJob:
         return choose(load(self.folder, dtype=torch.float32, **self.trust), self.healing)
 
     @property
-    def stored_dtype(self) -> Any:
-        """In which the compressed model is stored: as its config says, or else its files."""
-        source = str(self.folder)
-        return self.config.dtype or main_dtype(stored_tensors(source, values_of(source))) or torch.float32
+    def stored_dtype(self) -> torch.dtype:
+        """In which the compressed model is stored."""
+        return stored_dtype(str(self.folder), self.config)
 
     @property
     def trust(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from layershare.methods.svd import Svd
 from layershare.methods.svd_llm import SvdLlm
 from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
-from layershare.plan.budget import Budget, allowed, excess, measure, parse_keep
+from layershare.plan.budget import Budget, Sizes, allowed, excess, measure, parse_keep
 from layershare.plan.edits import Edit, check
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
@@ -92,25 +92,26 @@ def plan_with(
         method.require(spec, budget)
         return method.plan(spec, budget, evidence)
 
-    wanted = parse_keep(keep)
+    wanted, before = parse_keep(keep), measure(spec, ())
     budget = allowed(spec, wanted, of)
     if method.searches and wanted.bytes is not None:  # so that the search need not be repeated
-        budget, _ = _fitting(spec, budget, wanted.bytes, lambda less: uniform(spec, private_groups(spec.linears), less))
-    budget, edits = _fitting(spec, budget, wanted.bytes, choose)
+        groups = private_groups(spec.linears)
+        budget, *_ = _fitting(spec, before, budget, wanted.bytes, lambda less: uniform(spec, groups, less))
+    _, edits, after = _fitting(spec, before, budget, wanted.bytes, choose)
     check(spec, edits)
-    sizes = measure(spec, ()), measure(spec, edits)
     loss = method.predicted(edits, evidence)
-    return Plan(spec.model_type, name, asdict(method), keep, budget.of, *sizes, edits, loss)
+    return Plan(spec.model_type, name, asdict(method), keep, budget.of, before, after, edits, loss)
 
 
 def _fitting(
-    spec: Spec, budget: Budget, size: int | None, choose: Callable[[Budget], tuple[Edit, ...]]
-) -> tuple[Budget, tuple[Edit, ...]]:
+    spec: Spec, before: Sizes, budget: Budget, size: int | None, choose: Callable[[Budget], tuple[Edit, ...]]
+) -> tuple[Budget, tuple[Edit, ...], Sizes]:
     """The largest budget found whose edits need no more than `size` bytes, if given, and multiply as often as allowed.
 
-    The file's header depends on them, too, and so do the products of what is shared.
+    The file's header depends on them, too, and so do the products of what is shared. With the edits, and the sizes
+    after them.
     """
-    first, targets = budget, measure(spec, ()).targets
+    first, targets = budget, before.targets
     while True:
         edits = choose(budget)
         after, parameters = measure(spec, edits), budget.parameters
@@ -120,5 +121,5 @@ def _fitting(
         elif budget.of == "multiplications" and (more := excess(first, spec, after)) > 0:
             parameters = min(parameters - 1, parameters * first.parameters // (first.parameters + more))
         if parameters >= budget.parameters:
-            return budget, edits
+            return budget, edits, after
         budget = replace(budget, fraction=budget.fraction * parameters / budget.parameters, parameters=parameters)

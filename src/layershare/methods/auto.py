@@ -213,7 +213,7 @@ class Auto(LowRank):
             whole = float(values.sum()) or 1.0
             values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole
             tails = (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])).clamp(min=0)
-            # A block that runs for itself has one member of a group alone, whose rank is no higher than that one's.
+            # Ranks above what a matrix could have for itself are not offered.
             return tails[: min(linears[0].d_in, linears[0].d_out) + 1] if layers > 1 else tails
 
         plain = tuple(place.role in self.plain for place in group.places)

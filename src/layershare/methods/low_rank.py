@@ -22,7 +22,6 @@ from layershare.values import Count, Flag
 
 SPECTRUM_POINTS = 64
 _PIVOT = "Store the bases in pivoted form: k² parameters fewer each, so that ranks are higher at the same size."
-
 _MULTIPLE = "Ranks are multiples of this: kernels, quantization in groups and tensor parallelism want 8 to 128."
 
 

@@ -30,6 +30,7 @@ from layershare.model.checked import (
     AGAIN,
     FLOATS,
     config_values,
+    main_dtype,
     may_run_code,
     needs_trust,
     quantized_by,
@@ -83,6 +84,14 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
             model.register_for_auto_class("AutoModelForCausalLM")
             AutoModelForCausalLM.register(type(config), model, exist_ok=True)
     return config
+
+
+def stored_dtype(source: str, config: PreTrainedConfig) -> torch.dtype:
+    """In which the model of a folder is stored: as its config says, or else most of its files."""
+    own = config.dtype
+    return (
+        own if isinstance(own, torch.dtype) else main_dtype(stored_tensors(source, values_of(source))) or torch.float32
+    )
 
 
 def values_of(source: str) -> dict[str, Any]:

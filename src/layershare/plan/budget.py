@@ -147,8 +147,16 @@ def allows(budget: Budget, spec: Spec, edits: Sequence[Edit]) -> bool:
 
 def excess(budget: Budget, spec: Spec, after: Sizes) -> int:
     """By how much a model of this size is over the budget, in what the user counts."""
-    rest = measure(spec, ()).counted(budget.of) - target_parameters(spec)
-    return after.counted(budget.of) - budget.parameters - rest
+    return after.counted(budget.of) - budget.parameters - _beside_targets(spec, budget.of)
+
+
+def _beside_targets(spec: Spec, of: Counted) -> int:
+    """What is counted of a dense model beside the parameters of its targets."""
+    return {
+        "all": spec.parameters - target_parameters(spec),
+        "targets": 0,
+        "multiplications": spec.head_multiplications,
+    }[of]
 
 
 def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
@@ -159,8 +167,8 @@ def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
     """
     if of != "all" and of != "targets" and of != "multiplications":  # so that its type is known
         raise unknown("of", of, get_args(Counted))
-    targets, total = target_parameters(spec), measure(spec, ()).counted(of)
-    rest = total - targets
+    targets, rest = target_parameters(spec), _beside_targets(spec, of)
+    total = targets + rest
     if keep.fraction is not None:
         wanted = keep.fraction * total
     elif keep.parameters is not None:

@@ -13,11 +13,11 @@ from layershare.calibrate.text import Blocks
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.tasks import TaskResult
-from layershare.folders import RECIPE, WORK
+from layershare.folders import WORK, was_compressed
 from layershare.foreign import read_mapping, reading
 from layershare.methods.catalogue import Entry
 from layershare.report.results import RESULTS, Listed, Speed, read_as
-from layershare.report.runs import PLAN, printable, short
+from layershare.report.runs import printable, short
 from layershare.report.words import score as score_in_words
 from layershare.units import brief_count, percent, size
 
@@ -131,7 +131,7 @@ def _places(folder: Path) -> Iterator[Path]:
 
 def _ours(place: Path) -> bool:
     """Whether results that cannot be read are those of a run: they lie beside its plan, or have our keys."""
-    if (place / PLAN).is_file() and (place / RECIPE).is_file():
+    if was_compressed(place):
         return True
     with suppress(LayershareError), reading(RESULTS, "it is not ours"):
         return {"model", "method", "keep", "of", "before", "after"} <= read_mapping(place / RESULTS).keys()

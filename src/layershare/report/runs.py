@@ -9,7 +9,7 @@ from typing import Any
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.tasks import TaskResult
-from layershare.folders import RECIPE
+from layershare.folders import PLAN, RECIPE
 from layershare.foreign import read_text, reading
 from layershare.model.arch import part_of
 from layershare.model.composition import Member
@@ -17,7 +17,6 @@ from layershare.plan.edits import Delta, Drop, Edit, Merge, Place, Share, compos
 from layershare.plan.plan import parse_plan
 from layershare.report.results import RESULTS, Healed, Results, Solved, Spectrum, Speed, read_as
 
-PLAN = "plan.json"
 SPEED = "speed.json"
 """What `bench` leaves in a run's folder."""
 SHARING = ("share", "anchor", "delta")

@@ -94,18 +94,18 @@ def _measure(
     reader: str, dense: nn.Module, original: Stream, same: nn.Module, small: Stream, fitted: int
 ) -> tuple[Moments, Moments]:
     """The moments of what a module is given, of the first `fitted` blocks of text and of those that are held out."""
-    parts: list[Moments] = []
-    seen = 0
-    for batch in range(len(original.batches)):
-        y, x = _input(same, reader, small.call(batch)), _input(dense, reader, original.call(batch))
-        if not parts:
-            parts = [Moments.zeros(x.shape[-1], x.device) for _ in range(2)]
-        rows = len(original.batches.rows(original.batches.tokens, batch))
-        first = min(max(fitted - seen, 0), rows)
-        for part, some in zip(parts, (slice(first), slice(first, None)), strict=True):
-            part.add(*(states.reshape(rows, -1, states.shape[-1])[some].flatten(0, 1) for states in (y, x)))
-        seen += rows
-    return parts[0], parts[1]
+    found: list[Moments] = []
+    for parts in original.batches.split(fitted):
+        moments = None
+        for batch, rows in parts:
+            y, x = _input(same, reader, small.call(batch)), _input(dense, reader, original.call(batch))
+            if moments is None:
+                moments = Moments.zeros(x.shape[-1], x.device)
+            count = len(original.batches.rows(original.batches.tokens, batch))
+            moments.add(*(states.reshape(count, -1, states.shape[-1])[rows].flatten(0, 1) for states in (y, x)))
+        assert moments is not None  # neither part is empty
+        found.append(moments)
+    return found[0], found[1]
 
 
 def _fit_factors(factored: Factored, x: Replaced, fit: "_Fit") -> dict[str, Tensor]:

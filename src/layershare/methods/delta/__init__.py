@@ -131,9 +131,9 @@ class DeltaLlm(Method):
             edits = self._edits(spec, pairs[:count])
             if allows(budget, spec, edits):
                 return edits
-        least, whole = (measure(spec, each).counted(budget.of) for each in (edits, ()))
         if budget.of == "multiplications":
             raise LayershareError("Deltas are multiplied beside a whole weight: they never save multiplications.")
+        least, whole = (measure(spec, each).counted(budget.of) for each in (edits, ()))
         raise LayershareError(
             f"Deltas with these options leave at least {least / whole:.1%} of "
             f"{'the targets' if budget.of == 'targets' else 'the model'} ({least:,} parameters); keep more, set "
