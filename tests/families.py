@@ -89,6 +89,7 @@ NOT_SLICED = {
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "asvd": {"ratios": 1, "samples": 1},
+    "auto": {"compare": False},
     "bolaco": {"trials": 3, "samples": 1},
     "delta": {"protect": 0},
     "laco": {"merged": 2, "interval": 1, "samples": 1},

@@ -239,7 +239,7 @@ def main() -> None:
     place = Place(paths, Results(options.results), options.work, threads)
     matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__"])
+    context.set_forkserver_preload(["layershare.api", "layershare.run"])
     well = True
     for model in matrix["models"]:
         if model != SAMPLE and model not in paths:

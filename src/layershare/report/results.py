@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,6 +24,9 @@ from layershare.plan.budget import Sizes
 from layershare.recipe import Refine
 from layershare.store import as_json, written_with
 from layershare.values import Flag, Number, Whole, Word, checked
+
+_version = cache(version)
+"""The version of an installed package, whose metadata is read once."""
 
 RESULTS = "results.json"
 PACKAGES = ("layershare", "torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
@@ -64,7 +68,7 @@ class Environment:
         """That of now; `more`: further packages that matter."""
         return cls(
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *more)}},
+            versions={"python": platform.python_version(), **{name: _version(name) for name in (*PACKAGES, *more)}},
             machine=Machine(
                 system=f"{platform.system()} {platform.machine()}",
                 processor=_processor(),
