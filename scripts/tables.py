@@ -1,8 +1,8 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `bytes`, `measured METHOD`, or, from the code,
-`recipe KIND` or `options`.
+`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `bytes MODEL`, `measured METHOD`, or, from the
+code, `recipe KIND` or `options`.
 """
 
 import json
@@ -25,9 +25,9 @@ PAGES = (
     *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "quantizing")),
 )
 BENCHMARKS = ROOT / "benchmarks"
-METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL, SHARING = (
+METHODS, FORMS, AUTO, REPAIR, FIRST, HEAL, SHARING, BYTES = (
     Results(BENCHMARKS / name / "results.jsonl")
-    for name in ("methods", "forms", "auto", "repair", "first", "heal", "sharing")
+    for name in ("methods", "forms", "auto", "repair", "first", "heal", "sharing", "bytes")
 )
 SHARED = {"map": sharing_map, "ways": sharing_ways, "plans": sharing_plans}
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
@@ -89,7 +89,7 @@ def table(name: str) -> str:
     if kind == "speed":
         return speed_page(BENCHMARKS / "heal" / "speed.json")
     if kind == "bytes":
-        return bytes_page(BENCHMARKS / "bytes" / "results.json")
+        return bytes_page(BYTES, which)
     if kind == "measured":
         return measured_method(METHODS, which)
     if kind == "recipe":

@@ -1,65 +1,78 @@
-"""What bytes buy on the sample model: fewer bits, fewer parameters, or both. Writes results.json beside this file.
+"""What bytes buy: fewer bits for each number, fewer numbers by `auto`, or both. Writes results.jsonl beside this file.
 
-The dense model and `auto` at two sizes, each at 16, 8 and 4 bits a number, by GPTQ. Quality is the rise of the log of
-perplexity on held-out text; bytes are those of the matrices in the blocks. Ten minutes on one slow core.
+    python -m benchmarks.bytes.run [--path books-llama-11m=FOLDER --path novels=FILE …]
+
+`matrix.yaml` says what to measure; quantizing is GPTQ's, in groups of 64, on the text that `auto` sees. Bytes are those
+of the matrices in the blocks. What has a result is not measured again. 20 minutes for the sample model on a slow core.
 """
 
-import json
+import argparse
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
+import yaml
 
-import layershare
-from layershare.model.hub import load
-from layershare.model.source import read_tokenizer
+from benchmarks.methods.run import Place
+from benchmarks.results import Results
+from layershare.api import evaluate_folder
+from layershare.model.describe import describe
+from layershare.model.source import SAMPLE, read_config
+from layershare.plan.budget import measure as sizes_of
+from layershare.quantizing import quantize_folder
+from layershare.recipe import make_recipe
 from layershare.report.results import environment
+from layershare.run import run
+from layershare.store import as_json
 
-MODEL, TEXT, LENGTH = "sample", "stdlib", 256
-BLOCKS, TESTED = 16, 12
-KEEPS = (1.0, 0.8, 0.5)
-BITS = (16, 8, 4)
+HERE = Path(__file__).parent
+DENSE = 16
+"""Bits of a number that is not quantized."""
+
+
+def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int | list[int]], place: Place) -> None:
+    """Measure one model at one size, at all its precisions that have no result yet."""
+    recipe = {"model": model, "method": "auto", "keep": keep, "of": "targets", **row.get("options", {})}
+    recipe |= {"options": {"compare": False}, "calibration": row["calibration"], "evaluation": row["test"]}
+    todo = {}
+    for each in precisions:
+        bits, basis_bits = each if isinstance(each, list) else (each, each)
+        how, name = {"recipe": recipe, "bits": bits, "basis_bits": basis_bits}, f"{model}/{keep}-{bits}-{basis_bits}"
+        if not place.finished(name, how):
+            todo[name] = how
+    if not todo:
+        return
+    settings = make_recipe(place.named(recipe))
+    original, folder, sizes = settings.model, settings.model, sizes_of(describe(read_config(settings.model)), ())
+    if keep < 1:
+        folder = str(place.work / model / f"{keep}")
+        sizes = run(make_recipe({**place.named(recipe), "evaluation": None}), folder, pages=False).after
+    for name, how in todo.items():
+        out, size, precision = folder, sizes.targets.bytes, {key: how[key] for key in ("bits", "basis_bits")}
+        if how["bits"] < DENSE:
+            out = str(place.work / name)
+            size = quantize_folder(folder, out, calibration=settings.calibration, **precision).after
+        evaluation = as_json(evaluate_folder(out, original, settings).evaluation)
+        evaluation["text"]["source"] = row["test"]["text"]
+        found = {"keep": keep, **precision, "bytes": size, "evaluation": evaluation}
+        place.results.put(name, {"experiment": how, **found, **environment()})
+        print(name, flush=True)
 
 
 def main() -> None:
-    """Measure everything."""
-    torch.set_num_threads(1)
-    original, tokenizer = load(MODEL, dtype=torch.float32), read_tokenizer(MODEL)
-    text: dict[str, Any] = {"text": TEXT, "blocks": BLOCKS, "length": LENGTH}
-    rows, tested = [], None
-    with TemporaryDirectory() as temporary:
-        for keep in KEEPS:
-            folder = Path(temporary) / f"{keep}"
-            if keep < 1:
-                model = load(MODEL)
-                layershare.compress(model, tokenizer, method="auto", keep=keep, of="targets", folder=folder, **text)
-            for bits in BITS:
-                place = folder if keep < 1 else MODEL
-                done = None
-                if bits < 16:
-                    out = Path(temporary) / f"{keep}-{bits}"
-                    layershare.quantize(place, out, bits=bits, **text)
-                    done, place = json.loads((out / "results.json").read_text())["quantization"], out
-                small = load(place, dtype=torch.float32)
-                found = layershare.measure(small, tokenizer, text=TEXT, blocks=TESTED, length=LENGTH, original=original)
-                tested = found.text
-                rows.append(
-                    {
-                        "keep": keep,
-                        "bits": bits,
-                        "bytes": done["after"] if done else None,
-                        "perplexity": found.perplexity.value,
-                        "original_perplexity": found.original_perplexity and found.original_perplexity.value,
-                        "kl": found.kl,
-                    }
-                )
-                if done:  # of the model that it was made from
-                    rows[-(1 + BITS.index(bits))]["bytes"] = done["before"]
-                print(json.dumps(rows[-1]), flush=True)
-    assert tested is not None
-    results = {"model": MODEL, "group": 64, "text": tested, "calibration": text, "rows": rows, **environment()}
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    """Measure everything whose models and texts are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    parser.add_argument("--work", type=Path, default=Path("build/bytes"), help="folder of unfinished work")
+    options = parser.parse_args()
+    paths = dict(each.split("=", 1) for each in options.path)
+    place = Place(paths, Results(HERE / "results.jsonl"), options.work, 1)
+    matrix = yaml.safe_load((HERE / "matrix.yaml").read_text(encoding="utf-8"))
+    for model, row in matrix["models"].items():
+        if model != SAMPLE and model not in paths:
+            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+            continue
+        for keep, precisions in matrix["keeps"].items():
+            measure(model, row, keep, precisions, place)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,39 @@
 """The table of bytes, for docs/quantizing.md."""
 
-import json
 from math import log
-from pathlib import Path
 
 from benchmarks.methods.tables import machine, markdown
+from benchmarks.results import Results
 
 UNMEASURED = "Not measured yet; `python -m benchmarks.bytes.run` does it."
 
 
-def bytes_page(file: Path) -> str:
-    """Every model by the bytes of its matrices, and what they were measured on."""
-    if not file.is_file():
+def bytes_page(results: Results, model: str) -> str:
+    """A model at every size and precision, by the bytes of its matrices, and what that was measured on."""
+    found = [each for name, each in results.read().items() if name.startswith(f"{model}/")]
+    if not found:
         return UNMEASURED
-    results = json.loads(file.read_text(encoding="utf-8"))
-    rows, most = sorted(results["rows"], key=lambda row: -row["bytes"]), max(row["bytes"] for row in results["rows"])
-    table = [
-        [
-            "original" if row["keep"] == 1 else f"`auto`, {row['keep']:.0%} kept",
-            str(row["bits"]),
-            f"{row['bytes'] / 1e6:.2f} MB",
-            f"{16 * row['bytes'] / most:.2f}",
-            f"{log(row['perplexity'] / row['original_perplexity']):+.4f}",
-            f"{row['kl']:.4f}",
+    found.sort(key=lambda each: -each["bytes"])
+    most, rows, best = found[0]["bytes"], [], float("inf")
+    for each in reversed(found):
+        quality = each["evaluation"]
+        loss = log(quality["perplexity"]["value"] / quality["original_perplexity"]["value"])
+        mark = "**" if loss < best else ""
+        best = min(best, loss)
+        row = [
+            "original" if each["keep"] == 1 else f"`auto`, {each['keep']:.0%} kept",
+            f"{each['bits']}, bases {each['basis_bits']}" if each["basis_bits"] != each["bits"] else str(each["bits"]),
+            f"{each['bytes'] / 1e6:.2f} MB",
+            f"{16 * each['bytes'] / most:.2f}",
+            f"{mark}{loss:+.4f}{mark}",
+            f"{quality['kl']:.4f}",
         ]
-        for row in rows
-    ]
+        rows.insert(0, row)
     header = ["model", "bits", "matrices", "bits for each number of the original", "log of perplexity", "KL (nats)"]
-    text, made = results["text"], results["calibration"]
+    text, made = found[0]["evaluation"]["text"], found[0]["experiment"]["recipe"]["calibration"]
     note = (
-        f"{text['source']}, {text['blocks']} blocks of {text['length']} tokens; compressed and quantized by GPTQ for "
-        f"{made['blocks']} others, in groups of {results['group']}"
+        f"{model}: {text['source']}, {text['blocks']} blocks of {text['length']} tokens; compressed and quantized by "
+        f"GPTQ for {made['blocks']} blocks of {made['length']} of {made['text']}, in groups of 64. Bold: nothing that "
+        "is as small or smaller is better"
     )
-    return f"{markdown(header, table)}\n\n{note}; {machine(results)}"
+    return f"{markdown(header, rows)}\n\n{note}; {machine(found[0])}"

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from layershare.formulas.quantize import DAMPING, best_scales, compensated, dense_weight, packed, rounded, unpacked
+from layershare.formulas.quantize import (
+    DAMPING,
+    best_scales,
+    compensated,
+    dense_weight,
+    fitted_to,
+    packed,
+    rounded,
+    unpacked,
+)
+from layershare.model.composition import BITS, Storage
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -25,20 +35,27 @@ def error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
 
 
 def dense(codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    return dense_weight(codes, scales, group, codes.shape[1])
+    return dense_weight(codes, scales, 8, group, codes.shape[1])
 
 
-@pytest.mark.parametrize("columns", [1, 6, 7])
-def test_two_numbers_fit_into_a_byte(columns):
-    codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
-    stored = packed(codes)
-    assert stored.dtype == torch.uint8
-    assert stored.shape == (5, -(-columns // 2))
-    assert torch.equal(unpacked(stored, columns), codes)
-    assert torch.equal(unpacked(codes, columns), codes)
+@pytest.mark.parametrize("columns", [1, 8, 23])
+@pytest.mark.parametrize("bits", BITS)
+def test_eight_numbers_fit_into_as_many_bytes_as_they_have_bits(bits, columns):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8)
+    stored = packed(codes, bits)
+    (shape, dtype) = Storage(bits).tensors(5, columns)["codes"]
+    assert stored.shape == shape
+    assert stored.dtype == getattr(torch, dtype or "")
+    assert torch.equal(unpacked(stored, bits, columns), codes)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+def test_numbers_stand_in_bytes_from_the_lowest_bit():
+    codes = torch.tensor([[1, 2, 3, -4, -3, -2, -1, 0]], dtype=torch.int8)
+    whole = sum((code & 7) << 3 * place for place, code in enumerate(codes[0].tolist()))
+    assert bytes(packed(codes, 3)[0].tolist()) == whole.to_bytes(3, "little")
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_rounding_takes_the_nearest_number(bits):
     weight, _ = problem(3, 10)
     scales = best_scales(weight, bits, 4, torch.float64)
@@ -106,3 +123,17 @@ def test_gptq_lies_between_rounding_and_the_best_of_all(seed):
         missing = weight[row] - scales[row] * grid
         best = (missing @ gram * missing).sum(1).min()
         assert ours[row] >= best * (1 - 1e-9)
+
+
+def test_a_second_factor_is_fitted_to_what_the_first_one_became():
+    first, gram = problem(3, 9)
+    second = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    quantized = first + 0.1 * torch.randn(3, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    fitted, whole = fitted_to(first, second, quantized, gram), second @ first
+    before, after = (error(whole, each @ quantized, gram).sum() for each in (second, fitted))
+    assert after < 0.9 * before
+    inner = quantized @ gram @ quantized.T
+    ridge = DAMPING * inner.diagonal().mean()
+    normal = (fitted @ quantized - whole) @ gram @ quantized.T
+    torch.testing.assert_close(normal, ridge * (second - fitted))
+    torch.testing.assert_close(fitted_to(first, second, first, gram), second)

@@ -144,7 +144,7 @@ def test_storage_stands_in_the_config_and_changes_no_count():
     assert (stored.parameters, stored.multiplications) == (composition.parameters, composition.multiplications)
 
 
-@pytest.mark.parametrize(("values", "sentence"), [((3,), "Unknown number of bits '3'"), ((4, 0), "A group of 0")])
+@pytest.mark.parametrize(("values", "sentence"), [((7,), "Unknown number of bits '7'"), ((4, 0), "A group of 0")])
 def test_what_cannot_be_stored_is_refused(values, sentence):
     with pytest.raises(LayershareError, match=sentence):
         Storage(*values)

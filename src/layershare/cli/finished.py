@@ -54,7 +54,7 @@ def export(
 def quantize(
     folder: Folder,
     output: Out,
-    bits: Annotated[int, typer.Option("--bits", metavar="N", help="8 or 4 bits for each number.")] = 4,
+    bits: Annotated[int, typer.Option("--bits", metavar="N", help="Bits for each number: 8, 6, 5, 4, 3 or 2.")] = 4,
     group: Annotated[int, typer.Option("--group", metavar="N", help="Numbers that share a scale.")] = 64,
     basis_bits: Annotated[
         int | None, typer.Option("--basis-bits", metavar="N", help="Bits of bases, if others: 8 beside 4, say.")
@@ -69,7 +69,7 @@ def quantize(
 ) -> None:
     """Store a model's matrices as small integers.
 
-    8 or 4 bits a number, of a compressed model or any other. Leaves another Hugging Face folder.
+    2 to 8 bits a number, of a compressed model or any other. Leaves another Hugging Face folder.
     """
     from layershare.quantizing import quantize_folder
 

@@ -1,4 +1,4 @@
-"""Weights as small integers: rounding, GPTQ's compensation of what it loses, and two 4-bit numbers in a byte.
+"""Weights as small integers: rounding, GPTQ's compensation of what it loses, and numbers of few bits in bytes.
 
 A weight W (out × in, as `nn.Linear` stores it) is ŵ = s·q with whole numbers |q| ≤ 2^(bits − 1) − 1 and one scale s for
 each group of neighbours along the input; the last group may be shorter.
@@ -7,7 +7,7 @@ each group of neighbours along the input; the last group may be shorter.
 import torch
 from torch import Tensor
 
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+SHRINKS = tuple(1 - i / 20 for i in range(13))
 """What a group's largest number may be clipped to, relative to itself."""
 DAMPING = 0.01
 """Added to a Gram matrix, relative to its mean eigenvalue; GPTQ's."""
@@ -80,24 +80,51 @@ def _one_by_one(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: 
     return codes[:, order.argsort()].to(torch.int8)
 
 
-def packed(codes: Tensor) -> Tensor:
-    """Two 4-bit numbers in a byte, the first one in its lower half: int8 out × in to uint8 out × ⌈in / 2⌉."""
-    halves = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8) & 15
-    return halves[:, ::2] | halves[:, 1::2] << 4
+def fitted_to(first: Tensor, second: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
+    """C' (out × r) of least ‖X(C·B − C'·B̂)ᵀ‖²: a second factor C, fitted to a first one B (r × in) that became B̂.
+
+    C' = C·BGB̂ᵀ(B̂GB̂ᵀ)⁻¹ with G = XᵀX (in × in); λ1 beside both Grams draws it towards C. So what quantizing the first
+    factor lost is made up for by the second, as far as the inputs allow.
+    """
+    before, after = (each.double() @ gram.double() @ quantized.double().T for each in (first, quantized))
+    damping = (DAMPING * after.diagonal().mean() or 1.0) * torch.eye(len(after), dtype=after.dtype, device=after.device)
+    return second.double() @ torch.linalg.solve(after + damping, before + damping, left=False)
 
 
-def unpacked(stored: Tensor, columns: int) -> Tensor:
-    """The numbers of `packed`, int8 out × `columns`; what is stored as int8 as it is."""
-    if stored.dtype == torch.int8:
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Eight numbers of b bits in b bytes, the first one lowest: int8 out × in to uint8 out × b⌈in / 8⌉ (8: as is)."""
+    if bits == 8:
+        return codes
+    ahead = -codes.shape[1] % 8
+    octets = torch.nn.functional.pad(codes, (0, ahead)).unflatten(1, (-1, 8)).short() & (1 << bits) - 1
+    stored = octets.new_zeros(*octets.shape[:2], bits)
+    for i in range(8):
+        byte, shift = divmod(bits * i, 8)
+        stored[..., byte] |= octets[..., i] << shift & 255
+        if shift + bits > 8:
+            stored[..., byte + 1] |= octets[..., i] >> 8 - shift
+    return stored.flatten(1).to(torch.uint8)
+
+
+def unpacked(stored: Tensor, bits: int, columns: int) -> Tensor:
+    """The numbers of `packed`, int8 out × `columns`."""
+    if bits == 8:
         return stored
-    halves = torch.stack((stored & 15, stored >> 4), -1).flatten(1)[:, :columns].to(torch.int8)
-    return (halves ^ 8) - 8  # the fourth bit is the sign
+    octets = stored.unflatten(1, (-1, bits)).short()
+    numbers = []
+    for i in range(8):
+        byte, shift = divmod(bits * i, 8)
+        number = octets[..., byte] >> shift
+        numbers.append(number | octets[..., byte + 1] << 8 - shift if shift + bits > 8 else number)
+    sign = 1 << bits - 1
+    codes = torch.stack(numbers, -1).flatten(1)[:, :columns] & 2 * sign - 1
+    return ((codes ^ sign) - sign).to(torch.int8)
 
 
-def dense_weight(stored: Tensor, scales: Tensor, group: int, columns: int) -> Tensor:
-    """Ŵ (out × `columns`, of the scales' dtype) of its stored numbers, packed or not, and its scales."""
+def dense_weight(stored: Tensor, scales: Tensor, bits: int, group: int, columns: int) -> Tensor:
+    """Ŵ (out × `columns`, of the scales' dtype) of its packed numbers and its scales."""
     steps = scales.repeat_interleave(group, 1)[:, :columns]
-    return unpacked(stored, columns).to(scales.dtype) * steps
+    return unpacked(stored, bits, columns).to(scales.dtype) * steps
 
 
 def _nearest(weight: Tensor, steps: Tensor, largest: int) -> Tensor:

@@ -31,7 +31,7 @@ Form = Literal["dense", "pivoted"]
 FORMS: tuple[Form, ...] = ("dense", "pivoted")
 Side = Literal["input", "output"]
 SIDES: tuple[Side, ...] = ("input", "output")
-BITS = (4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Storage:
             raise LayershareError(f"A group of {self.group!r} numbers has no scale: give 1 or more, such as 64.")
 
     def tensors(self, rows: int, columns: int) -> Stored:
-        """What is stored of a weight of that shape: two 4-bit numbers in a byte."""
-        packed = columns if self.bits == 8 else -(-columns // 2)
-        codes = ((rows, packed), "int8" if self.bits == 8 else "uint8")
+        """What is stored of a weight of that shape: eight numbers of b bits in b bytes."""
+        codes = ((rows, columns), "int8") if self.bits == 8 else ((rows, self.bits * -(-columns // 8)), "uint8")
         return {"codes": codes, "scales": ((rows, -(-columns // self.group)), None)}
 
 

@@ -55,7 +55,8 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The weight, `[out, in]`, marked as initialised; see `ComposedLinear.weight`."""
-        weight = dense_weight(self.codes, self.scales, self.storage.group, self.in_features)  # pyright: ignore[reportArgumentType]
+        stored: Any = self
+        weight = dense_weight(stored.codes, stored.scales, self.storage.bits, self.storage.group, self.in_features)
         weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return weight
 

@@ -3,9 +3,9 @@
 Every linear of a block is a sum of products of factors, a dense one of one factor alone; all factors are quantized.
 With a text, block after block: the text passes through the blocks that are quantized already, so that each block meets
 the inputs that these produce. Within a block the factors that meet the inputs of its linears come first; then the
-block runs again, so that second factors meet the z of first ones that are quantized. What layers of several blocks
-share is quantized with its first block, under the sum of the Grams that it meets in all of them, which a pass before
-measures.
+block runs again, so that second factors meet the z of first ones that are quantized; those that are a layer's own are
+fitted to these before. What layers of several blocks share is quantized with its first block, under the sum of the
+Grams that it meets in all of them, which a pass before measures.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.calibrate.measures import InputGrams
 from layershare.calibrate.stream import Stream
-from layershare.formulas.quantize import best_scales, compensated, dense_weight, packed, rounded
+from layershare.formulas.quantize import best_scales, compensated, dense_weight, fitted_to, packed, rounded
 from layershare.model.arch import find_blocks
 from layershare.model.composition import Composition, Factor, Storage, alone
 from layershare.model.describe import role_of
-from layershare.model.layers import ComposedLinear, made_part
+from layershare.model.layers import ComposedLinear, made_part, unpivoted
 from layershare.model.swap import member_of, swap_modules
 from layershare.model.weights import Weights
 from layershare.progress import Progress
@@ -34,6 +34,8 @@ from layershare.progress import Progress
 class _Part:
     """A factor where it is registered: its name relative to the stack of blocks, the place in its product, and the
     block that it is stored in, where several blocks use it (`wide`) or that one alone.
+
+    `follows`: the layer whose own second factor it is, and the first one, with its name.
     """
 
     name: str
@@ -41,6 +43,7 @@ class _Part:
     depth: int
     layer: int
     wide: bool
+    follows: tuple[str, Factor, str] | None
 
 
 @torch.no_grad()
@@ -93,6 +96,7 @@ def _pass_through(
     """Quantize all parts, block after block of the stream."""
     wide = InputGrams({part.name: part.name for part in parts if part.wide})
     grams: dict[str, Tensor] = {}
+    floats: dict[str, Tensor] = {}  # the first factors as they were
     passes = 1 + any(part.wide for part in parts)
     if passes > 1:
         with wide.attach(blocks):
@@ -104,13 +108,21 @@ def _pass_through(
         here = [part for part in parts if part.layer == layer]
         for depth in sorted({part.depth for part in here}):
             now = [part for part in here if part.depth == depth]
-            inputs = InputGrams({part.name: part.name for part in now if not part.wide})
-            if any(not part.wide for part in now):
+            heard = {part.name for part in now if not part.wide} | {part.follows[0] for part in now if part.follows}
+            if heard:
+                inputs = InputGrams({name: name for name in heard})
                 with inputs.attach(blocks):
                     stream.run()
                 grams |= inputs.finish()
             for part in now:
-                errors[part.name] = _quantize(blocks, part, grams.pop(part.name), dtype)
+                weight = blocks.get_submodule(part.name).get_parameter("weight")
+                if part.follows:
+                    weight.copy_(_fitted(blocks, part, weight, floats, grams[part.follows[0]]))
+                elif depth == 0:
+                    floats[part.name] = weight
+                errors[part.name] = _quantize(blocks, part, grams[part.name], dtype)
+            grams = {part.name: grams[part.name] for part in parts if part.wide and part.name not in errors}
+        floats = {part.name: floats[part.name] for part in parts if part.wide and part.name in floats}
         stream.run()
     progress(1, 1)
 
@@ -139,17 +151,36 @@ def _factors_of_dense(base: Any, stack: str) -> list[Composition]:
 def _parts(composition: Composition, stack: str) -> list[_Part]:
     """The factors of a composition where they are registered."""
 
+    def inside(name: str) -> str:
+        return name.removeprefix(f"{stack}.")
+
     def layer_of(name: str) -> int:
-        return int(name.removeprefix(f"{stack}.").partition(".")[0])
+        return int(inside(name).partition(".")[0])
 
     depths = {factor: depth for term in composition.terms for depth, factor in enumerate(term.factors)}
     found = []
     for member, factor in composition.stored():
         users = composition.users(factor) if factor.home else (member,)
         wide = len({layer_of(user.name) for user in users}) > 1
-        name = f"{member.name}.{factor.name}".removeprefix(f"{stack}.")
-        found.append(_Part(name, factor, depths[factor], layer_of(member.name), wide))
+        name = inside(f"{member.name}.{factor.name}")
+        follows = None
+        if depths[factor] == 1 and factor.home is None:
+            (first,) = (term.factors[0] for term in composition.terms if factor in term.factors)
+            follows = inside(member.name), first, inside(f"{first.home or member.name}.{first.name}")
+        found.append(_Part(name, factor, depths[factor], layer_of(member.name), wide, follows))
     return found
+
+
+def _fitted(blocks: nn.ModuleList, part: _Part, weight: Tensor, floats: dict[str, Tensor], gram: Tensor) -> Tensor:
+    """A second factor's weight, fitted to the first one, which is quantized, under the Gram of the layer's inputs."""
+    assert part.follows is not None
+    name, factor, place = part.follows
+    layer: Any = blocks.get_submodule(name)
+    first, quantized = floats[place], layer.part(factor).weight
+    if factor.pivots:
+        order = layer.order(factor)
+        first, quantized = (unpivoted(each, order, factor.pivots) for each in (first, quantized))
+    return fitted_to(first, weight, quantized, gram)
 
 
 def _quantize(blocks: nn.ModuleList, part: _Part, gram: Tensor | None, dtype: torch.dtype) -> float:
@@ -160,11 +191,11 @@ def _quantize(blocks: nn.ModuleList, part: _Part, gram: Tensor | None, dtype: to
     scales = best_scales(weight, *how, dtype, None if gram is None else gram.diagonal())
     codes = rounded(weight, scales, *how) if gram is None else compensated(weight, gram, scales, *how)
     new: Any = made_part(part.factor, columns, weight.shape[0], device=weight.device, dtype=weight.dtype)
-    new.codes.copy_(packed(codes) if storage.bits == 4 else codes)
+    new.codes.copy_(packed(codes, storage.bits))
     new.scales.copy_(scales)
     blocks.set_submodule(part.name, new)
     whole = weight.double()
-    missing = whole - dense_weight(codes, scales.double(), storage.group, columns)
+    missing = whole - dense_weight(new.codes, scales.double(), *how, columns)
     lost, all_ = (
         float((each.square() if gram is None else each @ gram.double() * each).sum()) for each in (missing, whole)
     )
