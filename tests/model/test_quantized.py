@@ -31,12 +31,12 @@ def quantized(
 ) -> Any:
     """The model, quantized in place, as a loaded one."""
     before = getattr(model, "hf_quantizer", None)
-    present = before.edits.compositions if before else ()
+    edits = before.edits if before else LayershareConfig()
     dtype = model.dtype
     options = {"tokens": text, "batch_size": 2, "progress": no_progress, **options}
-    compositions, errors = quantize_factors(model, present, storage, basis, dtype, **options)
+    compositions, errors = quantize_factors(model, edits.compositions, storage, basis, dtype, **options)
     assert all(0 < error < 0.5 for error in errors.values()), errors
-    adopt(model, LayershareConfig(compositions))
+    adopt(model, LayershareConfig(compositions, dropped=edits.dropped))
     return model
 
 

@@ -19,6 +19,7 @@ from layershare.plan.edits import Drop
 from tests.families import tiny_model
 from tests.model.small import adopt, compressed, filled
 from tests.model.test_dropped import carried_out
+from tests.model.test_quantized import quantized
 from tests.serve.engine import config_of, register_here, served, serving
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
@@ -102,12 +103,18 @@ def test_a_model_of_fewer_layers_needs_nothing_of_ours(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_two_processes_share_a_model(family, tmp_path, monkeypatch):
+def test_quantized_factors_are_served(tmp_path):
+    save(quantized(of_all_kinds()), tmp_path / "small")
+    with served(tmp_path / "small"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "quantized", "phi3"])
+def test_two_processes_share_a_model(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     few = {"num_key_value_heads": 1}  # on both
-    model = of_all_kinds() if family == "llama" else compressed(family, config=config_of(family, **few))
-    save(model, tmp_path / "small")
+    model = compressed(kind, config=config_of(kind, **few)) if kind == "phi3" else of_all_kinds()
+    save(quantized(model) if kind == "quantized" else model, tmp_path / "small")
     with served(tmp_path / "small", tensor_parallel_size=2):
         pass
 

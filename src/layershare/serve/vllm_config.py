@@ -65,12 +65,6 @@ class LayershareVllmConfig(QuantizationConfig):
         for member in chain.from_iterable(each.members for each in edits.compositions):
             if member.conv1d:
                 raise LayershareError(f"vLLM cannot serve the factors of '{member.name}', a Conv1D layer: {INSTEAD}.")
-        for factor in chain.from_iterable(each.factors for each in edits.compositions):
-            if factor.storage is not None:
-                raise LayershareError(
-                    "vLLM cannot serve factors that are stored as integers: serve the folder that was quantized, or "
-                    f"{INSTEAD}."
-                )
         return cls(edits.compositions, edits.dropped)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from layershare.errors import LayershareError, mismatched
+from layershare.formulas.quantize import dense_weight
 from layershare.model.composition import Factor, Member
 from layershare.model.layers import unpivoted
 
@@ -49,12 +50,11 @@ class Held:
 
     def take(self, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
         """Keep the process's part of a tensor. Raises `LayershareError` if it has another shape than its factor."""
-        shape = self.factor.shape(self.member)
-        if name == self.factor.order:
-            shape = (sum(shape),)
+        shapes = (shape for shape, _ in self.factor.tensors(self.member).values())
+        shape = dict(zip(self.factor.keys, shapes, strict=True))[name]
         if tensor.shape != torch.Size(shape):
             raise mismatched(f"{self.key.home}.{name}", tensor.shape, shape)
-        if self.factor.pivots is None:
+        if self._is_the_weight:
             tensor = self._cut(tensor)
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
         self.tensors[name] = tensor.to(like.device, dtype, copy=True)
@@ -66,10 +66,20 @@ class Held:
                 raise LayershareError(
                     f"The checkpoint lacks the tensor '{self.key.home}.{name}': fetch or write it again."
                 )
-        weight = self.tensors.pop(self.factor.keys[0])
-        if self.factor.pivots and not self.pivoted:
-            weight = self._cut(unpivoted(weight, self.tensors[self.factor.order], self.factor.pivots))
-        return weight
+        weight, storage = self.tensors.pop(self.factor.keys[0]), self.factor.storage
+        if storage is not None:
+            scales, columns = self.tensors.pop(self.factor.keys[1]), self.factor.shape(self.member)[1]
+            weight = dense_weight(weight, scales, storage.bits, storage.group, columns)
+        if self._is_the_weight or self.pivoted:
+            return weight
+        if self.factor.pivots:
+            weight = unpivoted(weight, self.tensors[self.factor.order], self.factor.pivots)
+        return self._cut(weight)
+
+    @property
+    def _is_the_weight(self) -> bool:
+        """Whether its first tensor is what it multiplies with, or a part of that."""
+        return self.factor.pivots is None and self.factor.storage is None
 
     def _cut(self, weight: torch.Tensor) -> torch.Tensor:
         for dim, ranges in enumerate((self.key.outward, self.key.inward)):

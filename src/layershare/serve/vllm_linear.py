@@ -126,14 +126,13 @@ class LayershareLinearMethod(LinearMethodBase):
             self.takes.append({name: self.store.loaded(member.name, each) for each in own for name in each.keys})
         self.store.read_by_one(self._firsts)
         for name in {"weight", *chain.from_iterable(self.takes)}:  # at "weight" there may be a guard of size zero
-            kind = params_dtype if name.endswith("weight") else torch.int32
+            kind = params_dtype if name.endswith(("weight", "scales")) else torch.int32
             placeholder = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
             placeholder.weight_loader = partial(self._load, name)  # pyright: ignore[reportAttributeAccessIssue]
             *child, last = name.split(".")
-            holder = nn.Module() if child else layer
-            holder.register_parameter(last, placeholder)
-            if child:
-                layer.add_module(*child, holder)
+            if child and not hasattr(layer, *child):
+                layer.add_module(*child, nn.Module())
+            (getattr(layer, *child) if child else layer).register_parameter(last, placeholder)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make what multiplies. Raises `LayershareError` if the checkpoint lacked a tensor."""
