@@ -34,8 +34,8 @@ def error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
     return (missing @ gram * missing).sum(1)
 
 
-def dense(codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    return dense_weight(codes, scales, 8, group, codes.shape[1])
+def dense(codes: Tensor, scales: Tensor, group: int, bits: int = 4) -> Tensor:
+    return dense_weight(packed(codes, bits), scales, bits, group, codes.shape[1])
 
 
 @pytest.mark.parametrize("columns", [1, 8, 23])
@@ -60,9 +60,9 @@ def test_rounding_takes_the_nearest_number(bits):
     weight, _ = problem(3, 10)
     scales = best_scales(weight, bits, 4, torch.float64)
     assert scales.shape == (3, 3)
-    found, largest = dense(rounded(weight, scales, bits, 4), scales, 4), 2 ** (bits - 1) - 1
+    found, most = dense(rounded(weight, scales, bits, 4), scales, 4, bits), (2**bits - 1 - (bits > 3)) / 2
     for row, column in product(range(3), range(10)):
-        choices = scales[row, column // 4] * torch.arange(-largest, largest + 1)
+        choices = scales[row, column // 4] * torch.arange(-most, most + 1, dtype=torch.float64)
         assert (found[row, column] - weight[row, column]).abs() == (choices - weight[row, column]).abs().min()
 
 

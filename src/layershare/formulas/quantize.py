@@ -1,7 +1,8 @@
 """Weights as small integers: rounding, GPTQ's compensation of what it loses, and numbers of few bits in bytes.
 
 A weight W (out × in, as `nn.Linear` stores it) is ŵ = s·q with whole numbers |q| ≤ 2^(bits − 1) − 1 and one scale s for
-each group of neighbours along the input; the last group may be shorter.
+each group of neighbours along the input; the last group may be shorter. Of 2 or 3 bits, which would lose a fourth or an
+eighth of what they can say that way, ŵ = s·(q + ½) with −2^(bits − 1) ≤ q < 2^(bits − 1).
 """
 
 import torch
@@ -19,15 +20,16 @@ def best_scales(weight: Tensor, bits: int, group: int, dtype: torch.dtype, impor
 
     `importance`: h (in), the diagonal of the Gram of the inputs; `None`: all the same.
     """
-    largest, ahead = 2 ** (bits - 1) - 1, -weight.shape[1] % group
+    ahead = -weight.shape[1] % group
     groups = torch.nn.functional.pad(weight.double(), (0, ahead)).unflatten(1, (-1, group))
     counts = torch.ones(weight.shape[1]) if importance is None else importance
     counts = torch.nn.functional.pad(counts.to(groups), (0, ahead)).unflatten(0, (-1, group))
-    top = groups.abs().amax(-1) / largest
+    top = groups.abs().amax(-1) / (2 ** (bits - 1) - 1 + _offset(bits))
     best, least = top, torch.full_like(top, torch.inf)
     for shrink in SHRINKS:
         scales = (top * shrink).to(dtype).double()
-        error = (counts * (groups - _nearest(groups, scales[..., None], largest) * scales[..., None]).square()).sum(-1)
+        steps = scales[..., None]
+        error = (counts * (groups - _values(_nearest(groups, steps, bits), steps, bits)).square()).sum(-1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best.to(dtype)
 
@@ -35,7 +37,7 @@ def best_scales(weight: Tensor, bits: int, group: int, dtype: torch.dtype, impor
 def rounded(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """q (out × in, int8): the nearest numbers."""
     steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
-    return _nearest(weight.double(), steps, 2 ** (bits - 1) - 1).to(torch.int8)
+    return _nearest(weight.double(), steps, bits).to(torch.int8)
 
 
 def compensated(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
@@ -53,7 +55,7 @@ def compensated(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: 
     steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
 
     def error(codes: Tensor) -> Tensor:
-        missing = weight.double() - codes * steps
+        missing = weight.double() - _values(codes, steps, bits)
         return (missing @ gram.double() * missing).sum(1, keepdim=True)
 
     return found.where(error(found) <= error(nearest), nearest)
@@ -73,8 +75,8 @@ def _one_by_one(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: 
         end = min(start + _PANEL, len(gram))
         errors = torch.empty_like(left[:, start:end])
         for j in range(start, end):
-            codes[:, j] = _nearest(left[:, j], steps[:, j], 2 ** (bits - 1) - 1)
-            error = errors[:, j - start] = (left[:, j] - codes[:, j] * steps[:, j]) / upper[j, j]
+            codes[:, j] = _nearest(left[:, j], steps[:, j], bits)
+            error = errors[:, j - start] = (left[:, j] - _values(codes[:, j], steps[:, j], bits)) / upper[j, j]
             left[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
         left[:, end:] -= errors @ upper[start:end, end:]
     return codes[:, order.argsort()].to(torch.int8)
@@ -124,9 +126,19 @@ def unpacked(stored: Tensor, bits: int, columns: int) -> Tensor:
 def dense_weight(stored: Tensor, scales: Tensor, bits: int, group: int, columns: int) -> Tensor:
     """Ŵ (out × `columns`, of the scales' dtype) of its packed numbers and its scales."""
     steps = scales.repeat_interleave(group, 1)[:, :columns]
-    return unpacked(stored, bits, columns).to(scales.dtype) * steps
+    return _values(unpacked(stored, bits, columns), steps, bits).to(scales.dtype)
 
 
-def _nearest(weight: Tensor, steps: Tensor, largest: int) -> Tensor:
-    """w/s, rounded and clipped; 0 where s is 0."""
-    return (weight / steps.where(steps != 0, 1)).round().clamp(-largest, largest)
+def _offset(bits: int) -> float:
+    return 0.5 if bits < 4 else 0.0
+
+
+def _values(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
+    """The numbers that codes stand for."""
+    return (codes + _offset(bits)) * steps
+
+
+def _nearest(weight: Tensor, steps: Tensor, bits: int) -> Tensor:
+    """The codes of the nearest numbers, in w's type; where s is 0 all stand for 0."""
+    most, offset = 2 ** (bits - 1) - 1, _offset(bits)
+    return (weight / steps.where(steps != 0, 1) - offset).round().clamp(-most - 2 * offset, most)
