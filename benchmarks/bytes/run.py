@@ -7,6 +7,7 @@ of the matrices in the blocks. What has a result is not measured again. 20 minut
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int |
         out, size, precision = folder, sizes.targets.bytes, {key: how[key] for key in ("bits", "basis_bits")}
         if how["bits"] < DENSE:
             out = str(place.work / name)
+            shutil.rmtree(out, ignore_errors=True)  # of an earlier matrix
             size = quantize_folder(folder, out, calibration=settings.calibration, **precision).after
         evaluation = as_json(evaluate_folder(out, original, settings).evaluation)
         evaluation["text"]["source"] = row["test"]["text"]
