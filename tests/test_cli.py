@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -239,16 +240,25 @@ def test_every_run_has_pages_and_a_report_shows_its_speed(layershare, here):
     assert "library_name: transformers" in (here / "small" / "README.md").read_text()
     assert "tokens/s" not in (here / "small" / "report.html").read_text(encoding="utf-8")
 
-    measured = ("--original", "dense", "--batch", "2", "--prompt", "8", "--new", "3", "--rounds", "1")
+    measured = ("--original", "dense", "--batch", "1", "--batch", "2", "--prompt", "8", "--new", "3", "--rounds", "1")
     code, out, err = layershare("bench", "small", *measured)
     assert code == 0, err
     assert out.count("prefill") == out.count("decode") == 2
-    rates = json.loads((here / "small" / "speed.json").read_text())["rates"]
-    assert [(rate["phase"], rate["batch"]) for rate in rates][2:] == [("prefill", 2), ("decode", 2)]
+    speed = json.loads((here / "small" / "speed.json").read_text())
+    assert speed["engine"] == f"transformers {version('transformers')}"
+    assert [(rate["phase"], rate["batch"]) for rate in speed["rates"]][2:] == [("prefill", 2), ("decode", 2)]
 
     code, out, err = layershare("report", "small", "-o", "page.html")
     assert code == 0, err
     assert "tokens/s" in (here / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_measuring_in_vllm_needs_vllm(layershare, here):
+    code, _, err = layershare("bench", "dense", "--engine", "vllm")
+    assert code == 2
+    assert "The engine vllm is not installed: `pip install vllm`" in err
+    assert not (here / "dense" / "speed.json").exists()
 
 
 def test_calibrate_once_run_a_recipe_with_it(layershare, here):
@@ -436,6 +446,8 @@ def test_mistakes_with_models(layershare, here):
         ("ls", "nowhere"): "There is no folder 'nowhere'",
         ("bench", "sample"): "'sample' is no folder to put speed.json into; name a file with -o.",
         ("bench", "dense", "--prompt", "500"): "500 + 32 tokens do not fit: this model takes 128",
+        ("bench", "dense", "--engine", "vlm"): "Unknown engine 'vlm'. Did you mean 'vllm'?",
+        ("bench", "dense", "--engine", "vllm", "--device", "cpu"): "leave --device out",
         ("report", "dense"): "'dense' is no finished run, it has no results.json",
         ("report", "dense", "-o", "no/report.html"): "There is no folder 'no'",
         ("run", "nowhere.yaml", "-o", "out"): "there is no 'nowhere.yaml'",

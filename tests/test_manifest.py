@@ -109,7 +109,7 @@ def test_every_verb_refuses_a_flipped_bit_and_rerunning_says_what_to_do(layersha
         ("eval", "dense", "--original", "small", *TEXT),
         ("export", "small", "-o", "out", "--dense"),
         ("heal", "small", "-o", "out", *TEXT, "--batch-size", "4"),
-        ("bench", "small", "--rounds", "1"),
+        ("bench", "small", "--prompt", "8", "--rounds", "1"),
         ("generate", "small", "a"),
         COMPRESS,
     ):

@@ -2,6 +2,9 @@
 
 import copy
 import os
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -12,10 +15,11 @@ from layershare.bars import shown
 from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, unknown
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.evaluator import load_evaluator
-from layershare.evaluate.speed import measure_speed
+from layershare.evaluate.generate import require_context
+from layershare.evaluate.speed import Workload, generate_seconds, measure_speed
 from layershare.folders import require_new, staged
 from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
@@ -24,7 +28,7 @@ from layershare.model.given import require_model, require_runnable
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.model.original import copy_side_files, files_of, source_of
-from layershare.model.source import read_config, read_tokenizer, tokenizer_of
+from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights, require_finite
 from layershare.plan.evidence import Evidence
@@ -33,6 +37,11 @@ from layershare.progress import Announce, silent
 from layershare.recipe import Calibration, EvaluationSettings, Recipe, make_as, make_recipe
 from layershare.report.results import Environment, Evaluated, Speed
 from layershare.run import run
+from layershare.serve.speed import engine as vllm_engine
+from layershare.serve.speed import vllm_package
+
+ENGINES = ("transformers", "vllm")
+"""What `bench` can run models in."""
 
 
 def compress(
@@ -290,25 +299,51 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce:
 
 
 def bench_folder(
-    folder: str, original: str | None, recipe: Recipe, *, announce: Announce = silent, **options: Any
+    folder: str,
+    original: str | None,
+    recipe: Recipe,
+    workload: Workload,
+    engine: str = "transformers",
+    announce: Announce = silent,
 ) -> Speed:
     """Measure the speed of the model in a folder with the recipe's dtype and device; returns what `bench` writes.
 
-    `options` are those of `measure_speed`. Raises `LayershareError` as that does, and if there is no model.
+    `engine`: one of `ENGINES`; vllm chooses the device itself. Raises `LayershareError` if there is no model, the
+    texts do not fit into one's context, or the engine is missing or refuses one.
     """
-    device = device_of(recipe.device)
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    if engine == "vllm" and recipe.device != "auto":
+        raise LayershareError("vLLM runs on the device that it was built for; leave --device out.")
+    package = vllm_package() if engine == "vllm" else engine
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
-    if original is not None:
-        require_same_vocabulary("original", original, read_config(folder, **trust), **trust)
     names = [folder] if original is None else [folder, original]
-    models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
-    rates = measure_speed(*models, **options, progress=announce("bench"))
+    configs = [read_config(name, **trust) for name in names]
+    if original is not None:
+        require_same_vocabulary("original", original, configs[0], **trust)
+    for config in configs:
+        require_context(config, workload.prompt, workload.new)
+    with ExitStack() as running:
+        if engine == "vllm":
+            room = {"rows": max(workload.batches), "length": workload.prompt + workload.new}
+            announce("start")
+            start = partial(vllm_engine, **room, dtype=recipe.dtype, **trust)
+            engines = [running.enter_context(start(resolve(name))) for name in names]
+            timers, dtype, device = [each.seconds for each in engines], engines[0].dtype, engines[0].device
+        else:
+            device = device_of(recipe.device)
+            models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
+            timers = [partial(generate_seconds, model) for model in models]
+            dtype = str(models[0].dtype).removeprefix("torch.")
+        vocabulary = min(config.get_text_config().vocab_size for config in configs)
+        rates = measure_speed(timers, workload, vocabulary, announce("bench"))
     return Speed(
         model=folder,
         original=original,
-        dtype=str(models[0].dtype).removeprefix("torch."),
+        engine=f"{package} {version(package)}",
+        dtype=dtype,
         device=device,
-        **options,
+        **vars(workload),
         rates=rates,
         **vars(Environment.here()),
     )

@@ -24,6 +24,7 @@ SPEED = {
     **environment(),
     "model": "small",
     "original": "someone/some-model",
+    "engine": "vllm 0.32.0",
     "dtype": "float32",
     "device": "cpu",
     "batches": [1, 8],
@@ -74,6 +75,7 @@ def test_what_models_and_people_write_is_text_and_not_markup(html):
 def test_speed_is_shown_or_it_is_said_how_to_measure_it(html):
     text = markup(html.read_text(encoding="utf-8"))
     assert text.count("1.23 ×") == 4
+    assert "vllm 0.32.0, float32 on cpu" in text
     assert text.count("layershare bench") == 2
 
 

@@ -66,7 +66,7 @@ def test_the_page_s_commands_run(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    compress, serve, ask, export = blocks("bash")
+    compress, serve, ask, export, measure = blocks("bash")
     run(compress)
     server = subprocess.Popen(["bash", "-ec", f"exec {serve}"], cwd=tmp_path, env=environment)
     try:
@@ -77,6 +77,7 @@ def test_the_page_s_commands_run(tmp_path):
         server.wait(60)
     assert answer["usage"]["completion_tokens"] == 20
     run(export)
+    run(measure)
     (tmp_path / "script.py").write_text(*blocks("python"))
     said = run("python script.py")
     assert answer["choices"][0]["text"].strip() in said

@@ -88,7 +88,13 @@ def evaluate(
 def bench(
     folder: Folder,
     original: Original = None,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=2, help="The batch size beside 1.")] = 8,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="What runs the models: transformers or vllm.")
+    ] = "transformers",
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", metavar="N", min=1, help="Prompts at once (default: 1, 8); repeatable."),
+    ] = None,
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Tokens to read (prefill).")] = 128,
     new: Annotated[int, typer.Option("--new", metavar="N", help="Tokens to write (decode).")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Rounds, of which the medians are taken.")] = 5,
@@ -99,9 +105,10 @@ def bench(
 ) -> None:
     """Measure the speed of a model.
 
-    Prefill and decode, at batch 1 and a larger one, taking turns with an original.
+    Prefill and decode, in transformers or vLLM, taking turns with an original.
     """
     from layershare.api import bench_folder
+    from layershare.evaluate.speed import Workload
     from layershare.model.source import read_config
     from layershare.report.listing import speed_table
     from layershare.report.runs import SPEED
@@ -112,17 +119,10 @@ def bench(
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output
     require_parent(file)
+    workload = Workload(tuple(batch) if batch else Workload.batches, prompt, new, rounds)
+    recipe = recipe_of({"model": folder, "dtype": dtype, "device": device, "trust_remote_code": trust})
     with progress() as (announce, _):
-        speed = bench_folder(
-            folder,
-            original,
-            recipe_of({"model": folder, "dtype": dtype, "device": device, "trust_remote_code": trust}),
-            batches=(1, batch),
-            prompt=prompt,
-            new=new,
-            rounds=rounds,
-            announce=announce,
-        )
+        speed = bench_folder(folder, original, recipe, workload, engine, announce)
     show(speed_table(speed))
     write(file, to_json(speed))
     tell(f"Written to {file}.")

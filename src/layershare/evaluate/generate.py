@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from layershare.calibrate.text import Text
 from layershare.device import dtype_of
@@ -50,7 +50,7 @@ def continue_text(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")
-    require_context(model, ids.shape[1], tokens)
+    require_context(model.config, ids.shape[1], tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     set_seed(seed)
     output = continue_tokens(model, ids, tokens, tokenizer, **sampling)
@@ -75,9 +75,9 @@ def compare_samples(
     return [dict(zip(("prompt", "model", "original"), row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def require_context(model: PreTrainedModel, prompt: int, new: int) -> None:
+def require_context(config: PreTrainedConfig, prompt: int, new: int) -> None:
     """Raise `LayershareError` if prompt and new tokens do not fit into a model's context."""
-    context = getattr(model.config, "max_position_embeddings", None) or LONGEST  # models with ALiBi have no limit
+    context = getattr(config, "max_position_embeddings", None) or LONGEST  # models with ALiBi have no limit
     if prompt + new > context:
         raise LayershareError(f"{prompt} + {new} tokens do not fit: this model takes {context}; ask for fewer tokens.")
 

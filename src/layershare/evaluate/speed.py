@@ -1,27 +1,46 @@
 """How fast a model reads and writes, measured against its original where that is given.
 
-Prefill is the time until the first new token is known, decode the time per token after it; both are taken inside
-`generate`, greedy, with its cache, at batch 1 and at a larger one, since a model can win one and lose the other. The
-models take turns, and who begins changes every round, so that whatever else the machine does meets all of them alike.
-Figures are medians over the rounds, ratios medians of the rounds' own ratios.
+Prefill is the time until the first new token is known, decode the time per token after it, at batch 1 and at a larger
+one, since a model can win one and lose the other. Who knows how to run a model takes the time, transformers' `generate`
+here, vLLM in `serve.speed`. The models take turns, and who begins changes every round, so that whatever else the
+machine does meets all of them alike. Figures are medians over the rounds, ratios medians of the rounds' own ratios.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from layershare.errors import LayershareError
-from layershare.evaluate.generate import require_context
 from layershare.model.modes import evaluating
 from layershare.progress import Progress, no_progress
 
 WARM_UP = 1
 """Rounds that are run and not counted."""
+Timer: TypeAlias = Callable[[Tensor, int], Mapping[str, float]]
+"""Seconds by phase that a model takes to read prompts `[rows, tokens]` and to add that many tokens to each."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured: `prompt` random tokens are read and `new` ones written, `rounds` times at each batch size.
+
+    Raises `LayershareError` if there are fewer than two tokens to decode.
+    """
+
+    batches: tuple[int, ...] = (1, 8)
+    prompt: int = 128
+    new: int = 32
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.new < 2 or self.prompt < 1 or self.rounds < 1:
+            raise LayershareError("Measuring speed takes a prompt, two new tokens and one round at least.")
 
 
 @dataclass(frozen=True)
@@ -35,38 +54,27 @@ class Rate:
     ratio: float | None = None
 
 
-@torch.no_grad()
 def measure_speed(
-    model: PreTrainedModel,
-    original: PreTrainedModel | None = None,
-    *,
-    batches: tuple[int, ...] = (1, 8),
-    prompt: int = 128,
-    new: int = 32,
-    rounds: int = 5,
-    progress: Progress = no_progress,
+    timers: Sequence[Timer], workload: Workload, vocabulary: int, progress: Progress = no_progress
 ) -> list[Rate]:
-    """Tokens per second of prefill (of `prompt` tokens) and of decode (of `new` further ones), per batch size.
+    """Tokens per second of prefill and of decode, per batch size, of a model and, if it is given, its original.
 
-    Prompts are random tokens, the same for both models. Raises `LayershareError` if there are fewer than two tokens to
-    decode, or if prompt and new tokens do not fit into a model's context.
+    Prompts are random tokens below `vocabulary`, the same for both.
     """
-    models = {"model": model} if original is None else {"model": model, "original": original}
-    if new < 2 or prompt < 1 or rounds < 1:
-        raise LayershareError("Measuring speed takes a prompt, two new tokens and one round at least.")
-    for each in models.values():
-        require_context(each, prompt, new)
-    vocabulary = min(each.config.vocab_size for each in models.values())
+    models = dict(zip(("model", "original"), timers, strict=False))
+    prompt, new = workload.prompt, workload.new
     generator = torch.Generator().manual_seed(0)
-    steps, total = 0, len(batches) * (WARM_UP + rounds)
+    steps, turns = 0, WARM_UP + workload.rounds
+    total = len(workload.batches) * turns
     rates = []
-    for batch in batches:
+    for batch in workload.batches:
         prompts = torch.randint(vocabulary, (batch, prompt), generator=generator)
         measured = []
-        for turn in range(WARM_UP + rounds):
+        for turn in range(turns):
             progress(steps, total)
             steps += 1
-            seconds = _round(models if turn % 2 else dict(reversed(models.items())), prompts, new)
+            order = models if turn % 2 else reversed(models)
+            seconds = {name: models[name](prompts, new) for name in order}
             if turn >= WARM_UP:
                 measured.append(seconds)
         for phase, tokens in (("prefill", prompt), ("decode", new - 1)):
@@ -75,13 +83,10 @@ def measure_speed(
     return rates
 
 
-def _round(models: Mapping[str, PreTrainedModel], prompts: Tensor, new: int) -> dict[str, dict[str, float]]:
-    """Seconds of each phase by model, each model once."""
-    return {name: _time(model, prompts.to(model.device), new) for name, model in models.items()}
-
-
-def _time(model: PreTrainedModel, prompts: Tensor, new: int) -> dict[str, float]:
-    clock = _Stopwatch()
+@torch.no_grad()
+def generate_seconds(model: PreTrainedModel, prompts: Tensor, new: int) -> dict[str, float]:
+    """What a `Timer` tells, of transformers' `generate`, greedy, with its cache."""
+    clock, prompts = _Stopwatch(), prompts.to(model.device)
     with evaluating(model):
         model.generate(  # pyright: ignore[reportCallIssue]
             prompts,

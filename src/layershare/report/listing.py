@@ -53,7 +53,7 @@ def evaluation_table(text: Blocks, measured: Measured) -> Table:
 
 def speed_table(speed: Speed) -> Table:
     """What `bench` measured, as a table."""
-    title = f"prompts of {speed.prompt} tokens, {speed.new} new ones, {speed.dtype} on {speed.device}"
+    title = f"prompts of {speed.prompt} tokens, {speed.new} new ones, {speed.dtype} on {speed.device}, {speed.engine}"
     table = Table(title=title, title_justify="left")
     table.add_column("tokens per second")
     for column in ("batch", "model", *(("original", "ratio") if speed.original else ())):

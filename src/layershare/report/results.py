@@ -267,10 +267,11 @@ class Evaluated(Environment):
 
 @dataclass(frozen=True, kw_only=True)
 class Speed(Environment):
-    """What `bench` notes."""
+    """What `bench` notes; `engine` with its version."""
 
     model: Word
     original: Word | None
+    engine: Word = "transformers"
     dtype: Word
     device: Word
     batches: list[_Count]
