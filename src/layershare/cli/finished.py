@@ -57,7 +57,7 @@ def quantize(
     bits: Annotated[int, typer.Option("--bits", metavar="N", help="Bits for each number: 8, 6, 5, 4, 3 or 2.")] = 4,
     group: Annotated[int, typer.Option("--group", metavar="N", help="Numbers that share a scale.")] = 64,
     basis_bits: Annotated[
-        int | None, typer.Option("--basis-bits", metavar="N", help="Bits of bases, if others: 8 beside 4, say.")
+        int | None, typer.Option("--basis-bits", metavar="N", help="Bits of bases, if others: 5 beside 4, say.")
     ] = None,
     text: Annotated[
         str | None, text_option("--text", "-t", help="Round by what this text needs (GPTQ); as for compress.")
