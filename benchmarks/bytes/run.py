@@ -32,7 +32,7 @@ DENSE = 16
 
 def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int | list[int]], place: Place) -> None:
     """Measure one model at one size, at all its precisions that have no result yet."""
-    recipe = {"model": model, "method": "auto", "keep": keep, "of": "targets", **row.get("options", {})}
+    recipe = {"model": model, "method": "auto", "keep": keep, "of": "targets", **row.get("settings", {})}
     recipe |= {"options": {"compare": False}, "calibration": row["calibration"], "evaluation": row["test"]}
     todo = {}
     for each in precisions:
