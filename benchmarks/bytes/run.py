@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from benchmarks.methods.run import Place
+from benchmarks.paths import add_path, is_here, paths_of
 from benchmarks.results import Results
 from layershare.api import evaluate_folder
 from layershare.model.describe import describe
-from layershare.model.source import SAMPLE, read_config
+from layershare.model.source import read_config
 from layershare.plan.budget import measure as sizes_of
 from layershare.quantizing import quantize_folder
 from layershare.recipe import make_recipe
@@ -63,15 +64,14 @@ def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int |
 def main() -> None:
     """Measure everything whose models and texts are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    add_path(parser)
     parser.add_argument("--work", type=Path, default=Path("build/bytes"), help="folder of unfinished work")
     options = parser.parse_args()
-    paths = dict(each.split("=", 1) for each in options.path)
+    paths = paths_of(options.path)
     place = Place(paths, Results(HERE / "results.jsonl"), options.work, 1)
     matrix = yaml.safe_load((HERE / "matrix.yaml").read_text(encoding="utf-8"))
     for model, row in matrix["models"].items():
-        if model != SAMPLE and model not in paths:
-            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+        if not is_here(model, paths):
             continue
         for keep, precisions in matrix["keeps"].items():
             measure(model, row, keep, precisions, place)

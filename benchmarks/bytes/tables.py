@@ -2,7 +2,7 @@
 
 from math import log
 
-from benchmarks.methods.tables import machine, markdown
+from benchmarks.methods.tables import machine, markdown, require_same
 from benchmarks.results import Results
 
 UNMEASURED = "Not measured yet; `python -m benchmarks.bytes.run` does it."
@@ -13,6 +13,11 @@ def bytes_page(results: Results, model: str) -> str:
     found = [each for name, each in results.read().items() if name.startswith(f"{model}/")]
     if not found:
         return UNMEASURED
+    texts = {
+        "calibration texts": {str(each["experiment"]["recipe"]["calibration"]) for each in found},
+        "test texts": {each["evaluation"]["text"]["tokens_sha256"] for each in found},
+    }
+    require_same(model, "`python -m benchmarks.bytes.run`", texts)
     found.sort(key=lambda each: -each["bytes"])
     most, rows, best = found[0]["bytes"], [], float("inf")
     for each in reversed(found):

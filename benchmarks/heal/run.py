@@ -26,13 +26,14 @@ import torch
 import yaml
 from transformers.utils import logging
 
+from benchmarks.paths import add_path, is_here, paths_of
 from benchmarks.results import Results, thinned
 from layershare.healing.heal import heal_folder
 from layershare.healing.job import prepare_healing
 from layershare.healing.settings import Healing
 from layershare.healing.watch import held_out_loss
 from layershare.model.hub import load
-from layershare.model.source import SAMPLE, resolve
+from layershare.model.source import resolve
 from layershare.model.weights import Weights
 from layershare.recipe import make_as, make_recipe
 from layershare.report.results import environment
@@ -152,7 +153,7 @@ def finished(experiment: Experiment, results: Results, weights: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    add_path(parser)
     parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
     parser.add_argument("--only", default="", help="run experiments with this in their names")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="file of the results")
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # in the fresh process
     options = parser.parse_args()
-    paths = dict(each.split("=", 1) for each in options.path)
+    paths = paths_of(options.path)
     results = Results(options.results)
     matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
     if options.one:
@@ -181,8 +182,7 @@ def main() -> None:
 
     well = True
     for model in matrix["models"]:
-        if model != SAMPLE and model not in paths:
-            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+        if not is_here(model, paths):
             continue
         weights = fingerprint(model, paths)
         if (original := f"{model}/original") not in results.read():

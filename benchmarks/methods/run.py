@@ -31,13 +31,14 @@ import torch
 import yaml
 from transformers.utils import logging
 
+from benchmarks.paths import add_path, is_here, paths_of
 from benchmarks.results import Results
 from layershare.api import evaluate_folder
 from layershare.errors import LayershareError, unknown
 from layershare.methods import METHODS
 from layershare.model.arch import Spec
 from layershare.model.describe import describe
-from layershare.model.source import SAMPLE, read_config, resolve
+from layershare.model.source import read_config, resolve
 from layershare.model.weights import Weights
 from layershare.plan.budget import target_parameters
 from layershare.recipe import make_recipe
@@ -221,17 +222,14 @@ def run_pending(context: ForkServerContext, todo: list[Experiment], place: Place
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    add_path(parser)
     parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
     parser.add_argument("--method", action="append", default=[], help="run this method only; repeatable")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of unfinished work")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="experiments at a time")
     options = parser.parse_args()
-    paths = dict(each.split("=", 1) for each in options.path)
-    for path in paths.values():
-        if not Path(path).exists():
-            sys.exit(f"There is no '{path}'.")
+    paths = paths_of(options.path)
     for method in options.method:
         if method not in METHODS:
             sys.exit(str(unknown("method", method, METHODS)))
@@ -242,8 +240,7 @@ def main() -> None:
     context.set_forkserver_preload(["layershare.api", "layershare.run"])
     well = True
     for model in matrix["models"]:
-        if model != SAMPLE and model not in paths:
-            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+        if not is_here(model, paths):
             continue
         every = experiments(matrix, model, options.method or list(METHODS), place)
         todo = [each for each in every if not place.finished(each.name, each.identity)]

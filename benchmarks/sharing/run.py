@@ -8,7 +8,6 @@ the results into docs/sharing.md.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -19,11 +18,11 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
+from benchmarks.paths import add_path, is_here, paths_of
 from benchmarks.results import Results
 from benchmarks.sharing.ground import Ground
 from benchmarks.sharing.measured import Lab, adjacent, forced, offered, predicted, private
 from benchmarks.sharing.windows import spread, window
-from layershare.model.source import SAMPLE
 from layershare.plan.edits import Share
 from layershare.plan.plan import Plan
 from layershare.report.results import environment
@@ -113,7 +112,7 @@ def pending_plans(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", action="append", default=[], metavar="NAME=PATH", help="where a model or text is")
+    add_path(parser)
     parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to look at")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="file of the results")
     parser.add_argument("--stats", type=Path, default=Path("build/sharing/stats"), help="folder of the statistics")
@@ -121,18 +120,15 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], help="look at this model alone; repeatable")
     parser.add_argument("--only", choices=("map", "plan"), help="look at this alone")
     options = parser.parse_args()
-    paths = dict(each.split("=", 1) for each in options.path)
-    for path in paths.values():
-        if not Path(path).exists():
-            sys.exit(f"There is no '{path}'.")
+    paths = paths_of(options.path)
     logging.disable_progress_bar()
     results = Results(options.results)
     matrix = yaml.safe_load(options.matrix.read_text(encoding="utf-8"))
-    for model, row in matrix["models"].items():
+    models: dict[str, Any] = matrix["models"]
+    for model, row in models.items():
         if options.model and model not in options.model:
             continue
-        if model != SAMPLE and model not in paths:
-            print(f"{model}: left out; say where it is with --path {model}=FOLDER")
+        if not is_here(model, paths):
             continue
         text = {**row["text"], "text": paths.get(row["text"]["text"], row["text"]["text"])}
         ground = Ground.open(paths.get(model, model), text, options.stats)

@@ -50,8 +50,7 @@ class Held:
 
     def take(self, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
         """Keep the process's part of a tensor. Raises `LayershareError` if it has another shape than its factor."""
-        shapes = (shape for shape, _ in self.factor.tensors(self.member).values())
-        shape = dict(zip(self.factor.keys, shapes, strict=True))[name]
+        shape, _ = self.factor.tensors(self.member)[name]
         if tensor.shape != torch.Size(shape):
             raise mismatched(f"{self.key.home}.{name}", tensor.shape, shape)
         if self._is_the_weight:

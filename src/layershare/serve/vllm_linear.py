@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from layershare.errors import LayershareError
-from layershare.model.composition import Composition, Factor, Member, Term
+from layershare.model.composition import Composition, Factor, Member, Stored, Term
 from layershare.serve.vllm_factors import Held, Key, Part, Ranges, Store
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -34,9 +34,8 @@ SHARDS = {"q": 0, "k": 1, "v": 2}
 class _Whole(Factor):
     """The weight of a linear that stayed dense."""
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return ("weight",)
+    def _named(self, rows: int, columns: int) -> Stored:
+        return {"weight": ((rows, columns), None)}
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ class LayershareLinearMethod(LinearMethodBase):
             self.takes.append({name: self.store.loaded(member.name, each) for each in own for name in each.keys})
         self.store.read_by_one(self._firsts)
         for name in {"weight", *chain.from_iterable(self.takes)}:  # at "weight" there may be a guard of size zero
-            kind = params_dtype if name.endswith(("weight", "scales")) else torch.int32
-            placeholder = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
+            placeholder = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             placeholder.weight_loader = partial(self._load, name)  # pyright: ignore[reportAttributeAccessIssue]
             *child, last = name.split(".")
             if child and not hasattr(layer, *child):

@@ -96,6 +96,7 @@ def _pass_through(
     """Quantize all parts, block after block of the stream."""
     wide = InputGrams({part.name: part.name for part in parts if part.wide})
     grams: dict[str, Tensor] = {}
+    followed = {part.follows[2] for part in parts if part.follows}
     floats: dict[str, Tensor] = {}  # the first factors as they were
     passes = 1 + any(part.wide for part in parts)
     if passes > 1:
@@ -118,7 +119,7 @@ def _pass_through(
                 weight = blocks.get_submodule(part.name).get_parameter("weight")
                 if part.follows:
                     weight.copy_(_fitted(blocks, part, weight, floats, grams[part.follows[0]]))
-                elif depth == 0:
+                if part.name in followed:
                     floats[part.name] = weight
                 errors[part.name] = _quantize(blocks, part, grams[part.name], dtype)
             grams = {part.name: grams[part.name] for part in parts if part.wide and part.name not in errors}
