@@ -57,6 +57,8 @@ def _kind(value: Schema) -> str:
         return " or ".join(_kind(each) for each in value["anyOf"] if each != unset)
     if "enum" in value:
         return ", ".join(f"`{each}`" for each in value["enum"])
+    if value["type"] == "array" and value["items"]["type"] == "integer":
+        return "list of whole numbers"
     kind = {
         "integer": "whole number",
         "number": "number",

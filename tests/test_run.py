@@ -15,10 +15,14 @@ from layershare.calibrate.text import load_text
 from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.folders import WORK, work_folder
+from layershare.job import load_and_hold_out
+from layershare.methods import make_method, plan_with
 from layershare.methods.probe import Probe
 from layershare.model.describe import describe
-from layershare.plan.edits import Share
+from layershare.model.layers import ComposedLinear
+from layershare.plan.edits import Place, Quantize, Share, quantized
 from layershare.plan.plan import Plan
+from layershare.progress import no_progress
 from layershare.recipe import Recipe, make_recipe
 from layershare.report.results import Results, read_as
 from layershare.run import run
@@ -405,3 +409,74 @@ def test_a_basis_may_have_more_rank_than_each_of_its_matrices_alone(folder, tmp_
     plan = Plan.from_file(tmp_path / "out" / "plan.json")
     ranks = {edit.rank for edit in plan.edits if isinstance(edit, Share) and edit.roles == ("v",)}
     assert max(ranks) > describe(tiny_model("llama")).linear("v", 0).d_out
+
+
+class Stopped(Exception):
+    """What a run is stopped by."""
+
+
+def test_ranks_and_bits_are_planned_together_and_stored(folder, tmp_path):
+    """Every byte as planned; the model that is loaded is the one that was measured; stopped, it ends at the same."""
+    recipe = recipe_for(folder, method="auto", keep=0.15, options={"bits": "3,4,8"}, max_shard_size="5GB")
+    steps: list[str] = []
+
+    def stop(step: str):
+        steps.append(step)
+        if step == "quantize":
+            raise Stopped
+        return no_progress
+
+    with pytest.raises(Stopped):
+        run(recipe, tmp_path / "stopped", announce=stop)
+    assert steps == ["calibrate", "plan", "solve", "refit", "quantize"]
+    run(recipe, tmp_path / "stopped")
+    results = run(recipe, tmp_path / "whole")
+    whole = weights_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "stopped") == whole
+
+    assert results.after.targets.bytes <= 0.15 * results.before.targets.bytes
+    assert results.after.all.bytes == len(whole["model.safetensors"])
+    assert results.held_out is not None
+    assert {"own", "refitted", "quantized"} == results.held_out.kl.keys()
+    edits = quantized(Plan.from_file(tmp_path / "whole" / "plan.json").edits)
+    small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    layers = {name: x for name, x in small.base_model.named_modules() if isinstance(x, ComposedLinear)}
+    spec = describe(tiny_model("llama"))
+    assert len(edits) > 1
+    for place, edit in edits.items():
+        storages = [factor.storage for factor in layers[spec.linear(*place).name].composition.factors]
+        assert {edit.bits, edit.basis_bits} >= {storage and storage.bits for storage in storages}
+    layershare.verify(tmp_path / "whole")
+
+
+def test_what_is_measured_of_integers_is_what_is_loaded(tmp_path, tokenizer, words):
+    """A Conv1D model, from disk: KL on the held-out blocks, by the stream and by the model that was written."""
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n".join(words))
+    recipe = recipe_for(tmp_path / "dense", method="auto", keep=0.2, options={"bits": [3, 8]})
+    results = run(recipe, tmp_path / "out")
+    small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    _, held_out = load_and_hold_out(recipe.calibration, tokenizer, model.config)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(x(held_out.tokens).logits[:, :-1], -1) for x in (model, small))
+    assert results.held_out is not None
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(results.held_out.kl["quantized"], rel=1e-3)
+
+
+def test_a_plan_of_another_method_can_be_stored_in_few_bits(folder, tmp_path):
+    """Written by hand: bases that layers share, matrices that stay whole; the rest of the plan as it was."""
+    spec = describe(tiny_model("llama"))
+    plan = plan_with(spec, "basis-sharing", make_method("basis-sharing"), 0.5, "targets")
+    share = next(edit for edit in plan.edits if isinstance(edit, Share) and len(edit.places) == 2)
+    edits = (share, Quantize(share.places, 4, 8), Quantize((Place("down", 3),), 3, 3))
+    (tmp_path / "plan.json").write_text(replace(plan, edits=edits).to_json())
+    recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"), max_shard_size="5GB")
+    results = run(recipe, tmp_path / "out")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    name = spec.linear(*share.places[0]).name
+    assert state[f"model.{name}.basis.codes"].dtype == torch.int8
+    assert state[f"model.{name}.coef.codes"].dtype == torch.uint8
+    assert state[f"model.{spec.linear('down', 3).name}.base.codes"].shape == (32, 3 * spec.linear("down", 3).d_in // 8)
+    assert results.after.all.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size

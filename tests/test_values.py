@@ -50,6 +50,8 @@ def test_every_field_says_what_it_means_and_refuses_values_of_other_kinds(kind):
         types = {each["type"] for each in schema.get("anyOf", [schema])} - {"null"}
         first, *others = ({repr(value): value for value in WRONG[each]} for each in types)
         wrong = [value for shown, value in first.items() if all(shown in other for other in others)]
+        if schema.get("items") == {"type": "integer"}:  # a number, too, stands for a list of it
+            wrong = [value for value in wrong if value not in (4, [4])]
         assert wrong
         for value in wrong:
             with pytest.raises(ValidationError) as error:

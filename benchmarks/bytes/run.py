@@ -1,9 +1,11 @@
-"""What bytes buy: fewer bits for each number, fewer numbers by `auto`, or both. Writes results.jsonl beside this file.
+"""What bytes buy: fewer bits a number, fewer numbers by `auto`, one after the other, or planned together.
+
+Writes results.jsonl beside this file.
 
     python -m benchmarks.bytes.run [--path books-llama-11m=FOLDER --path novels=FILE …]
 
 `matrix.yaml` says what to measure; quantizing is GPTQ's, in groups of 64, on the text that `auto` sees. Bytes are those
-of the matrices in the blocks. What has a result is not measured again. 20 minutes for the sample model on a slow core.
+of the matrices in the blocks. What has a result is not measured again. 45 minutes for the sample model on a slow core.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from layershare.api import evaluate_folder
 from layershare.model.describe import describe
 from layershare.model.source import read_config
 from layershare.plan.budget import measure as sizes_of
+from layershare.plan.edits import Quantize
+from layershare.plan.plan import Plan
 from layershare.quantizing import quantize_folder
 from layershare.recipe import make_recipe
 from layershare.report.results import environment
@@ -31,11 +35,16 @@ DENSE = 16
 """Bits of a number that is not quantized."""
 
 
+def recipe_of(model: str, row: dict[str, Any], keep: float, options: dict[str, Any]) -> dict[str, Any]:
+    """What `auto` does with a model at a size."""
+    recipe = {"model": model, "method": "auto", "keep": keep, "of": "targets", **row.get("settings", {})}
+    options = {"compare": False, **options}
+    return recipe | {"options": options, "calibration": row["calibration"], "evaluation": row["test"]}
+
+
 def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int | list[int]], place: Place) -> None:
     """Measure one model at one size, at all its precisions that have no result yet."""
-    recipe = {"model": model, "method": "auto", "keep": keep, "of": "targets", **row.get("settings", {})}
-    recipe |= {"options": {"compare": False}, "calibration": row["calibration"], "evaluation": row["test"]}
-    todo = {}
+    recipe, todo = recipe_of(model, row, keep, {}), {}
     for each in precisions:
         bits, basis_bits = each if isinstance(each, list) else (each, each)
         how, name = {"recipe": recipe, "bits": bits, "basis_bits": basis_bits}, f"{model}/{keep}-{bits}-{basis_bits}"
@@ -44,7 +53,7 @@ def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int |
     if not todo:
         return
     settings = make_recipe(place.named(recipe))
-    original, folder, sizes = settings.model, settings.model, sizes_of(describe(read_config(settings.model)), ())
+    folder, sizes = settings.model, sizes_of(describe(read_config(settings.model)), ())
     if keep < 1:
         folder = str(place.work / model / f"{keep}")
         sizes = run(make_recipe({**place.named(recipe), "evaluation": None}), folder, pages=False).after
@@ -54,11 +63,29 @@ def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int |
             out = str(place.work / name)
             shutil.rmtree(out, ignore_errors=True)  # of an earlier matrix
             size = quantize_folder(folder, out, calibration=settings.calibration, **precision).after
-        evaluation = as_json(evaluate_folder(out, original, settings).evaluation)
-        evaluation["text"]["source"] = row["test"]["text"]
-        found = {"keep": keep, **precision, "bytes": size, "evaluation": evaluation}
-        place.results.put(name, {"experiment": how, **found, **environment()})
-        print(name, flush=True)
+        put(name, how, {"keep": keep, **precision, "bytes": size}, out, row, place)
+
+
+def measure_planned(model: str, row: dict[str, Any], keep: float, bits: list[int], place: Place) -> None:
+    """Measure one model at one size in bytes, of which ranks and bits are planned, if it has no result yet."""
+    how, name = {"recipe": recipe_of(model, row, keep, {"bits": bits})}, f"{model}/planned-{keep}"
+    if place.finished(name, how):
+        return
+    out = str(place.work / name)
+    done = run(make_recipe({**place.named(how["recipe"]), "evaluation": None}), out, pages=False)
+    kept = done.after.targets.parameters / done.before.targets.parameters
+    edits = [edit for edit in Plan.from_file(Path(out) / "plan.json").edits if isinstance(edit, Quantize)]
+    taken = sorted({bits for edit in edits for bits in (edit.bits, edit.basis_bits)})
+    put(name, how, {"keep": kept, "planned": taken, "bytes": done.after.targets.bytes}, out, row, place)
+
+
+def put(name: str, how: dict[str, Any], found: dict[str, Any], out: str, row: dict[str, Any], place: Place) -> None:
+    """Measure what is in a folder, and note it with what was `found` before."""
+    settings = make_recipe(place.named(how["recipe"]))
+    evaluation = as_json(evaluate_folder(out, settings.model, settings).evaluation)
+    evaluation["text"]["source"] = row["test"]["text"]
+    place.results.put(name, {"experiment": how, **found, "evaluation": evaluation, **environment()})
+    print(name, flush=True)
 
 
 def main() -> None:
@@ -75,6 +102,8 @@ def main() -> None:
             continue
         for keep, precisions in matrix["keeps"].items():
             measure(model, row, keep, precisions, place)
+        for keep in matrix["planned"]["keeps"]:
+            measure_planned(model, row, keep, matrix["planned"]["bits"], place)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The table of bytes, for docs/quantizing.md."""
 
 from math import log
+from typing import Any
 
 from benchmarks.methods.tables import machine, markdown, require_same
 from benchmarks.results import Results
@@ -26,8 +27,8 @@ def bytes_page(results: Results, model: str) -> str:
         mark = "**" if loss < best else ""
         best = min(best, loss)
         row = [
-            "original" if each["keep"] == 1 else f"`auto`, {each['keep']:.0%} kept",
-            f"{each['bits']}, bases {each['basis_bits']}" if each["basis_bits"] != each["bits"] else str(each["bits"]),
+            "original" if each["keep"] == 1 else f"`auto`, {each['keep']:.0%} kept{', planned' * ('planned' in each)}",
+            _bits(each),
             f"{each['bytes'] / 1e6:.2f} MB",
             f"{16 * each['bytes'] / most:.2f}",
             f"{mark}{loss:+.4f}{mark}",
@@ -42,3 +43,10 @@ def bytes_page(results: Results, model: str) -> str:
         "is as small or smaller is better"
     )
     return f"{markdown(header, rows)}\n\n{note}; {machine(found[0])}"
+
+
+def _bits(row: dict[str, Any]) -> str:
+    """The bits of its numbers, in words."""
+    if "planned" in row:
+        return f"{row['planned'][0]} to {row['planned'][-1]}"
+    return str(row["bits"]) if row["basis_bits"] == row["bits"] else f"{row['bits']}, bases {row['basis_bits']}"

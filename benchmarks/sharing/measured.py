@@ -24,7 +24,7 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.method import Solution, Unit
 from layershare.plan.plan import Plan
 from layershare.plan.ranks import Group, group_cost, in_order, matrix_cost, natural_side, spend
-from layershare.plan.search import Curve, Window, choose
+from layershare.plan.search import Curve, Form, Window, choose
 from layershare.recipe import Refine
 from layershare.solve.apply import Factored, compressed
 from layershare.solve.refine import refine_blocks
@@ -79,14 +79,14 @@ def offered(ground: Ground, keep: float, sizes: Sequence[int], roles: Sequence[s
         ground.forget()
     plan = private(ground, keep)
     choices = choose(families, ground.spec.n_layers, keep * plan.before.targets.parameters)
-    edits = in_order(ground.spec, [x.curve.group.share(x.rank) for x in choices if x.rank is not None])
+    edits = in_order(ground.spec, [x.curve.group.share(x.form.rank) for x in choices if x.form.rank is not None])
     return replace(plan, edits=edits, after=measure(ground.spec, edits))
 
 
 def _private(ground: Ground, linear: Linear) -> Curve:
     sizes, losses = private_curve(ground.seen(linear))
     group = Group(places(linear.role, [linear.layer]), natural_side(linear.role), True)
-    return Curve(group, (*range(1, len(sizes)), None), losses, sizes)
+    return Curve(group, [*map(Form, range(1, len(sizes))), Form()], losses, sizes)
 
 
 def _shared(ground: Ground, linears: Sequence[Linear]) -> Curve:
@@ -94,7 +94,8 @@ def _shared(ground: Ground, linears: Sequence[Linear]) -> Curve:
     group, losses = _group(linears), shared_losses(members, pooled(members))
     cost = group_cost(ground.spec, group)
     ranks = [k for k in range(1, _most(linears)) if cost.size(k) < cost.whole]
-    return Curve(group, tuple(ranks), losses[ranks], torch.tensor([cost.size(k) for k in ranks], dtype=torch.float64))
+    sizes = torch.tensor([cost.size(k) for k in ranks], dtype=torch.float64)
+    return Curve(group, [*map(Form, ranks)], losses[ranks], sizes)
 
 
 def _group(linears: Sequence[Linear]) -> Group:

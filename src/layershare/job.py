@@ -23,7 +23,7 @@ from layershare.model.describe import describe
 from layershare.model.source import read_config, require_same_model, resolve, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, sharing, sliced_width
+from layershare.plan.edits import Share, quantized, sharing, sliced_width
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.needs import Needs, estimate_needs
@@ -86,7 +86,8 @@ class Job:
             return True
         if self.plan is None:
             return bool(self.kinds) or self.method.searches or self.refits
-        return bool(self.kinds) or self.refits or sliced_width(self.plan.edits) is not None
+        whole = sliced_width(self.plan.edits) is not None or bool(quantized(self.plan.edits))
+        return bool(self.kinds) or self.refits or whole
 
     @property
     def needs(self) -> Needs:
@@ -105,6 +106,7 @@ class Job:
             runs=self.method.runs(self.spec) if self.plan is None else 0,
             held_out=options.held_out if self.holds_out else 0,
             rivals=len(self.method.rivals()) if self.compares else 0,
+            quantizes=self.method.counts_bytes if self.plan is None else bool(quantized(self.plan.edits)),
         )
 
 

@@ -70,8 +70,7 @@ def quantize_folder(
         compositions, errors = quantize_factors(
             model,
             edits.compositions,
-            storage,
-            shared,
+            lambda composition: composition.stored_as(storage, shared),
             dtype,
             tokens=None if blocks is None else blocks.tokens,
             batch_size=Calibration.batch_size if calibration is None else calibration.batch_size,

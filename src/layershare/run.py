@@ -26,6 +26,7 @@ from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.weights import Weights
+from layershare.plan.edits import quantized
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.progress import Announce, Clock, Progress, silent
@@ -43,7 +44,7 @@ from layershare.report.results import (
     shapes,
 )
 from layershare.solve.write import write_model
-from layershare.steps import Context, measuring_held_out, nearest, own_plan, refined, refitted
+from layershare.steps import Context, as_integers, measuring_held_out, nearest, own_plan, refined, refitted
 from layershare.store import make_folder, write_json
 
 
@@ -154,6 +155,8 @@ def _carry_out(run: Context) -> Results:
         assert held_out is not None
         label = REFITTED if fitted else chosen.label
         factored, trained = refined(run, recipe.refine, factored, label, fitted, held_out)
+    if quantized(plan.edits):
+        factored = as_integers(run, plan, factored, held_out)
     source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):

@@ -11,25 +11,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import calibrate
 from layershare.calibrate.text import Text
+from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Evaluator
 from layershare.job import Job
 from layershare.methods import plan_with
+from layershare.model.hub import load
 from layershare.model.weights import Weights
 from layershare.plan.evidence import Evidence
+from layershare.plan.layout import composed_tensors, compositions
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.progress import Clock, Progress, no_progress, part
 from layershare.recipe import Refine
-from layershare.report.results import OWN, REFINED, REFITTED, Refined, RefinedBlock
-from layershare.solve.apply import UNITS, Factored, refit_coefficients
+from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, Refined, RefinedBlock
+from layershare.solve.apply import INTEGERS, UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
+from layershare.solve.quantize import quantize_factors
 from layershare.solve.refine import refine_blocks
 from layershare.solve.two_streams import refit_to_original
+from layershare.solve.write import write_model
 from layershare.store import Store, write_atomically
 
 
@@ -100,7 +106,7 @@ class Candidate:
     def factored(self, run: Context) -> Factored:
         """It, carried out as far as it is solved."""
         identity = run.identity(self.plan.method, self.method)
-        return Factored(run.job.spec, self.plan, run.weights, self.folder(run), identity)
+        return Factored(run.job.spec, self.plan.in_floats, run.weights, self.folder(run), identity)
 
     def solved(self, run: Context, progress: Progress = no_progress) -> Factored:
         """It, carried out. Raises `LayershareError` as `Method.solve` does."""
@@ -198,6 +204,38 @@ def refined(
     kept = after < before
     noted = {layer: RefinedBlock(**facts) for layer, facts in blocks.items()}
     return trained if kept else factored, Refined(options, kept, noted)
+
+
+def as_integers(run: Context, plan: Plan, factored: Factored, held_out: HeldOut | None) -> Factored:
+    """A solution in floats with its matrices stored as the plan says, rounded by GPTQ on the calibration text."""
+    job, recipe, floats = run.job, run.job.recipe, run.work / "floats"
+    assert run.calibration is not None
+    composed = [each for each in compositions(job.spec, plan.edits) if any(x.storage for x in each.factors)]
+    stored = {each.names: each for each in composed}
+    with run.clock.step("quantize") as progress:
+        for folder in (floats, run.work / INTEGERS):
+            shutil.rmtree(folder, ignore_errors=True)
+        floats.mkdir()
+        write_model(factored, recipe, None, floats)
+        place: dict[str, Any] = {"device_map": device_of(recipe.device), "trust_remote_code": recipe.trust_remote_code}
+        model = load(floats, dtype=torch.float32, **place)  # half precision multiplies slowly on many CPUs
+        quantize_factors(
+            model,
+            compositions(job.spec, factored.plan.edits),
+            lambda each: stored.get(each.names),
+            job.spec.tensors[job.spec.weight_name(job.spec.linears[0])][1],
+            tokens=run.calibration.tokens,
+            batch_size=recipe.calibration.batch_size,
+            progress=progress,
+            scratch=run.scratch,
+        )
+        shutil.rmtree(floats)
+        tensors, names = model.state_dict(), [name for each in composed for name in composed_tensors(job.spec, each)]
+        done = factored.branch()
+        done.store_as(plan, Store(run.work / INTEGERS, factored.identity), {name: tensors[name] for name in names})
+        if held_out is not None:
+            held_out.divergence(QUANTIZED, lambda: done, no_progress)
+    return done
 
 
 def _fit_again(run: Context, method: Method, factored: Factored, progress: Progress) -> None:

@@ -32,6 +32,17 @@ def _listed(value: Any) -> Any:
     return names
 
 
+def _numbers(value: Any) -> Any:
+    """`2,3` and 2 as lists."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
+        return [int(each) for each in value.split(",")]
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("numbers", "Input should be a list of whole numbers, such as [2, 3]")
+    return value
+
+
 def _dial(value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not isinstance(value, str) and not (number and abs(value) < 1e20):
@@ -52,6 +63,8 @@ Flag = Annotated[bool, BeforeValidator(_no_number)]
 Names = Annotated[tuple[Word, ...], BeforeValidator(_listed)]
 """A list of names, or `one,two`."""
 Whole = Annotated[int, Field(strict=True)]
+Wholes = Annotated[tuple[Whole, ...], BeforeValidator(_numbers)]
+"""A list of whole numbers, or `2,3`."""
 Count = Annotated[Whole, Field(ge=1, le=MOST)]
 Length = Annotated[Whole, Field(ge=2, le=MOST)]
 """Tokens per block of text."""

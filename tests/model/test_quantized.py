@@ -34,7 +34,9 @@ def quantized(
     edits = before.edits if before else LayershareConfig()
     dtype = model.dtype
     options = {"tokens": text, "batch_size": 2, "progress": no_progress, **options}
-    compositions, errors = quantize_factors(model, edits.compositions, storage, basis, dtype, **options)
+    compositions, errors = quantize_factors(
+        model, edits.compositions, lambda each: each.stored_as(storage, basis), dtype, **options
+    )
     assert all(0 < error < 0.5 for error in errors.values()), errors
     adopt(model, LayershareConfig(compositions, dropped=edits.dropped))
     return model

@@ -9,7 +9,7 @@ import torch
 
 from layershare.plan.edits import places
 from layershare.plan.ranks import Group
-from layershare.plan.search import Curve, Window, choose
+from layershare.plan.search import Curve, Form, Window, choose, frontier
 
 DENSE = 200.0
 
@@ -20,7 +20,7 @@ def curve(chance: random.Random, entries: int = 5, *, concave: bool = False) -> 
     parts = [k / entries for k in range(1, entries)]
     sizes = [DENSE * (2 * part - part**2 if concave else part) for part in parts]
     numbers = torch.tensor([*losses, 0.0]).double(), torch.tensor([*sizes, DENSE]).double()
-    return Curve(Group(places("q", [0]), "input"), (*range(1, entries), None), *numbers)
+    return Curve(Group(places("q", [0]), "input"), [*map(Form, range(1, entries)), Form()], *numbers)
 
 
 def alone(curves: list[Curve]) -> dict[int, list[Window]]:
@@ -30,7 +30,7 @@ def alone(curves: list[Curve]) -> dict[int, list[Window]]:
 def totals(curves: Sequence[Curve]) -> list[tuple[float, float]]:
     """(loss, size) of every choice."""
     found = []
-    for entries in product(*(range(len(each.ranks)) for each in curves)):
+    for entries in product(*(range(len(each.forms)) for each in curves)):
         picked = list(zip(curves, entries, strict=True))
         found.append((sum(float(c.losses[i]) for c, i in picked), sum(float(c.sizes[i]) for c, i in picked)))
     return found
@@ -94,15 +94,15 @@ def test_what_is_left_is_spent(seed):
     left = budget - sum(x.size for x in ours)
     assert left >= 0
     for each in ours:
-        larger = range(each.entry + 1, len(each.curve.ranks))
+        larger = range(each.entry + 1, len(each.curve.forms))
         assert all(float(each.curve.sizes[i]) - each.size > left for i in larger)
 
 
 def test_everything_fits_and_nothing_does():
     curves = [curve(random.Random(seed)) for seed in range(3)]
-    assert [x.rank for x in choose(alone(curves), 1, 3 * DENSE)] == [None] * 3
+    assert [x.form.rank for x in choose(alone(curves), 1, 3 * DENSE)] == [None] * 3
     smallest = sum(float(c.sizes[0]) for c in curves)
-    assert [x.rank for x in choose(alone(curves), 1, smallest)] == [1] * 3
+    assert [x.form.rank for x in choose(alone(curves), 1, smallest)] == [1] * 3
     with pytest.raises(ValueError, match="no choice"):
         choose(alone(curves), 1, smallest - 1)
 
@@ -111,3 +111,13 @@ def test_it_is_the_same_every_time():
     curves = [curve(random.Random(seed), 30, concave=True) for seed in range(12)]
     first, second = (choose(alone(curves), 1, 0.6 * 12 * DENSE) for _ in range(2))
     assert [x.entry for x in first] == [x.entry for x in second]
+
+
+def test_a_frontier_is_of_what_nothing_is_better_than():
+    chance = random.Random(0)
+    losses = torch.tensor([chance.randrange(12) for _ in range(80)]).double()
+    sizes = torch.tensor([chance.randrange(1, 30) for _ in range(80)]).double()
+    found = frontier(losses, sizes).tolist()
+    every = list(zip(losses.tolist(), sizes.tolist(), strict=True))
+    best = {each for each in every if not any(o != each and o[0] <= each[0] and o[1] <= each[1] for o in every)}
+    assert [every[entry] for entry in found] == sorted(best, key=lambda each: each[1])

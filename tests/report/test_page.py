@@ -95,8 +95,8 @@ def test_zero_shot_scores_stand_on_the_page(tmp_path):
 
 
 def test_the_frontier_is_what_nothing_else_beats():
-    def point(parameters: int, perplexity: float) -> Point:
-        return Point("", parameters, 0.5, perplexity, 0.0)
+    def point(size: int, perplexity: float) -> Point:
+        return Point("", 1, size, 0.5, perplexity, 0.0)
 
     small, worse, dear, best, equal = point(1, 9), point(2, 10), point(4, 8), point(3, 7), point(5, 7)
     assert frontier([equal, worse, best, dear, small], lambda each: each.perplexity) == [small, best]

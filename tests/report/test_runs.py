@@ -6,6 +6,7 @@ from layershare.errors import LayershareError
 from layershare.report.page import page
 from layershare.report.runs import Run
 from layershare.report.words import edits, story
+from layershare.units import percent
 from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
 
 
@@ -73,6 +74,18 @@ def test_edits_in_words(tmp_path):
         "someone/some-model at 80\N{NO-BREAK SPACE}%: 0.8 of 1 million parameters, perplexity 12.0 instead of 10.0 in "
         "blocks of 16 tokens"
     )
+
+
+def test_matrices_stored_as_integers(tmp_path):
+    stored = {"kind": "quantize", "places": [["q", 4], ["q", 0], ["q", 2]], "bits": 3, "basis_bits": 4}
+    run = Run.read(make_run(tmp_path / "run", edits=[*SHARED, stored]), "run")
+    assert [run.cells["q", layer].bits for layer in range(5)] == [3, None, 3, None, 3]
+    assert (run.cells["q", 0].kind, run.cells["q", 4].kind) == ("share", "dense")
+    assert edits(run).endswith("25 matrices unchanged; 3 matrices of 3 bits a number, 4 in bases")
+    sizes = run.results.after.all.bytes / run.results.before.all.bytes
+    assert run.kept == sizes
+    assert f"at {percent(sizes)} of its bytes: " in story(run)
+    assert "Bits of a number" in page([run])
 
 
 def test_an_edit_without_a_kind_shares(tmp_path):

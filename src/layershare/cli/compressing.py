@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layershare.cli.options import (
+    BitsOffered,
     Blocks,
     Changes,
     Device,
@@ -49,6 +50,7 @@ def compress(
     method: MethodName = Recipe.method,
     keep: KeepSize = str(Recipe.keep),
     of: Of = Recipe.of,
+    bits: BitsOffered = None,
     option: Options = None,
     text: TextName = Calibration.text,
     blocks: Blocks = None,
@@ -83,7 +85,7 @@ def compress(
         "refine": {} if refine else None,
         "evaluation": None if test is None else {"text": test},
     }
-    _carry_out(recipe_of(values, option, changes), output)
+    _carry_out(recipe_of(values, option, changes, bits), output)
 
 
 def plan(
@@ -91,6 +93,7 @@ def plan(
     method: MethodName = Recipe.method,
     keep: KeepSize = str(Recipe.keep),
     of: Of = Recipe.of,
+    bits: BitsOffered = None,
     option: Options = None,
     stats: Annotated[
         Path | None,
@@ -126,7 +129,7 @@ def plan(
         "calibration": given(text=text, blocks=blocks, length=length),
         "refine": {} if refine else None,
     }
-    recipe = recipe_of(values, option, changes)
+    recipe = recipe_of(values, option, changes, bits)
     job = prepare(recipe)
     missing = missing_to_plan(job, stats)
     if missing is not None and not json and output is None:

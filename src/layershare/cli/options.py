@@ -89,6 +89,12 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-O", metavar="KEY=VALUE", help="An option of the method: group_size=4. Repeatable."),
 ]
+BitsOffered = Annotated[
+    str | None,
+    typer.Option(
+        "--bits", metavar="N,N", help="Plan bits as well as ranks (auto): 2,3,4,6, say. --keep counts bytes then."
+    ),
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe's value: calibration.blocks=64. Repeatable."),
@@ -131,9 +137,11 @@ Trust = Annotated[
 ]
 
 
-def recipe_of(values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None) -> Recipe:
-    """The recipe of these values, with options of the method and then changes, each `KEY=VALUE`."""
-    prefixed = [f"options.{option}" for option in options or ()]
+def recipe_of(
+    values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None, bits: str | None = None
+) -> Recipe:
+    """The recipe of these values, with options of the method, `bits` among them, and then changes, each `KEY=VALUE`."""
+    prefixed = [f"options.{option}" for option in (*(options or ()), *([f"bits={bits}"] if bits is not None else ()))]
     return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 
 

@@ -13,6 +13,8 @@ SHRINKS = tuple(1 - i / 20 for i in range(13))
 DAMPING = 0.01
 """Added to a Gram matrix, relative to its mean eigenvalue; GPTQ's."""
 _PANEL = 128
+_TOGETHER = 2**15
+"""Numbers that are tried with all shrinks at once: few enough to stay in a processor's cache."""
 
 
 def best_scales(weight: Tensor, bits: int, group: int, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
@@ -24,12 +26,18 @@ def best_scales(weight: Tensor, bits: int, group: int, dtype: torch.dtype, impor
     groups = torch.nn.functional.pad(weight.double(), (0, ahead)).unflatten(1, (-1, group))
     counts = torch.ones(weight.shape[1]) if importance is None else importance
     counts = torch.nn.functional.pad(counts.to(groups), (0, ahead)).unflatten(0, (-1, group))
-    top = groups.abs().amax(-1) / (2 ** (bits - 1) - 1 + _offset(bits))
+    some = max(1, _TOGETHER // groups[0].numel())
+    return torch.cat([_best(rows, counts, bits, dtype) for rows in groups.split(some)])
+
+
+def _best(groups: Tensor, counts: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The scales of some rows, out × groups × numbers."""
+    top = groups.abs().amax(-1) * step(bits)
     best, least = top, torch.full_like(top, torch.inf)
     for shrink in SHRINKS:
         scales = (top * shrink).to(dtype).double()
         steps = scales[..., None]
-        error = (counts * (groups - _values(_nearest(groups, steps, bits), steps, bits)).square()).sum(-1)
+        error = (counts * (groups - _values(_nearest(groups, _divisible(steps), bits), steps, bits)).square()).sum(-1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best.to(dtype)
 
@@ -37,7 +45,7 @@ def best_scales(weight: Tensor, bits: int, group: int, dtype: torch.dtype, impor
 def rounded(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """q (out × in, int8): the nearest numbers."""
     steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
-    return _nearest(weight.double(), steps, bits).to(torch.int8)
+    return _nearest(weight.double(), _divisible(steps), bits).to(torch.int8)
 
 
 def compensated(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
@@ -63,23 +71,37 @@ def compensated(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: 
 
 def _one_by_one(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """What GPTQ finds for each row."""
-    gram, left = gram.double(), weight.double()
+    gram = gram.double()
     order = gram.diagonal().argsort(descending=True, stable=True)
-    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]][:, order]
+    # Transposed, so that a column lies in one piece.
+    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]][:, order].T.contiguous()
+    left = weight.double()[:, order].T.contiguous()
     damping = DAMPING * gram.diagonal().mean() or 1.0  # inputs that are all zero: plain rounding
     damped = gram[order][:, order] + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    left, codes = left[:, order], torch.empty_like(left)
+    codes, divisible = torch.empty_like(left), _divisible(steps)
     for start in range(0, len(gram), _PANEL):
         end = min(start + _PANEL, len(gram))
-        errors = torch.empty_like(left[:, start:end])
+        errors = torch.empty_like(left[start:end])
         for j in range(start, end):
-            codes[:, j] = _nearest(left[:, j], steps[:, j], bits)
-            error = errors[:, j - start] = (left[:, j] - _values(codes[:, j], steps[:, j], bits)) / upper[j, j]
-            left[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
-        left[:, end:] -= errors @ upper[start:end, end:]
-    return codes[:, order.argsort()].to(torch.int8)
+            codes[j] = _nearest(left[j], divisible[j], bits)
+            errors[j - start] = (left[j] - _values(codes[j], steps[j], bits)) / upper[j, j]
+            left[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - start], alpha=-1)
+        left[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return codes[order.argsort()].T.to(torch.int8)
+
+
+def as_integers(weight: Tensor, gram: Tensor, bits: int, group: int, dtype: torch.dtype) -> Tensor:
+    """Ŵ (out × in, float64) by GPTQ, with scales of that dtype."""
+    scales = best_scales(weight, bits, group, dtype, gram.diagonal())
+    codes = compensated(weight, gram, scales, bits, group)
+    return _values(codes, scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]], bits)
+
+
+def step(bits: int) -> float:
+    """The distance between neighbours that can be stored, relative to the largest one."""
+    return 1 / (2 ** (bits - 1) - 1 + _offset(bits))
 
 
 def fitted_to(first: Tensor, second: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
@@ -139,6 +161,11 @@ def _values(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
 
 
 def _nearest(weight: Tensor, steps: Tensor, bits: int) -> Tensor:
-    """The codes of the nearest numbers, in w's type; where s is 0 all stand for 0."""
+    """The codes of the nearest numbers, in w's type; no step may be 0."""
     most, offset = 2 ** (bits - 1) - 1, _offset(bits)
-    return (weight / steps.where(steps != 0, 1) - offset).round().clamp(-most - 2 * offset, most)
+    return (weight / steps - offset).round_().clamp_(-most - 2 * offset, most)
+
+
+def _divisible(steps: Tensor) -> Tensor:
+    """The steps, 1 in the place of 0, with which all codes stand for 0."""
+    return steps.where(steps != 0, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from math import ceil
+from math import ceil, floor
 from typing import Any
 
 from pydantic import ValidationError
@@ -97,7 +97,11 @@ def plan_with(
     if method.searches and wanted.bytes is not None:  # so that the search need not be repeated
         groups = private_groups(spec.linears)
         budget, *_ = _fitting(spec, before, budget, wanted.bytes, lambda less: uniform(spec, groups, less))
-    _, edits, after = _fitting(spec, before, budget, wanted.bytes, choose)
+    size = wanted.bytes
+    if size is None and method.counts_bytes:
+        others = before.all.bytes - before.targets.bytes if of == "all" else 0
+        size = others + floor(budget.fraction * before.targets.bytes)
+    _, edits, after = _fitting(spec, before, budget, size, choose)
     check(spec, edits)
     loss = method.predicted(edits, evidence)
     return Plan(spec.model_type, name, asdict(method), keep, budget.of, before, after, edits, loss)

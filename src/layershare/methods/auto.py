@@ -20,6 +20,9 @@ each block, as its code does, made SmolLM2-135M worse at 20 % removed; shrinking
 
 Weighing output errors of q and k alike (`plain`) was worse on all of our models, too.
 
+With `bits` to choose from, a matrix may also be stored as integers, whole or as factors. What that costs is measured
+(`precision`), and sizes are bytes: ranks and bits are one choice, at one price.
+
 Every ingredient is an option. Without `two_sided` the loss of a matrix is its relative error ‖X(W − Ŵ)‖² / ‖XW‖², and
 no gradients are measured.
 """
@@ -36,18 +39,20 @@ from torch import Tensor
 from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError, unknown
 from layershare.formulas.linalg import Factors, balanced, energy, refit, shared_spectra, spectrum, square_root
-from layershare.formulas.two_sided import shrunk
+from layershare.formulas.two_sided import seen_through, shrunk
 from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.low_rank import LowRank
+from layershare.methods.precision import Noise, bytes_of_factors, measured, offered, probed_ranks
 from layershare.methods.svd_llm import SvdLlm
 from layershare.model.arch import READERS, ROLES, Linear, Spec
+from layershare.model.composition import Storage
 from layershare.plan.budget import Budget
-from layershare.plan.edits import Edit, Place, Share
+from layershare.plan.edits import Edit, Place, Quantize, Share, quantized
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.ranks import Group, group_cost, in_order, private_groups
-from layershare.plan.search import Curve, Window, choose
-from layershare.values import Flag, Names, Number
+from layershare.plan.search import Curve, Form, Window, choose, frontier
+from layershare.values import Flag, Names, Number, Wholes
 
 Part = Annotated[Number, Field(ge=0, lt=1)]
 TOGETHER = 3
@@ -73,6 +78,8 @@ class Auto(LowRank):
     """How far Grams of inputs are pulled towards one that favours no direction (0: not, 1: all the way)."""
     shrink_gradients: Part = 0.0
     """The same of Grams of gradients."""
+    bits: Wholes = ()
+    """Bits of a number to choose from beside the model's own, such as 2,3,4,6: `keep` counts bytes then."""
     compare: Flag = True
     """Solve other plans, too, and keep the one that is nearest to the original on text that is held out."""
 
@@ -86,19 +93,30 @@ class Auto(LowRank):
         """It plans by what it measures."""
         return True
 
+    @property
+    def counts_bytes(self) -> bool:
+        """With bits to choose from."""
+        return bool(self.bits)
+
     def refits(self, fraction: float) -> bool:
         """At every size; whether it helps is measured on text that is held out."""
         return True
 
     def rivals(self) -> dict[str, Method]:
         """`svd-llm` and `basis-sharing`, with bases of the same form."""
-        if not self.compare:
+        if not self.compare or self.bits:
             return {}
         form: Any = {"pivot": self.pivot, "multiple": self.multiple}
         return {"svd-llm": SvdLlm(**form), "basis-sharing": BasisSharing(**form)}
 
     def require(self, spec: Spec, budget: Budget) -> None:
-        """Raise `LayershareError` for roles in `joint` that cannot share a basis."""
+        """Raise `LayershareError` for bits that do not exist and roles that cannot share a basis."""
+        for bits in self.bits:
+            Storage(bits)
+        if self.bits and (self.joint or self.shared):
+            raise LayershareError("bits are planned for matrices on their own: leave joint and shared out, or bits.")
+        if self.bits and budget.of == "multiplications":
+            raise LayershareError("Fewer bits do not save multiplications: leave bits out, or count bytes.")
         for together in self.joint:
             roles = together.split("+")
             for role in roles:
@@ -126,8 +144,8 @@ class Auto(LowRank):
         share = 1.0 if linear.role in self.plain else self.shrink_gradients
         return square_root([shrunk(evidence.gradient_gram(linear), share)])
 
-    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Share, ...]:
-        """The ranks that cost the loss least, by what is predicted."""
+    def plan(self, spec: Spec, budget: Budget, evidence: Evidence) -> tuple[Edit, ...]:
+        """The ranks, and the bits, that cost the loss least, by what is predicted."""
         if budget.fraction == 1:
             return ()
         alone = [linear for linear in spec.linears if linear.role not in self.shared]
@@ -140,14 +158,29 @@ class Auto(LowRank):
             choices = choose(families, length, budget.parameters)
         except ValueError as error:
             raise LayershareError("keep leaves less than rank 1 for every matrix; keep more.") from error
-        return in_order(spec, [x.curve.group.share(x.rank) for x in choices if x.rank is not None])
+        shares = [x.curve.group.share(x.form.rank) for x in choices if x.form.rank is not None]
+        stored: dict[tuple[int, int], list[Place]] = {}
+        for each in choices:
+            if each.form.bits is not None:
+                stored.setdefault(each.form.bits, []).extend(each.curve.group.places)
+        as_integers = [Quantize(tuple(stored[basis, own]), own, basis) for basis, own in sorted(stored)]
+        return *in_order(spec, shares), *as_integers
 
     def predicted(self, edits: tuple[Edit, ...], evidence: Evidence) -> float | None:
         """Half the sum of the dropped eigenvalues of all groups; nothing without gradients."""
         if not self.two_sided:
             return None
-        shares = [edit for edit in edits if isinstance(edit, Share)]
-        return sum(float(self._tails(Group(x.places, x.side, x.pivot), evidence)[x.rank]) for x in shares)
+        shares, lost = [edit for edit in edits if isinstance(edit, Share)], 0.0
+        for share in shares:
+            lost += float(self._tails(Group(share.places, share.side, share.pivot), evidence)[share.rank])
+        of_place = {share.places[0]: share for share in shares}
+        for place, edit in quantized(edits).items():
+            noise, share = self._noise(place, evidence), of_place.get(place)
+            if share is None:
+                lost += noise.of_dense(edit.bits)
+            else:
+                lost += float(noise.of_factors(edit.basis_bits, edit.bits, torch.tensor(share.rank), share.side))
+        return lost
 
     def factors(self, share: Share, weights: Sequence[Tensor], metrics: Sequence[Tensor | None]) -> Factors:
         """The factors of one group; where layers share a basis, with coefficients under each one's own Gram."""
@@ -195,7 +228,55 @@ class Auto(LowRank):
         tails, cost = self._tails(group, evidence), group_cost(spec, group)
         ranks = [k for k in range(self.multiple, len(tails) - 1, self.multiple) if cost.size(k) < cost.whole]
         sizes = torch.tensor([*(cost.size(k) for k in ranks), cost.whole], dtype=torch.float64)
-        return Curve(group, (*ranks, None), torch.cat([tails[ranks], tails.new_zeros(1)]), sizes)
+        curve = Curve(group, [*map(Form, ranks), Form()], torch.cat([tails[ranks], tails.new_zeros(1)]), sizes)
+        return self._with_integers(spec, curve, ranks, tails, evidence) if self.bits else curve
+
+    def _with_integers(self, spec: Spec, curve: Curve, ranks: list[int], tails: Tensor, evidence: Evidence) -> Curve:
+        """A curve with everything that it offers as integers, too, in numbers of the model's own size."""
+        group = curve.group
+        (place,) = group.places
+        linear, noise, at = spec.linear(*place), self._noise(place, evidence), torch.tensor(ranks)
+        itemsize = spec.tensors[spec.weight_name(linear)][1].itemsize
+        dense, pairs = [(bits, bits) for bits in self.bits], list(offered(self.bits)) if ranks else []
+        losses = [curve.losses, torch.tensor([noise.of_dense(bits) for bits in self.bits], dtype=torch.float64)]
+        whole = [Storage(bits).bytes(linear.d_out, linear.d_in, itemsize) for bits in self.bits]
+        sizes = [curve.sizes, torch.tensor(whole, dtype=torch.float64) / itemsize]
+        for basis, own in pairs:
+            losses.append(tails[ranks] + noise.of_factors(basis, own, at, group.side))
+            sizes.append(bytes_of_factors(linear, group, Storage(basis), Storage(own), at, itemsize) / itemsize)
+
+        def form(entry: int) -> Form:
+            if entry < len(curve.forms):
+                return curve.forms[entry]
+            entry -= len(curve.forms)
+            if entry < len(dense):
+                return Form(None, dense[entry])
+            pair, rank = divmod(entry - len(dense), len(ranks))
+            return Form(ranks[rank], pairs[pair])
+
+        lost, taken = torch.cat(losses), torch.cat(sizes)
+        best = frontier(lost, taken)
+        return Curve(group, [form(entry) for entry in best.tolist()], lost[best], taken[best])
+
+    def _noise(self, place: Place, evidence: Evidence) -> Noise:
+        """What a matrix loses as integers."""
+        linear = evidence.spec.linear(*place)
+        (group,) = private_groups([linear], self.pivot)
+        ranks = probed_ranks(linear)
+
+        def compute() -> Tensor:
+            weight, gram = evidence.weight(linear), self.metric(evidence, linear)
+            seen, roots = self.weighed(evidence, [linear], [weight])
+            scale = 0.5 / evidence.stats.tokens if roots else 1 / (energy(weight, gram) or 1.0)
+
+            def loss(error: Tensor) -> float:
+                return scale * energy(seen_through(error, roots[0]) if roots else error, gram)
+
+            factors = [self.weighed_factors(group.share(rank), seen, roots, [gram]) for rank in ranks]
+            return measured(weight, gram, self.bits, factors, group.side, self.pivot, loss)
+
+        key = ("integers", place, self.bits, self.pivot, self.two_sided, self.shrink_inputs, self.shrink_gradients)
+        return Noise.of(self.bits, ranks, evidence.once((*key, place.role in self.plain), compute))
 
     def _tails(self, group: Group, evidence: Evidence) -> Tensor:
         """Rank, from 0 to the full one -> the predicted rise of the loss per token, or the relative error."""

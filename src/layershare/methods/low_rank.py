@@ -56,11 +56,16 @@ class LowRank(Method):
         assert isinstance(share, Share)
         linears = [evidence.spec.linear(*place) for place in share.places]
         weights = [evidence.weight(linear) for linear in linears]
-        seen, roots = self.weighed(evidence, linears, weights)
-        factors = self.factors(share, seen, [self.metric(evidence, linear) for linear in linears])
-        if roots:
-            factors = seen_plainly(factors, roots, share.side)
+        metrics = [self.metric(evidence, linear) for linear in linears]
+        factors = self.weighed_factors(share, *self.weighed(evidence, linears, weights), metrics)
         return solution(evidence.spec, share, factors, weights[0].dtype)
+
+    def weighed_factors(
+        self, share: Share, seen: Sequence[Tensor], roots: Sequence[Tensor], metrics: Sequence[Tensor | None]
+    ) -> Factors:
+        """The factors of a group, of its weights as they are `seen` through `roots`, if there are any."""
+        factors = self.factors(share, seen, metrics)
+        return seen_plainly(factors, roots, share.side) if roots else factors
 
     def weighed(
         self, evidence: Evidence, linears: Sequence[Linear], weights: list[Tensor]

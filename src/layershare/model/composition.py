@@ -70,6 +70,11 @@ class Storage:
         codes = ((rows, columns), "int8") if self.bits == 8 else ((rows, self.bits * -(-columns // 8)), "uint8")
         return {"codes": codes, "scales": ((rows, -(-columns // self.group)), None)}
 
+    def bytes(self, rows: Any, columns: Any, itemsize: int) -> Any:
+        """The bytes of a weight of that shape, its scales of `itemsize` bytes; of many, if these are tensors."""
+        shapes = self.tensors(rows, columns).values()
+        return sum(high * wide * (itemsize if dtype is None else 1) for (high, wide), dtype in shapes)
+
 
 @dataclass(frozen=True)
 class Factor:

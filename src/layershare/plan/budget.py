@@ -10,7 +10,7 @@ from typing import get_args
 from layershare.errors import LayershareError, short, unknown
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import file_bytes
-from layershare.plan.edits import Edit, dropped_parts, kept_layers, sharing, sliced_width
+from layershare.plan.edits import Edit, dropped_parts, kept_layers, quantized, sharing, sliced_width
 from layershare.plan.layout import checkpoint_tensors, composed_tensors, compositions, origins
 from layershare.plan.slices import target_names
 from layershare.values import Counted
@@ -93,10 +93,10 @@ def measure(spec: Spec, edits: Sequence[Edit]) -> Sizes:
     """Exact sizes of the model after the edits (none: of the dense model)."""
     if sliced_width(edits):
         return _measure_sliced(spec, edits)
-    shared = sharing(edits)
+    composed = {**sharing(edits), **quantized(edits)}
     kept, dropped = set(kept_layers(spec.n_layers, edits)), set(dropped_parts(edits))
     stays = [x for x in spec.linears if x.layer in kept and (x.layer, x.part) not in dropped]
-    dense = [x for x in stays if (x.role, x.layer) not in shared]
+    dense = [x for x in stays if (x.role, x.layer) not in composed]
     sources = [source[0][1] for source in origins(spec, edits).values()]
     rest = sum(prod(spec.tensors[name][0]) for name in sources if name not in spec.buffers)
     rest -= sum(linear.parameters for linear in dense)

@@ -1,5 +1,6 @@
 """What can be done to a model: the edits, and whether they fit it and each other."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,7 +10,7 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from layershare.errors import LayershareError, unknown
 from layershare.model.arch import PARTS, Part, Spec
-from layershare.model.composition import Composition, Member, Side, deltas, shared
+from layershare.model.composition import Composition, Member, Side, Storage, alone, deltas, shared
 from layershare.values import STRICT, Flag, Number, Whole, Word
 
 _MOST_LAYERS = 100_000
@@ -134,16 +135,40 @@ class Slice:
     kind: Literal["slice"] = "slice"
 
 
+@dataclass(frozen=True)
+class Quantize:
+    """The matrices at these places, or the factors that stand there, stored as integers of `bits` a number.
+
+    With a scale for each `group` of them along the input, see `Storage`; bases have `basis_bits`.
+    """
+
+    __pydantic_config__ = STRICT
+    places: Annotated[tuple[Place, ...], FailFast(), Field(max_length=_MOST_LAYERS)]
+    bits: Whole
+    basis_bits: Whole
+    group: Whole = 64
+    kind: Literal["quantize"] = "quantize"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of its places, each once."""
+        return tuple(dict.fromkeys(place.layer for place in self.places))
+
+    def of(self, composition: Composition) -> Composition:
+        """What stands at its places, with its factors stored so. Raises `LayershareError` as `Storage`."""
+        return composition.stored_as(Storage(self.bits, self.group), Storage(self.basis_bits, self.group))
+
+
 def _of_a_kind(values: Any) -> Any:
     """An edit that does not say its kind has that of which it has the keys."""
     if not isinstance(values, dict):
         return values
-    own = {"anchor": "delta", "part": "drop", "into": "merge", "width": "slice"}
+    own = {"anchor": "delta", "part": "drop", "into": "merge", "width": "slice", "bits": "quantize"}
     return {"kind": next((own[key] for key in own if key in values), "share"), **values}
 
 
 Edit = Annotated[
-    Annotated[Share | Delta | Drop | Merge | Slice, Field(discriminator="kind")], BeforeValidator(_of_a_kind)
+    Annotated[Share | Delta | Drop | Merge | Slice | Quantize, Field(discriminator="kind")], BeforeValidator(_of_a_kind)
 ]
 
 
@@ -161,14 +186,23 @@ def sharing(edits: Sequence[Edit]) -> dict[Place, Share | Delta]:
     return found
 
 
+def quantized(edits: Sequence[Edit]) -> dict[Place, Quantize]:
+    """Place -> the edit that says as what integers it is stored."""
+    return {place: edit for edit in edits if isinstance(edit, Quantize) for place in edit.places}
+
+
+def in_floats(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """The edits that make the matrices, without those that say how they are stored."""
+    return tuple(edit for edit in edits if not isinstance(edit, Quantize))
+
+
 def composition(spec: Spec, edit: Share | Delta) -> Composition:
     """What stands in the place of the linears of an edit.
 
     Raises `LayershareError` if the model lacks one of them, or if they cannot share.
     """
-    if missing := [place for place in edit.places if place not in spec.by_place]:
-        role, layer = missing[0]
-        raise LayershareError(f"The plan names {role} of layer {layer}, which this model does not have.")
+    for place in edit.places:
+        _require_place(spec, place)
     return composed(edit, {place: spec.by_place[place].member for place in edit.places})
 
 
@@ -206,8 +240,9 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
         _check_slice(spec, edits)
         return
     seen: set[Place] = set()
-    for edit in edits:
-        assert not isinstance(edit, Slice)
+    _check_quantized(spec, edits)
+    for edit in in_floats(edits):
+        assert not isinstance(edit, Slice | Quantize)
         if not edit.layers:
             raise LayershareError(f"The plan has a {edit.kind} of no layers; give it some or delete it.")
         if not isinstance(edit, Share | Delta):
@@ -231,7 +266,7 @@ def check(spec: Spec, edits: Sequence[Edit]) -> None:
     kept = kept_layers(spec.n_layers, edits)
     if not kept:
         raise LayershareError("The plan leaves no layer of the model; keep at least one.")
-    if len(kept) < spec.n_layers and sharing(edits):
+    if len(kept) < spec.n_layers and (sharing(edits) or quantized(edits)):
         raise LayershareError("A plan that removes whole layers cannot share weights as well; compress in two steps.")
 
 
@@ -242,6 +277,34 @@ def _check_slice(spec: Spec, edits: Sequence[Edit]) -> None:
     width = sliced_width(edits)
     if width is None or not 1 <= width <= dense:
         raise LayershareError(f"The plan slices to width {width}; this model's hidden states have {dense}.")
+
+
+def _check_quantized(spec: Spec, edits: Sequence[Edit]) -> None:
+    """That what is quantized is there, once, and that all that shares something is stored alike."""
+    stored = quantized(edits)
+    listed = [place for edit in edits if isinstance(edit, Quantize) for place in edit.places]
+    if twice := [place for place, times in Counter(listed).items() if times > 1]:
+        raise LayershareError(f"The plan quantizes {twice[0].role} of layer {twice[0].layer} twice; name it once.")
+    for edit in edits:
+        if isinstance(edit, Quantize):
+            if not edit.places:
+                raise LayershareError("The plan has a quantize of no places; give it some or delete it.")
+            for place in edit.places:
+                _require_place(spec, place)
+                edit.of(alone(spec.by_place[place].member))
+        if isinstance(edit, Share | Delta) and len({stored.get(place) for place in edit.places}) > 1:
+            raise LayershareError(
+                f"The plan stores matrices that share in different ways ('{edit.id}'); name all of them."
+            )
+        if isinstance(edit, Drop) and edit.part != "block":
+            for place in _claims(spec, edit):
+                if place in stored:
+                    raise LayershareError(f"The plan quantizes {place.role} of layer {place.layer}, which it drops.")
+
+
+def _require_place(spec: Spec, place: Place) -> None:
+    if place not in spec.by_place:
+        raise LayershareError(f"The plan names {place.role} of layer {place.layer}, which this model does not have.")
 
 
 def _claims(spec: Spec, edit: Share | Delta | Drop | Merge) -> Sequence[Place]:

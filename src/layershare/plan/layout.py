@@ -9,7 +9,7 @@ from torch import Tensor
 from layershare.errors import LayershareError
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import Tensors
-from layershare.model.composition import Composition
+from layershare.model.composition import Composition, alone
 from layershare.model.sliced import Sliced
 from layershare.model.swap import Dropped, first_gone
 from layershare.plan.edits import (
@@ -20,6 +20,7 @@ from layershare.plan.edits import (
     composition,
     dropped_parts,
     kept_layers,
+    quantized,
     sharing,
     sliced_width,
 )
@@ -31,7 +32,7 @@ Sources = tuple[tuple[float, str], ...]
 
 def origins(spec: Spec, edits: Sequence[Edit]) -> dict[str, Sources]:
     """New name -> what it is made from, for every tensor that stays dense. Blocks are numbered anew."""
-    gone = {spec.weight_name(spec.linear(role, layer)) for role, layer in sharing(edits)}
+    gone = {spec.weight_name(spec.linear(*place)) for place in {**sharing(edits), **quantized(edits)}}
     for layer, part in dropped_parts(edits):
         gone.update(spec.part_tensors(layer, part))
     if sliced_width(edits):
@@ -67,8 +68,14 @@ def checkpoint_tensors(spec: Spec, edits: Sequence[Edit]) -> Tensors:
 
 
 def compositions(spec: Spec, edits: Sequence[Edit]) -> list[Composition]:
-    """What stands in the place of the linears that edits factor or share, edit after edit."""
-    return [composition(spec, edit) for edit in edits if isinstance(edit, Share | Delta)]
+    """What stands in the place of the linears that edits factor, share or quantize, edit after edit."""
+    stored, found = quantized(edits), []
+    for edit in edits:
+        if isinstance(edit, Share | Delta):
+            made, how = composition(spec, edit), stored.get(edit.places[0])
+            found.append(made if how is None else how.of(made))
+    dense = [place for place in stored if place not in sharing(edits)]
+    return found + [stored[place].of(alone(spec.by_place[place].member)) for place in dense]
 
 
 def composed_tensors(spec: Spec, each: Composition) -> Tensors:

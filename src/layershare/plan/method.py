@@ -67,6 +67,11 @@ class Method(ABC):
         return False
 
     @property
+    def counts_bytes(self) -> bool:
+        """Whether `keep` counts bytes, also as a fraction, since it plans how matrices are stored."""
+        return False
+
+    @property
     def reads_text(self) -> bool:
         """Whether it needs a text for its plan or its solution."""
         return bool(self.uses) or self.searches

@@ -48,11 +48,13 @@ def estimate_needs(
     runs: int = 0,
     held_out: int = 0,
     rivals: int = 0,
+    quantizes: bool = False,
 ) -> Needs:
     """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
     It refits to so many `streams` of text and refines in so many `epochs` (0: not at all) and, if the method searches,
     runs the model on so many blocks then. It compares its plan with those of so many `rivals` on `held_out` blocks.
+    `quantizes`: whether it stores matrices as integers at the end.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
@@ -103,6 +105,8 @@ def estimate_needs(
         steps.append(2 * max(block) + 4 * 4 * dense + 4 * batch)
         states *= 2
     model, activations = measure(spec, ()).all.bytes, batch // batch_size
+    if quantizes:  # the whole of what is in floats, in float32, and a block's inputs
+        steps.append(4 * after.all.parameters + 4 * max(grams) + batch)
     logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
     if "gradients" in kinds:
         # What the way back needs of a block: all that it has computed, and gradients of the same size.
@@ -121,7 +125,8 @@ def estimate_needs(
             for kind, size in (("inputs", sum(grams)), ("gradients", sum(outer)), ("blocks", pooled))
             if kind in kinds
         ),
-        output=(2 + (rivals > 0)) * after.all.bytes + states,  # of the rivals, one at a time
+        # Of the rivals, one at a time; what is quantized is there in floats before.
+        output=(2 + (rivals > 0)) * after.all.bytes + quantizes * model + states,
         states=states,
         work=work,
     )
@@ -133,7 +138,10 @@ def _solving(composition: Composition) -> int:
     Beside a whole weight, which is among the factors, these are its target's weight and the difference of the two; for
     private directions, what is left of every weight without the shared ones, and without those.
     """
-    first, (product, *_) = composition.members[0], [t for t in composition.terms if len(t.factors) > 1]
+    products = [term for term in composition.terms if len(term.factors) > 1]
+    if not products:  # a matrix on its own, stored as integers
+        return 0
+    first, product = composition.members[0], products[0]
     ends = [(product.factors[0], first.d_in), (product.factors[-1], first.d_out)]
     if composition.whole:
         width, weights = first.d_in, 2

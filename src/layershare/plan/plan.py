@@ -11,7 +11,7 @@ from layershare.errors import LayershareError
 from layershare.foreign import parse_json, read_text, reading
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes, measure, parse_keep
-from layershare.plan.edits import Edit, check
+from layershare.plan.edits import Edit, check, in_floats
 from layershare.values import STRICT, Counted, Dial, Word, checked, first_fault
 
 
@@ -30,6 +30,11 @@ class Plan:
     edits: Annotated[tuple[Edit, ...], FailFast(), Field(max_length=100_000)]
     predicted_loss: Annotated[float, Field(ge=0)] | None = None
     """By how much the method expects the edits to raise the loss, in nats per token, where it has an idea of it."""
+
+    @property
+    def in_floats(self) -> "Plan":
+        """Without what says how matrices are stored; its sizes are this plan's still."""
+        return replace(self, edits=in_floats(self.edits))
 
     def to_json(self) -> str:
         """The plan as JSON, as stored in `plan.json`."""

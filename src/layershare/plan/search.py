@@ -9,7 +9,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,15 +23,25 @@ HIGHEST = 1e100
 Key = TypeVar("Key")
 
 
+class Form(NamedTuple):
+    """What may stand in a group's place: factors of a rank, `None` for what is dense, in floats or as integers.
+
+    `bits`: of a number of the basis, and of all others; `None` for floats.
+    """
+
+    rank: int | None = None
+    bits: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a group costs at each size that is offered, sizes rising: `losses` and `sizes` (float64) of its `ranks`.
+    """What a group costs at each size that is offered, sizes rising: `losses` and `sizes` (float64) of its `forms`.
 
-    The last entry may be dense: rank `None`, no loss.
+    The last one may be the dense matrix as it is, which loses nothing.
     """
 
     group: Group
-    ranks: tuple[int | None, ...]
+    forms: Sequence[Form]
     losses: Tensor
     sizes: Tensor
 
@@ -57,9 +67,9 @@ class Choice:
     entry: int
 
     @property
-    def rank(self) -> int | None:
-        """The rank, `None` for dense."""
-        return self.curve.ranks[self.entry]
+    def form(self) -> Form:
+        """What will stand in the group's place."""
+        return self.curve.forms[self.entry]
 
     @property
     def loss(self) -> float:
@@ -81,6 +91,14 @@ class Choice:
         gains = torch.where(fits, (losses - losses[0]) / steps.clamp(min=1), math.inf)
         at = int(gains.argmin())
         return float(gains[at]), self.entry + at
+
+
+def frontier(losses: Tensor, sizes: Tensor) -> Tensor:
+    """The entries, sizes rising, beside which no other one is as small and loses as little."""
+    order = losses.argsort(stable=True)
+    order = order[sizes[order].argsort(stable=True)]
+    least = torch.cat([losses.new_full((1,), math.inf), losses[order].cummin(0).values[:-1]])
+    return order[losses[order] < least]
 
 
 def choose(families: Mapping[Key, Sequence[Window]], n_layers: int, budget: float) -> list[Choice]:

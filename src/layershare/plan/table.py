@@ -8,7 +8,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from layershare.model.arch import WRITERS, Linear, Spec
-from layershare.plan.edits import Delta, Merge, Share, composition, dropped_parts, kept_layers, sharing, sliced_width
+from layershare.plan.edits import (
+    Delta,
+    Merge,
+    Quantize,
+    Share,
+    composition,
+    dropped_parts,
+    kept_layers,
+    sharing,
+    sliced_width,
+)
 from layershare.plan.needs import Needs
 from layershare.plan.plan import Plan
 from layershare.plan.work import Speed
@@ -58,12 +68,19 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
             per_token = " per token" if name == "multiplications" else ""
             totals.add_row(f"{name}{of}{per_token}", f"{old:,}", *_kept(old, new))
     notes = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
+    notes += [f"Stored as integers: {as_integers(e)}." for e in plan.edits if isinstance(e, Quantize)]
     said = []
     if plan.predicted_loss is not None:
         said.append(f"Predicted: a loss higher by {plan.predicted_loss:.2g} nats per token, or up to four times that.")
     if needs is not None:
         said.append(needs_sentence(needs, speed))
     return Group(groups, *notes, totals, *said)
+
+
+def as_integers(edit: Quantize) -> str:
+    """What an edit stores as integers: `12 matrices of 3 bits a number, bases 4`."""
+    matrices = f"{len(edit.places)} matri{'ces' if len(edit.places) > 1 else 'x'} of {edit.bits} bits a number"
+    return matrices if edit.basis_bits == edit.bits else f"{matrices}, {edit.basis_bits} in bases"
 
 
 def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:

@@ -10,7 +10,7 @@ from plotly import graph_objects as go
 
 from layershare.report.runs import Cell, Run
 from layershare.report.words import perplexities
-from layershare.units import count, percent
+from layershare.units import count, percent, size
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's colours that show on white and on black: told apart with every kind of colour vision."""
@@ -29,6 +29,7 @@ class Point:
 
     name: str
     parameters: int
+    bytes: int
     kept: float
     perplexity: float
     kl: float
@@ -48,11 +49,11 @@ def points(runs: Sequence[Run]) -> list[list[Point]]:
     for run in runs:
         if (evaluation := run.evaluation) is None:
             continue
-        before, after = (sizes.all.parameters for sizes in (run.results.before, run.results.after))
+        before, after = run.results.before.all, run.results.after.all
         ours, theirs = perplexities(run)
-        original = Point(run.model, before, 1.0, theirs, 0.0)
+        original = Point(run.model, before.parameters, before.bytes, 1.0, theirs, 0.0)
         lists.setdefault(measured_alike(run), [original]).append(
-            Point(run.name, after, run.kept, ours, evaluation.kl or 0.0)
+            Point(run.name, after.parameters, after.bytes, run.kept, ours, evaluation.kl or 0.0)
         )
     return list(lists.values())
 
@@ -60,35 +61,35 @@ def points(runs: Sequence[Run]) -> list[list[Point]]:
 def frontier(models: Sequence[Point], worth: Callable[[Point], float]) -> list[Point]:
     """The models that no other one beats: none is as small and better, by size. Lower `worth` is better."""
     best: list[Point] = []
-    for point in sorted(models, key=lambda each: (each.parameters, worth(each))):
+    for point in sorted(models, key=lambda each: (each.bytes, worth(each))):
         if not best or worth(point) < worth(best[-1]):
             best.append(point)
     return best
 
 
 def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Point], float]) -> go.Figure:
-    """Quality against size, the frontier as a line through filled points, the others hollow."""
+    """Quality against bytes on disk, the frontier as a line through filled points, the others hollow."""
     figure = go.Figure()
-    sizes = [point.parameters for comparable in models for point in comparable]
+    sizes = [point.bytes for comparable in models for point in comparable]
     middle = (min(sizes) + max(sizes)) / 2
-    unit, factor = ("billion", 1e9) if max(sizes) >= 1e9 else ("million", 1e6)
+    unit, factor = ("GB", 1e9) if max(sizes) >= 1e9 else ("MB", 1e6)
     for number, comparable in enumerate(models):
         colour = PALETTE[number % len(PALETTE)]
         best = frontier(comparable, worth)
         figure.add_scatter(
-            x=[point.parameters / factor for point in best],
+            x=[point.bytes / factor for point in best],
             y=[worth(point) for point in best],
             mode="lines",
             line={"color": colour, "width": 1.5, "dash": "dot"},
             hoverinfo="skip",
         )
         figure.add_scatter(
-            x=[point.parameters / factor for point in comparable],
+            x=[point.bytes / factor for point in comparable],
             y=[worth(point) for point in comparable],
             mode="markers+text",
             text=[_label(point.name) for point in comparable],
             textposition=[
-                "bottom left" if point.kept == 1 else "top left" if point.parameters > middle else "top right"
+                "bottom left" if point.kept == 1 else "top left" if point.bytes > middle else "top right"
                 for point in comparable
             ],
             marker={
@@ -98,7 +99,8 @@ def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Poin
                 "line": {"width": 2, "color": colour},
             },
             hovertext=[
-                f"<b>{point.name}</b><br>{count(point.parameters)} parameters ({percent(point.kept, 1)})<br>"
+                f"<b>{point.name}</b><br>{size(point.bytes)} ({percent(point.kept, 1)}), "
+                f"{count(point.parameters)} parameters<br>"
                 f"perplexity {point.perplexity:.4g}, KL {point.kl:.3g}<br>"
                 f"{'on the frontier' if point in best else 'another one is no larger and better'}"
                 for point in comparable
@@ -107,7 +109,7 @@ def quality(models: Sequence[Sequence[Point]], title: str, worth: Callable[[Poin
             cliponaxis=False,
         )
     figure.update_layout(showlegend=False, height=340, margin={"l": 8, "r": 8, "t": 16, "b": 8})
-    figure.update_xaxes(title=f"{unit} parameters", automargin=True, zeroline=False)
+    figure.update_xaxes(title=f"{unit} on disk", automargin=True, zeroline=False)
     figure.update_yaxes(title=title, automargin=True, zeroline=False)
     return _plain(figure)
 
@@ -167,6 +169,15 @@ def ranks(run: Run) -> go.Figure:
         return "" if cell.rank is None else str(cell.rank)
 
     return _map(run, lambda cell: cell.rank, word, ends=(0, max(cell.rank or 0 for cell in run.cells.values())))
+
+
+def bits(run: Run) -> go.Figure:
+    """The bits of a number of each matrix that is stored as integers."""
+
+    def word(cell: Cell) -> str:
+        return "" if cell.bits is None else str(cell.bits)
+
+    return _map(run, lambda cell: cell.bits, word, ends=(0, 8))
 
 
 def errors(run: Run) -> go.Figure:
@@ -280,6 +291,8 @@ def describe_cell(cell: Cell) -> str:
     lines = [f"<b>{cell.role}, layer {cell.layer}</b>", words.get(cell.kind, cell.kind)]
     if cell.rank is not None:
         lines.append(f"rank {cell.rank:,}")
+    if cell.bits is not None:
+        lines.append(f"integers of {cell.bits} bits")
     if cell.kept is not None:
         lines.append(f"{percent(cell.kept, 1)} of its parameters kept")
     if cell.error is not None:

@@ -148,6 +148,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "values": {
             "Kept, % of parameters": figures.kept(run),
             **({"Rank": figures.ranks(run)} if factored else {}),
+            **({"Bits of a number": figures.bits(run)} if any(cell.bits for cell in run.cells.values()) else {}),
             **({"Relative error, %": figures.errors(run)} if any(c.error for c in run.cells.values()) else {}),
         },
         "spectra": figures.spectra(run),

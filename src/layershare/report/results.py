@@ -97,6 +97,7 @@ class TrainingText(CalibrationText):
 OWN = "own"
 REFITTED = "refitted"
 REFINED = "refined"
+QUANTIZED = "quantized"
 """What is compared on held-out text beside a method's rivals, which are called by their names."""
 
 

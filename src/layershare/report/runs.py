@@ -1,7 +1,7 @@
 """A finished run as its folder tells it: files in, and for the eyes what was done to every linear."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from layershare.folders import PLAN, RECIPE
 from layershare.foreign import read_text, reading
 from layershare.model.arch import part_of
 from layershare.model.composition import Member
-from layershare.plan.edits import Delta, Drop, Edit, Merge, Place, Share, composed, sliced_width
+from layershare.plan.edits import Delta, Drop, Edit, Merge, Place, Share, Slice, composed, quantized, sliced_width
 from layershare.plan.plan import parse_plan
 from layershare.report.results import RESULTS, Healed, Results, Solved, Spectrum, Speed, read_as
 
@@ -31,7 +31,8 @@ class Cell:
 
     `places` are those that share; `layers`, those that share or go together. `group` numbers the groups of a role in
     the order of the plan; of several roles, those of the first. `kept` is the fraction of parameters that is left
-    (`None`: not known), what is shared being split evenly among its users.
+    (`None`: not known), what is shared being split evenly among its users. `bits`: of a number, where it is stored as
+    integers by plan.
     """
 
     role: str
@@ -45,6 +46,7 @@ class Cell:
     kept: float | None = 1.0
     error: float | None = None
     spectrum: Spectrum | None = None
+    bits: int | None = None
 
     @property
     def shares(self) -> bool:
@@ -98,8 +100,14 @@ class Run:
 
     @property
     def kept(self) -> float:
-        """The fraction of all parameters that is left."""
-        return self.results.after.all.parameters / self.results.before.all.parameters
+        """The fraction of all parameters that is left; of bytes, where matrices are stored as integers."""
+        before, after = self.results.before.all, self.results.after.all
+        return after.bytes / before.bytes if self.integers else after.parameters / before.parameters
+
+    @property
+    def integers(self) -> bool:
+        """Whether matrices are stored as integers."""
+        return self.results.quantization is not None or bool(quantized(self.edits))
 
     @property
     def healing(self) -> Healed | None:
@@ -156,7 +164,8 @@ class Run:
         for edit in self.edits:
             for cell in self._edited(edit, cells, counts):
                 cells[cell.role, cell.layer] = cell
-        return cells
+        stored = {place: edit.bits for place, edit in quantized(self.edits).items() if place in cells}
+        return cells | {place: replace(cells[place], bits=bits) for place, bits in stored.items()}
 
     def _edited(self, edit: Edit, cells: dict[tuple[str, int], Cell], counts: dict[str, int]) -> list[Cell]:
         """The cells that one edit of the plan changes."""
@@ -168,7 +177,7 @@ class Run:
         if isinstance(edit, Merge):
             left = dict.fromkeys(edit.layers, 0.0) | {edit.into: 1.0}
             return [Cell(r, layer, edit.kind, edit.layers, kept=left[layer]) for r, layer in cells if layer in left]
-        return [Cell(*place, edit.kind, kept=None) for place in cells]
+        return [Cell(*place, edit.kind, kept=None) for place in cells] if isinstance(edit, Slice) else []
 
     def _composed(self, edit: Share | Delta, counts: dict[str, int]) -> list[Cell]:
         """The cells of linears that an edit factors or lets share."""

@@ -4,8 +4,9 @@ from collections import Counter
 
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
-from layershare.plan.edits import Drop, Merge, Slice
-from layershare.report.results import OWN, REFINED, REFITTED, HeldOutText
+from layershare.plan.edits import Drop, Merge, Quantize, Slice
+from layershare.plan.table import as_integers
+from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, HeldOutText
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -13,7 +14,8 @@ from layershare.units import count, count_of, duration, percent, size
 def story(run: Run) -> str:
     """A run in one sentence: what is left of what, and what that did to perplexity."""
     before, after = (sizes.all.parameters for sizes in (run.results.before, run.results.after))
-    sentence = f"{run.model} at {percent(run.kept)}: {count_of(after, before)} parameters"
+    of_bytes = " of its bytes" if run.integers else ""
+    sentence = f"{run.model} at {percent(run.kept)}{of_bytes}: {count_of(after, before)} parameters"
     if run.evaluation is None or run.evaluation.text is None:
         return sentence
     return f"{sentence}, perplexity {quality(run, 3)} {in_blocks(run.evaluation.text)}"
@@ -135,7 +137,9 @@ def edits(run: Run) -> str:
             parts.append(f"all hidden states sliced to {edit.width:,} components")
             continue
         layers = in_layers(edit.layers)
-        if isinstance(edit, Drop):
+        if isinstance(edit, Quantize):
+            parts.append(as_integers(edit))
+        elif isinstance(edit, Drop):
             parts.append(f"{layers} dropped" if edit.part == "block" else f"{edit.part} of {layers} dropped")
         elif isinstance(edit, Merge):
             parts.append(f"{layers} merged into layer {edit.into}")
@@ -161,7 +165,7 @@ def calibration(run: Run) -> str:
 
 def compared(text: HeldOutText) -> str:
     """What was found on held-out text before the result was written: every candidate's divergence."""
-    names = {OWN: "its own plan", REFITTED: "fitted again", REFINED: "refined"}
+    names = {OWN: "its own plan", REFITTED: "fitted again", REFINED: "refined", QUANTIZED: "quantized"}
     found = ", ".join(f"{names.get(label, label)} {kl:.3g}" for label, kl in text.kl.items())
     return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"
 

@@ -27,6 +27,8 @@ from layershare.store import Store
 
 UNITS = "units"
 """The folder of solved units."""
+INTEGERS = "integers"
+"""The one unit of what is quantized, and its folder."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class Factored:
         if unit in store:
             self._places.update(dict.fromkeys(store.names(unit), (store, unit)))
         return unit in store
+
+    def store_as(self, plan: Plan, store: Store, tensors: dict[str, Tensor]) -> None:
+        """Become a plan that stores the same as integers, which are in these tensors, and are kept in a store."""
+        self.plan, self._origins = plan, origins(self.spec, plan.edits)
+        store.write(INTEGERS, tensors)
+        self.take(store, INTEGERS)
 
     def replaces(self, name: str) -> bool:
         """Whether a tensor of this full name is not as the model has it."""

@@ -8,7 +8,7 @@ fitted to these before. What layers of several blocks share is quantized with it
 Grams that it meets in all of them, which a pass before measures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ from layershare.calibrate.measures import InputGrams
 from layershare.calibrate.stream import Stream
 from layershare.formulas.quantize import best_scales, compensated, dense_weight, fitted_to, packed, rounded
 from layershare.model.arch import find_blocks
-from layershare.model.composition import Composition, Factor, Storage, alone
+from layershare.model.composition import Composition, Factor, alone
 from layershare.model.describe import role_of
 from layershare.model.layers import ComposedLinear, made_part, unpivoted
 from layershare.model.swap import member_of, swap_modules
 from layershare.model.weights import Weights
 from layershare.progress import Progress
+
+Stored = Callable[[Composition], Composition | None]
+"""What a composition becomes as integers, its factors with their storage; `None` where it stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,7 @@ class _Part:
 def quantize_factors(
     model: PreTrainedModel,
     compositions: Sequence[Composition],
-    storage: Storage,
-    shared: Storage,
+    stored: Stored,
     dtype: torch.dtype,
     *,
     tokens: Tensor | None,
@@ -59,9 +61,9 @@ def quantize_factors(
     progress: Progress,
     scratch: Path | None = None,
 ) -> tuple[tuple[Composition, ...], dict[str, float]]:
-    """Quantize all factors of a model in place, `compositions` and what is dense in its blocks; biases stay.
+    """Quantize factors of a model in place, those of `compositions` and what is dense in its blocks; biases stay.
 
-    `storage` is that of the factors, `shared` of those that first members register. Scales are such as fit `dtype`, the
+    `stored` says of each composition how. Scales are such as fit `dtype`, the
     one in which they will be stored. `tokens` [n, length]: the text, `batch_size` rows of which pass at a time, hidden
     states in files in `scratch`, if given; `None` rounds. Returns the new compositions, and for each factor what
     quantizing it lost: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² under its inputs X, without a text ‖W − Ŵ‖² / ‖W‖². Raises
@@ -69,7 +71,9 @@ def quantize_factors(
     """
     stack, blocks = find_blocks(model)
     base = model.base_model
-    new = tuple(each.stored_as(storage, shared) for each in (*compositions, *_factors_of_dense(base, stack)))
+    new = [found for each in compositions if (found := stored(each)) is not None]
+    kept = [each for each in compositions if stored(each) is None]
+    new += _factors_of_dense(base, stack, stored)
     parts = [part for each in new for part in _parts(each, stack)]
     errors: dict[str, float] = {}
     if tokens is None:
@@ -82,7 +86,7 @@ def quantize_factors(
         for name in composition.names:
             layer: Any = base.get_submodule(name)
             layer.composition, layer.terms = composition, composition.terms_of(name)
-    return new, errors
+    return (*kept, *new), errors
 
 
 def _pass_through(
@@ -128,8 +132,8 @@ def _pass_through(
     progress(1, 1)
 
 
-def _factors_of_dense(base: Any, stack: str) -> list[Composition]:
-    """Make each dense linear of the blocks that has a role a layer of one factor, in place; returns what they are."""
+def _factors_of_dense(base: Any, stack: str, stored: Stored) -> list[Composition]:
+    """Make each dense linear that is to be quantized a layer of one factor, in place; returns what they will be."""
     modules = dict(base.named_modules())
     dense: dict[str, Any] = {
         name: module
@@ -139,14 +143,15 @@ def _factors_of_dense(base: Any, stack: str) -> list[Composition]:
         and role_of(name) is not None
         and not isinstance(modules[name.rpartition(".")[0]], ComposedLinear)
     }
-    found = [alone(member_of(name, module)) for name, module in dense.items()]
+    wanted = [alone(member_of(name, module)) for name, module in dense.items()]
+    found = [each for each in wanted if stored(each) is not None]
     swap_modules(base, found)
     for composition in found:
         (member,), (factor,) = composition.members, composition.factors
         weight = dense[member.name].weight
         part = base.get_submodule(member.name).part(factor)
         part.weight = nn.Parameter((weight.T if member.conv1d else weight).contiguous(), requires_grad=False)
-    return found
+    return [new for each in found if (new := stored(each)) is not None]
 
 
 def _parts(composition: Composition, stack: str) -> list[_Part]:
