@@ -1,5 +1,6 @@
 """`layershare export`: what it writes for other programs, and what it refuses."""
 
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,10 @@ from layershare.exporting import NEEDED, _require_same
 from layershare.model.composition import deltas, shared
 from layershare.model.hub import LayershareConfig, load
 from layershare.model.swap import member_of
-from tests.families import CONFIGS, tiny_model, tokens
+from tests.families import CONFIGS, OPTIONS, tiny_model, tokens
+from tests.healing.tiny import compress_tiny
 from tests.model.small import adopt, filled
+from tests.test_docs import blocks, run_bash, run_python
 
 GRAPHS = [
     pytest.param(
@@ -30,6 +33,9 @@ GRAPHS = [
     )
     for to, packages in NEEDED.items()
 ]
+
+
+EVERYTHING = pytest.mark.skipif(find_spec("openvino") is None, reason="takes minutes: `make test-exports`")
 
 
 @pytest.fixture
@@ -92,10 +98,12 @@ def logits_of(folder: Path, to: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("to", GRAPHS)
-def test_a_graph_computes_the_same_and_has_what_is_shared_once(small, run, to):
-    code, out, err = run("export", "small", "-o", "graph", "--to", to)
-    assert (code, out) == (0, f"The {to} model is in graph.\n"), err
-    assert "Traceback" not in err
+def test_a_graph_computes_the_same_and_has_what_is_shared_once(small, commands, to):
+    # In a process of its own, since pytest would collect all that torch logs while it traces.
+    command = [commands / "layershare", "export", "small", "-o", "graph", "--to", to]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"The {to} model is in graph.\n"), done.stderr
+    assert done.stderr.splitlines() == ["export …", "check …"]
     model: Any = load(small)
     for rows, length in ((1, 5), (4, 9)):  # neither is what it was traced or checked with
         ids = tokens(rows, length)
@@ -109,12 +117,52 @@ def test_a_graph_computes_the_same_and_has_what_is_shared_once(small, run, to):
     )
     layershare.verify("graph")
     assert not hasattr(AutoConfig.from_pretrained("graph"), "quantization_config")
-    assert len(AutoTokenizer.from_pretrained("graph")) == 99
+    assert AutoTokenizer.from_pretrained("graph").get_vocab() == AutoTokenizer.from_pretrained("small").get_vocab()
 
     with torch.no_grad():
         model.lm_head.weight[0] += 1
     with pytest.raises(LayershareError, match=f"The {to} graph of 'small' computes something else than the model"):
         _require_same(model, Path("graph"), "small", to)
+
+
+@pytest.mark.parametrize(
+    ("to", "method", "options"),
+    [
+        ("onnx", "basis-sharing", {"pivot": True}),
+        ("openvino", "delta", OPTIONS["delta"]),
+        ("onnx", "auto", OPTIONS["auto"]),
+        ("openvino", "slicegpt", {}),
+        ("onnx", "joint-drop", {}),
+    ],
+)
+@EVERYTHING
+def test_what_methods_make_is_exported(tmp_path, tokenizer, words, to, method, options):
+    small = compress_tiny(tmp_path, tokenizer, words, method=method, options=options, keep=0.7)
+    layershare.export(small, tmp_path / "graph", to=to)
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        expected: Any = load(small)(ids)
+    torch.testing.assert_close(logits_of(tmp_path / "graph", to, ids), expected.logits, rtol=1e-3, atol=1e-4)
+
+
+@EVERYTHING
+def test_matrices_of_integers_are_exported_as_floats(small):
+    layershare.quantize("small", "small-8bit", bits=8)
+    layershare.export("small-8bit", "graph", to="openvino")
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        expected: Any = load("small-8bit")(ids)
+    torch.testing.assert_close(logits_of(Path("graph"), "openvino", ids), expected.logits, rtol=1e-3, atol=1e-4)
+
+
+@EVERYTHING
+def test_the_page_about_clients_runs(tmp_path, commands):
+    page = (Path(__file__).parents[1] / "docs" / "clients.md").read_text(encoding="utf-8")
+    printed = run_bash(commands, "\n".join(blocks("bash", page)), tmp_path)
+    assert "The onnx model is in small-onnx." in printed
+    assert "The openvino model is in small-openvino." in printed
+    for script in blocks("python", page):
+        assert run_python(commands, script, tmp_path).startswith("def main():")
 
 
 def test_bad_input(small, run, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from layershare.bars import alone
@@ -21,6 +22,7 @@ from layershare.disk import require_disk
 from layershare.errors import LayershareError, how_to_install, short, unknown
 from layershare.folders import require_new, staged
 from layershare.model.hub import load
+from layershare.model.layers import QuantizedLinear
 from layershare.model.original import copy_side_files, files_of
 from layershare.model.source import read_tokenizer
 from layershare.model.weights import require_finite
@@ -63,7 +65,7 @@ def export(
     else:
         _require_packages(to)
         # Half precision is slow on many CPUs, and rounds otherwise in every program.
-        model = load(folder, dtype=torch.float32, **trust).eval()
+        model = _in_floats(load(folder, dtype=torch.float32, **trust)).eval()
     files = files_of(folder)
     require_finite(model.named_parameters())
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -87,6 +89,17 @@ def _require_packages(to: str) -> None:
     except ImportError as error:
         packages = ", ".join((*NEEDED[to][:-1], "transformers 5.23 or newer"))
         raise LayershareError(f"To export to {to}, have {packages}: {how_to_install(to)}.") from error
+
+
+def _in_floats(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, its matrices of integers as floats: in a graph, each would be made anew in every call."""
+    for module in [*model.modules()]:
+        for name, part in [*module.named_children()]:
+            if isinstance(part, QuantizedLinear):
+                plain = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
+                plain.weight = nn.Parameter(part.weight, requires_grad=False)
+                setattr(module, name, plain)
+    return model
 
 
 def _graph(model: PreTrainedModel, folder: str, to: str, announce: Announce) -> Any:
