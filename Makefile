@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: test demo floor test-vllm bench check tables clean
+.PHONY: test demo floor test-vllm test-exports bench check tables clean
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -27,6 +27,13 @@ test-vllm:
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest
 	.venv-vllm/bin/python -m pytest -o filterwarnings= tests/serve
 
+# Export small models to ONNX and OpenVINO and run them, in an environment of its own.
+test-exports:
+	$(PYTHON) -m venv .venv-exports
+	.venv-exports/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[heal,onnx,openvino]' pytest pytest-xdist
+	.venv-exports/bin/python -m pytest tests/test_exporting.py
+
 # Run every method at every size where a result is missing. C4 comes from the hub unless BENCH says where it is:
 # make bench BENCH="--path c4=FILE.jsonl --path stories260K=FOLDER --path tinystories-train=FILE.txt …"
 bench: .venv/installed
@@ -49,4 +56,4 @@ tables: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .floor .venv-vllm out
+	rm -rf .venv .floor .venv-vllm .venv-exports out

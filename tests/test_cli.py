@@ -213,7 +213,7 @@ def test_compress_list_evaluate_generate_export(layershare, here):
     assert code == 0
     assert out.startswith("hello")
 
-    code, out, _ = layershare("export", "small", "-o", "wide", "--dense")
+    code, out, _ = layershare("export", "small", "-o", "wide", "--to", "dense")
     assert code == 0
     dense = AutoModelForCausalLM.from_pretrained(here / "wide")
     assert {type(m).__name__ for m in dense.modules()}.isdisjoint({"ComposedLinear", "SharedLinear"})
@@ -408,7 +408,8 @@ def test_mistakes_with_models(layershare, here):
             "nowhere",
             "-o",
             "out",
-            "--dense",
+            "--to",
+            "dense",
         ): "Unknown model 'nowhere'. Did you mean 'other'?",
         ("generate", "nowhere", "x"): "Unknown model 'nowhere'. Did you mean 'other'?",
         ("generate", "hello, world", "dense"): "name the model first, then the prompt",
@@ -429,7 +430,7 @@ def test_mistakes_with_models(layershare, here):
         ("plan", "dense", "-o", "no/plan.json"): "There is no folder 'no'",
         ("calibrate", "dense", "-o", "text.txt/stats"): "'text.txt' is a file; name a folder",
         ("calibrate", "dense", "-o", "dense"): "'dense' is the folder of a model",
-        ("export", "dense", "-o", "text.txt/wide", "--dense"): "'text.txt' is a file; name a folder",
+        ("export", "dense", "-o", "text.txt/wide", "--to", "dense"): "'text.txt' is a file; name a folder",
         ("eval", "dense", "-o", "dense"): "'dense' is a directory",
         ("bench", "dense", "-o", "dense"): "'dense' is a directory",
         ("eval", "dense", "--text", ""): "The text has no name",
@@ -441,8 +442,8 @@ def test_mistakes_with_models(layershare, here):
         ("eval", "dense", "--tasks", "piqa", "--limit", "0"): "'evaluation.limit' in the recipe",
         ("eval", "dense", "--original", "other"): "The original has another vocabulary (170 tokens, this model 160)",
         ("bench", "dense", "--original", "other"): "The original has another vocabulary (170 tokens, this model 160)",
-        ("export", "dense", "-o", "out"): "add --dense",
-        ("export", "dense", "-o", ".", "--dense"): "is not empty",
+        ("export", "dense", "-o", "out"): "Missing option '--to'",
+        ("export", "dense", "-o", ".", "--to", "dense"): "is not empty",
         ("ls", "nowhere"): "There is no folder 'nowhere'",
         ("bench", "sample"): "'sample' is no folder to put speed.json into; name a file with -o.",
         ("bench", "dense", "--prompt", "500"): "500 + 32 tokens do not fit: this model takes 128",
@@ -519,7 +520,7 @@ def test_a_result_has_what_belongs_to_its_original_wherever_it_is_used(layershar
     text = ("--text", "../text.txt", "--length", "16", "--tokens", "64", "--batch-size", "2", "--train", "norms")
     code, _, err = layershare("heal", "../small", "-o", "../healed", "--loss", "both", *text)
     assert code == 0, err
-    assert layershare("export", "../healed", "-o", "../wide", "--dense")[0] == 0
+    assert layershare("export", "../healed", "-o", "../wide", "--to", "dense")[0] == 0
     for folder in ("small", "healed", "wide"):
         assert {name: (here / folder / name).read_text() for name in carried} == carried
         assert not (here / folder / "code.py").exists()

@@ -81,7 +81,7 @@ def test_every_verb_ends_in_a_sentence(layershare, here):  # noqa: F811
         ("compress", "dense", *text, "--blocks", "8", "-m", "svd-llm", "--refine"),
         ("compress", "dense", *text, "--blocks", "8", "-m", "slicegpt"),
         (*heal, "--set", "text.held_out=4"),
-        ("export", "small", "--dense"),
+        ("export", "small", "--to", "dense"),
     )
     into_files = (("plan", "dense", "-m", "svd"), ("eval", "small", *text, "--blocks", "1"), speed, ("report", "small"))
     for arguments in (*into_folders, *into_files):
@@ -128,7 +128,7 @@ def test_room_is_asked_for_before(folder, tmp_path, monkeypatch, layershare):  #
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     for verb in (
         ("calibrate", "--text", str(tmp_path / "text.txt"), "--length", "64", "--blocks", "8"),
-        ("export", "--dense"),
+        ("export", "--to", "dense"),
     ):
         code, _, err = layershare(verb[0], str(folder), "-o", str(tmp_path / "out"), *verb[1:])
         assert (code, "of disk in" in err and "1 kB are free" in err) == (2, True)

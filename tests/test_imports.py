@@ -11,7 +11,7 @@ HOUSE = """
     cli
     __init__
     api
-    run · quantizing
+    run · quantizing · exporting
     steps
     job
     healing

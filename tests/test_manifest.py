@@ -107,7 +107,7 @@ def test_every_verb_refuses_a_flipped_bit_and_rerunning_says_what_to_do(layersha
         ("verify", "small"),
         ("eval", "small", *TEXT),
         ("eval", "dense", "--original", "small", *TEXT),
-        ("export", "small", "-o", "out", "--dense"),
+        ("export", "small", "-o", "out", "--to", "dense"),
         ("heal", "small", "-o", "out", *TEXT, "--batch-size", "4"),
         ("bench", "small", "--prompt", "8", "--rounds", "1"),
         ("generate", "small", "a"),
@@ -193,7 +193,7 @@ def test_save_leaves_a_whole_folder_also_over_an_older_one(small, tokenizer):
 
 
 def test_export_and_heal_leave_manifests(layershare, here, small):  # noqa: F811
-    assert layershare("export", "small", "-o", "out", "--dense")[0] == 0
+    assert layershare("export", "small", "-o", "out", "--to", "dense")[0] == 0
     heal = ("heal", "small", "-o", "healed", *TEXT, "--train", "norms", "--tokens", "512", "--batch-size", "4")
     assert layershare(*heal, "--set", "text.held_out=4")[0] == 0
     for folder in ("out", "healed"):

@@ -78,7 +78,7 @@ def test_a_compressed_model_is_quantized(small, run):
     assert "4 bits" in "".join(str(cell) for column in listing(Path())[0].columns for cell in column.cells)
     model, tokenizer = AutoModelForCausalLM.from_pretrained("q4"), AutoTokenizer.from_pretrained("q4")
     assert len(tokenizer) == len(read_tokenizer("small"))
-    code, _, err = run("export", "q4", "-o", "plain", "--dense")
+    code, _, err = run("export", "q4", "-o", "plain", "--to", "dense")
     assert code == 0, err
     plain: Any = AutoModelForCausalLM.from_pretrained("plain")
     torch.testing.assert_close(plain(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from layershare.api import compress, heal, make_plan, measure, quantize
     from layershare.errors import LayershareError, UnsupportedModelError
     from layershare.evaluate.divergence import Evaluation
+    from layershare.exporting import export
     from layershare.manifest import Verified, verify
     from layershare.model.arch import Spec
     from layershare.model.describe import describe
@@ -33,6 +34,7 @@ _HOME = {
     "verify": "manifest",
     "Spec": "model.arch",
     "describe": "model.describe",
+    "export": "exporting",
     "load": "model.hub",
     "save": "model.hub",
     "resolve": "model.source",
@@ -52,6 +54,7 @@ __all__ = [
     "Verified",
     "compress",
     "describe",
+    "export",
     "heal",
     "load",
     "make_plan",

@@ -14,13 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from layershare.bars import shown
 from layershare.calibrate.text import Source, as_source, block_length, load_text, name_of
 from layershare.device import device_of, dtype_of
-from layershare.disk import require_disk
 from layershare.errors import LayershareError, unknown
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.evaluator import load_evaluator
 from layershare.evaluate.generate import require_context
 from layershare.evaluate.speed import Workload, generate_seconds, measure_speed
-from layershare.folders import require_new, staged
 from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
 from layershare.model.describe import describe
@@ -30,7 +28,7 @@ from layershare.model.layers import ComposedLinear
 from layershare.model.original import copy_side_files, files_of, source_of
 from layershare.model.source import read_config, read_tokenizer, resolve, tokenizer_of
 from layershare.model.vocabulary import require_same_vocabulary
-from layershare.model.weights import Weights, require_finite
+from layershare.model.weights import Weights
 from layershare.plan.evidence import Evidence
 from layershare.plan.plan import Plan
 from layershare.progress import Announce, silent
@@ -347,22 +345,3 @@ def bench_folder(
         rates=rates,
         **vars(Environment.here()),
     )
-
-
-def export_dense(folder: str, out: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the model in `folder` as an ordinary dense checkpoint to `out`, which appears whole or not at all.
-
-    Raises `LayershareError` if there is no model in `folder`, one with NaN or infinity, or something in `out`.
-    """
-    require_new(out)
-    trust = {"trust_remote_code": trust_remote_code}
-    tokenizer = read_tokenizer(folder, **trust)
-    model, files = load(folder, dense=True, **trust), files_of(folder)
-    require_finite(model.named_parameters())
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    require_disk({out: needed})
-    with staged(out, needed) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if files is not None:
-            copy_side_files(files, staging)

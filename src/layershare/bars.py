@@ -20,7 +20,7 @@ from layershare.units import clock_time
 
 Steps: TypeAlias = AbstractContextManager[tuple[Announce, Say]]
 """What announces the steps, and what prints a line above the bars."""
-_TALKATIVE = ("lm_eval", "datasets", "transformers", "huggingface_hub")
+_TALKATIVE = ("lm_eval", "datasets", "transformers", "huggingface_hub", "torch")
 
 
 class TimeColumn(ProgressColumn):

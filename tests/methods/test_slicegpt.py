@@ -230,7 +230,7 @@ def test_interrupted_and_in_memory_runs_give_the_same_bits(at, recipe, tmp_path)
 
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "all hidden states sliced to" in card
-    assert "--dense" not in card
+    assert "--to dense" not in card
 
     with pytest.raises(_Killed):
         run(recipe, tmp_path / "killed", announce=announce)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import layershare
-from layershare.api import evaluate_folder, export_dense
+from layershare.api import evaluate_folder
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import continue_text
+from layershare.exporting import export
 from layershare.job import prepare
 from layershare.model.checked import ENTRIES
 from layershare.model.hub import load
@@ -231,7 +232,7 @@ def test_what_others_quantized(spoilt, originals, quantization, said):
         lambda: prepare(make_recipe({"model": folder})),
         lambda: evaluate_folder(folder, None, test),
         lambda: continue_text(folder, "abc"),
-        lambda: export_dense(folder, Path(folder).parent / "dense"),
+        lambda: export(folder, Path(folder).parent / "dense", to="dense"),
     ):
         with pytest.raises(LayershareError, match=rf"{said}.*start from the unquantized weights"):
             verb()
@@ -528,13 +529,13 @@ def test_results_do_not_name_code_that_did_not_come_along(spoilt, originals, mon
     results = [compressed(folder, originals, method=method)]
     if method != "slicegpt":
         results.append(folder.parent / "dense")
-        export_dense(str(results[0]), results[1])
+        export(results[0], results[1], to="dense")
     for result in results:
         for trusted in (True, False):
             loaded: Any = AutoModelForCausalLM.from_pretrained(result, trust_remote_code=trusted)
             assert type(loaded).__name__ == "LlamaForCausalLM"
             AutoTokenizer.from_pretrained(result, trust_remote_code=trusted)
-    export_dense(str(folder), folder.parent / "copy")
+    export(folder, folder.parent / "copy", to="dense")
     assert "auto_map" not in json.loads((folder.parent / "copy" / "config.json").read_text())
     assert not Path("ran").exists()
 

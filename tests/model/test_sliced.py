@@ -119,7 +119,7 @@ def test_there_is_no_dense_model(folder, tmp_path):
         with pytest.raises(LayershareError, match="A sliced model has no dense equivalent"):
             attempt()
     with pytest.raises(LayershareError, match="A sliced model has no dense equivalent"):
-        layershare.api.export_dense(str(folder), tmp_path / "dense")
+        layershare.export(folder, tmp_path / "dense", to="dense")
     assert not (tmp_path / "dense").exists()
 
 

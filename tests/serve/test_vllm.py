@@ -140,7 +140,7 @@ def test_what_cannot_be_served_is_refused_with_what_to_do(tokenizer, words, tmp_
     save(compressed("gpt2"), tmp_path / "gpt2")
     sentence = refused(tmp_path / "gpt2")
     assert sentence.startswith("vLLM cannot serve the factors of 'h.0.attn.c_attn', a Conv1D layer: ")
-    assert "`layershare export --dense`" in sentence
+    assert "`layershare export --to dense`" in sentence
     save(compressed("bloom", config=config_of("bloom")), tmp_path / "bloom")
     assert "h.0.self_attention.query_key_value' while it loads them, which" in refused(tmp_path / "bloom")
 
@@ -185,7 +185,7 @@ def test_processes_that_cannot_share_a_model_are_refused(ways, sentence, tmp_pat
 def test_a_vllm_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     save(compressed("llama", config=config_of("llama")), tmp_path / "small")
     monkeypatch.setattr("vllm.__version_tuple__", (0, 31, 1))
-    assert "(it is too old): install vLLM 0.32, or serve what `layershare export --dense` makes." in refused(
+    assert "(it is too old): install vLLM 0.32, or serve what `layershare export --to dense` makes." in refused(
         tmp_path / "small"
     )
 

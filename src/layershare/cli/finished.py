@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from layershare.cli.options import Blocks, Device, Dtype, Folder, Length, Out, Trust, given, text_option
+from layershare.cli.options import Blocks, Device, Dtype, Folder, Length, Out, Trust, given, one_of, text_option
 from layershare.cli.output import progress, quiet, require_parent, show, tell
 from layershare.errors import LayershareError
 from layershare.recipe import Calibration, Recipe, make_as
@@ -33,22 +33,27 @@ def report(
 def export(
     folder: Folder,
     output: Out,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Multiply the factors out: a checkpoint for everything.")
-    ] = False,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            autocompletion=one_of("dense", "onnx", "openvino"),
+            help="dense: a checkpoint for everything, as large as the original again, except where whole blocks are "
+            "gone. onnx, openvino: a graph in float32 with what is shared in it once.",
+        ),
+    ],
     trust: Trust = False,
 ) -> None:
-    """Make a compressed model a dense one.
+    """Write a compressed model for other programs.
 
-    That is an ordinary checkpoint, for programs that cannot load ours.
+    As an ordinary checkpoint, or as a graph for ONNX Runtime or OpenVINO, which keeps it small.
     """
-    from layershare.api import export_dense
+    from layershare.exporting import export
 
-    quiet()
-    if not dense:
-        raise LayershareError("A compressed folder is its own export; add --dense to multiply the factors out.")
-    export_dense(folder, output, trust_remote_code=trust)
-    tell(f"The dense model is in {output}.")
+    with progress() as (announce, _):
+        export(folder, output, to=to, trust_remote_code=trust, announce=announce)
+    tell(f"The {to} model is in {output}.")
 
 
 def quantize(

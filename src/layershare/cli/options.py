@@ -34,10 +34,10 @@ METHOD_NAMES = (
 
 def choices(settings: type, key: str) -> Callable[[str], list[str]]:
     """What completes an option that is one of a setting's words."""
-    return _one_of(*get_args(get_type_hints(settings)[key]))
+    return one_of(*get_args(get_type_hints(settings)[key]))
 
 
-def _one_of(*words: str) -> Callable[[str], list[str]]:
+def one_of(*words: str) -> Callable[[str], list[str]]:
     """What completes an option in the shell."""
 
     def complete(incomplete: str) -> list[str]:
@@ -48,7 +48,7 @@ def _one_of(*words: str) -> Callable[[str], list[str]]:
 
 def text_option(*names: str, help: str) -> Any:
     """An option that takes a text."""
-    known = _one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
+    known = one_of("wikitext2", "c4", "ptb", "alpaca", "stdlib")
     return typer.Option(*names, metavar="TEXT", autocompletion=known, help=help)
 
 
@@ -69,7 +69,7 @@ MethodName = Annotated[
         "--method",
         "-m",
         metavar="NAME",
-        autocompletion=_one_of(*METHOD_NAMES),
+        autocompletion=one_of(*METHOD_NAMES),
         help=f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}; `layershare methods` tells what they do.",
     ),
 ]
@@ -128,7 +128,7 @@ Dtype = Annotated[
 DEVICE = typer.Option(
     "--device",
     metavar="NAME",
-    autocompletion=_one_of("auto", "cpu", "cuda"),
+    autocompletion=one_of("auto", "cpu", "cuda"),
     help="auto (an accelerator if there is one), cpu, cuda or another.",
 )
 Device = Annotated[str, DEVICE]

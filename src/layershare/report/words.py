@@ -195,7 +195,10 @@ def loading(run: Run) -> str:
     )
     if run.sliced:
         return f"{needed} Its hidden states are narrower than an ordinary model's: it cannot be made one."
-    return f"{needed} `layershare export FOLDER -o DENSE --dense` writes an ordinary checkpoint for other programs."
+    return (
+        f"{needed} `layershare export FOLDER -o DENSE --to dense` writes an ordinary checkpoint for other programs, "
+        "as large as the original again."
+    )
 
 
 def scores(run: Run) -> list[tuple[str, str, str]]:

@@ -32,7 +32,7 @@ from layershare.model.swap import Dropped
 from layershare.serve.vllm_factors import Store
 from layershare.serve.vllm_linear import LayershareLinearMethod, Shard
 
-INSTEAD = "serve what `layershare export --dense` makes of it"
+INSTEAD = "serve what `layershare export --to dense` makes of it"
 FUSED: dict[type[nn.Module], tuple[str, ...]] = {
     QKVParallelLinear: ("q_proj", "k_proj", "v_proj"),
     MergedColumnParallelLinear: ("gate_proj", "up_proj"),

@@ -33,7 +33,7 @@ class Reader(QuantizationConfig):
         except ImportError as error:
             raise LayershareError(
                 f"This layershare does not fit vLLM {vllm.__version__} ({error}): install vLLM "
-                f"{'.'.join(map(str, OLDEST))}, or serve what `layershare export --dense` makes."
+                f"{'.'.join(map(str, OLDEST))}, or serve what `layershare export --to dense` makes."
             ) from error
         return LayershareVllmConfig.from_config(config)
 
