@@ -66,9 +66,11 @@ def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int |
         put(name, how, {"keep": keep, **precision, "bytes": size}, out, row, place)
 
 
-def measure_planned(model: str, row: dict[str, Any], keep: float, bits: list[int], place: Place) -> None:
-    """Measure one model at one size in bytes, of which ranks and bits are planned, if it has no result yet."""
-    how, name = {"recipe": recipe_of(model, row, keep, {"bits": bits})}, f"{model}/planned-{keep}"
+def measure_planned(
+    model: str, row: dict[str, Any], keep: float, options: dict[str, Any], label: str, place: Place
+) -> None:
+    """Measure one model at one size in bytes, of which bits are planned, if it has no result yet."""
+    how, name = {"recipe": recipe_of(model, row, keep, options)}, f"{model}/{label}-{keep}"
     if place.finished(name, how):
         return
     out = str(place.work / name)
@@ -102,8 +104,9 @@ def main() -> None:
             continue
         for keep, precisions in matrix["keeps"].items():
             measure(model, row, keep, precisions, place)
-        for keep in matrix["planned"]["keeps"]:
-            measure_planned(model, row, keep, matrix["planned"]["bits"], place)
+        for label, planned in matrix["planned"].items():
+            for keep in planned["keeps"]:
+                measure_planned(model, row, keep, planned["options"], label, place)
 
 
 if __name__ == "__main__":

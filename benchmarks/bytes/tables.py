@@ -27,7 +27,8 @@ def bytes_page(results: Results, model: str) -> str:
         mark = "**" if loss < best else ""
         best = min(best, loss)
         row = [
-            "original" if each["keep"] == 1 else f"`auto`, {each['keep']:.0%} kept{', planned' * ('planned' in each)}",
+            ("original" if each["keep"] == 1 else f"`auto`, {each['keep']:.0%} kept")
+            + ", planned" * ("planned" in each),
             _bits(each),
             f"{each['bytes'] / 1e6:.2f} MB",
             f"{16 * each['bytes'] / most:.2f}",

@@ -196,7 +196,7 @@ def _in_onnxruntime(folder: Path) -> Callable[[dict[str, np.ndarray]], np.ndarra
                 none = np.zeros((len(call["input_ids"]), heads, 0, width), np.float32)
                 fed[each.name] = known.get(each.name.replace("input.", "output.", 1), none)
         names = [each.name for each in session.get_outputs()]
-        known.update(zip(names, session.run(names, fed), strict=True))
+        known.update(zip(names, map(np.asarray, session.run(names, fed)), strict=True))
         return known["logits"]
 
     return run

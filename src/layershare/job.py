@@ -106,7 +106,8 @@ class Job:
             runs=self.method.runs(self.spec) if self.plan is None else 0,
             held_out=options.held_out if self.holds_out else 0,
             rivals=len(self.method.rivals()) if self.compares else 0,
-            quantizes=self.method.counts_bytes if self.plan is None else bool(quantized(self.plan.edits)),
+            quantizes=bool(self.method.offered_bits) if self.plan is None else bool(quantized(self.plan.edits)),
+            bits=len(self.method.offered_bits),
         )
 
 

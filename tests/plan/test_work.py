@@ -45,9 +45,22 @@ def test_methods_that_leave_out_or_merge_layers_solve_nothing():
     assert work().eigen > 0
 
 
+def test_integers_are_rounded_column_by_column():
+    kinds = frozenset({"inputs", "gradients"})
+    plain = work(kinds=kinds)
+    planned = work(kinds=kinds, quantizes=True, bits=5)
+    widths = sum(linear.d_in for linear in SPEC.linears)
+    # Each matrix at 5 numbers of bits, its factors at three ranks, and what is taken in the end.
+    assert (plain.columns, planned.columns) == (0, (5 + 3 + 1) * widths)
+    assert planned.double > plain.double
+    once = work(kinds=kinds, quantizes=True)
+    assert once.columns == (3 + 1) * widths
+
+
 def test_speed_makes_seconds_of_it():
     speed = measure_speed("cpu", torch.bfloat16, 32)
-    assert min(speed.model, speed.single, speed.double, speed.eigen) > 0
+    assert min(speed.model, speed.single, speed.double, speed.eigen, speed.column) > 0
     assert speed.place == "cpu, 1 thread"
     assert Work().seconds(speed) == START
-    assert Work(single=6, double=4, eigen=3).seconds(Speed(1, 2, 2, 1, "")) == pytest.approx(START + 3 + 2 + 3)
+    done = Work(single=6, double=4, eigen=3, columns=7)
+    assert done.seconds(Speed(1, 2, 2, 1, "", 0.5)) == pytest.approx(START + 3 + 2 + 3 + 3.5)

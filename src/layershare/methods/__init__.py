@@ -98,7 +98,7 @@ def plan_with(
         groups = private_groups(spec.linears)
         budget, *_ = _fitting(spec, before, budget, wanted.bytes, lambda less: uniform(spec, groups, less))
     size = wanted.bytes
-    if size is None and method.counts_bytes:
+    if size is None and method.offered_bits:
         others = before.all.bytes - before.targets.bytes if of == "all" else 0
         size = others + floor(budget.fraction * before.targets.bytes)
     _, edits, after = _fitting(spec, before, budget, size, choose)

@@ -42,7 +42,6 @@ from layershare.formulas.linalg import Factors, balanced, energy, refit, shared_
 from layershare.formulas.two_sided import seen_through, shrunk
 from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.low_rank import LowRank
-from layershare.methods.precision import Noise, bytes_of_factors, measured, offered, probed_ranks
 from layershare.methods.svd_llm import SvdLlm
 from layershare.model.arch import READERS, ROLES, Linear, Spec
 from layershare.model.composition import Storage
@@ -50,6 +49,7 @@ from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Place, Quantize, Share, quantized
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
+from layershare.plan.precision import Noise, bytes_of_factors, measured, offered, probed_ranks
 from layershare.plan.ranks import Group, group_cost, in_order, private_groups
 from layershare.plan.search import Curve, Form, Window, choose, frontier
 from layershare.values import Flag, Names, Number, Wholes
@@ -94,9 +94,9 @@ class Auto(LowRank):
         return True
 
     @property
-    def counts_bytes(self) -> bool:
-        """With bits to choose from."""
-        return bool(self.bits)
+    def offered_bits(self) -> tuple[int, ...]:
+        """Those of its options."""
+        return self.bits
 
     def refits(self, fraction: float) -> bool:
         """At every size; whether it helps is measured on text that is held out."""

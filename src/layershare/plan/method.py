@@ -67,9 +67,9 @@ class Method(ABC):
         return False
 
     @property
-    def counts_bytes(self) -> bool:
-        """Whether `keep` counts bytes, also as a fraction, since it plans how matrices are stored."""
-        return False
+    def offered_bits(self) -> tuple[int, ...]:
+        """The bits that it plans with, if it plans how matrices are stored: `keep` counts bytes then."""
+        return ()
 
     @property
     def reads_text(self) -> bool:

@@ -49,12 +49,13 @@ def estimate_needs(
     held_out: int = 0,
     rivals: int = 0,
     quantizes: bool = False,
+    bits: int = 0,
 ) -> Needs:
     """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
     It refits to so many `streams` of text and refines in so many `epochs` (0: not at all) and, if the method searches,
     runs the model on so many blocks then. It compares its plan with those of so many `rivals` on `held_out` blocks.
-    `quantizes`: whether it stores matrices as integers at the end.
+    It may store matrices as integers at the end (`quantizes`), after it has planned which, of so many `bits`.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
@@ -79,7 +80,18 @@ def estimate_needs(
     entering = blocks * length * width * itemsize
     states = 2 * entering
     text: Any = {"blocks": blocks, "length": length, "held_out": held_out}
-    work = count_work(spec, plan, kinds=kinds, streams=streams, epochs=epochs, runs=runs, rivals=rivals, **text)
+    work = count_work(
+        spec,
+        plan,
+        kinds=kinds,
+        streams=streams,
+        epochs=epochs,
+        runs=runs,
+        rivals=rivals,
+        quantizes=quantizes,
+        bits=bits,
+        **text,
+    )
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
             memory=2 * max(block) + batch + _eigenproblem(width),

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from layershare.calibrate.stats import BACKWARD, Statistic
+from layershare.formulas.quantize import as_integers
 from layershare.model.arch import Spec
 from layershare.plan.edits import Delta, Share, places, sharing, sliced_width
 from layershare.plan.plan import Plan
+from layershare.plan.precision import probed_ranks
 
 HANDLING = 1.4
 """For what a block does beside its products: norms, softmax, rounding, copies."""
@@ -19,8 +21,11 @@ START = 3.0
 """Seconds to open the model and the text, and to write the result."""
 _ROWS = 1024
 _WIDEST = 1024
+_FEW = 64
 _REFIT = {1: 2, 2: 5}
 """Passes of a refit, by its streams of text: with two, both blocks run up to every site, and through."""
+_SCALES = 500
+"""Multiplications that finding the scales takes as long as, for each number."""
 _ENOUGH = 0.08
 """Seconds that each kind of product is measured."""
 
@@ -29,7 +34,7 @@ _ENOUGH = 0.08
 class Speed:
     """Multiplications per second: through a model in its dtype, of Grams in float32, in float64; `eigen`: d³ of them.
 
-    `place`: where it was measured, in words.
+    `place`: where it was measured, in words. `column`: seconds that rounding a column takes beside its multiplications.
     """
 
     model: float
@@ -37,21 +42,26 @@ class Speed:
     double: float
     eigen: float
     place: str
+    column: float = 0.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """Multiplications of a run, by the kinds that `Speed` tells apart; `eigen` is Σd³ over the eigenproblems."""
+    """Multiplications of a run, by the kinds that `Speed` tells apart; `eigen` is Σd³ over the eigenproblems.
+
+    `columns`: how many of matrices GPTQ rounds, one after the other.
+    """
 
     model: int = 0
     single: int = 0
     double: int = 0
     eigen: int = 0
+    columns: int = 0
 
     def seconds(self, speed: Speed) -> float:
         """How long that takes, roughly."""
         products = HANDLING * self.model / speed.model + self.single / speed.single + self.double / speed.double
-        return START + products + self.eigen / speed.eigen
+        return START + products + self.eigen / speed.eigen + self.columns * speed.column
 
 
 def count_work(
@@ -66,13 +76,16 @@ def count_work(
     runs: int,
     held_out: int = 0,
     rivals: int = 0,
+    quantizes: bool = False,
+    bits: int = 0,
 ) -> Work:
     """The work of a run, without evaluation, of which nothing is done yet.
 
     It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit to so many `streams`,
     to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. On `held_out` × `length` tokens, which
     refit and refinement take, too, it measures its plan, those of its `rivals`, which it solves for that, the refit and
-    the refinement. Without a plan, every matrix counts as solved at its full rank, if the method solves anything.
+    the refinement. It may store matrices as integers (`quantizes`), after it has planned which, of so many `bits`.
+    Without a plan, every matrix counts as solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length
     sites = {linear.site: linear.d_in for linear in spec.linears}.values()
@@ -128,7 +141,26 @@ def count_work(
             double += max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)
             if streams:
                 double += edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
-    return Work(model, single, (1 + rivals) * double, (1 + rivals) * eigen)
+    columns = 0
+    if quantizes:
+        model += 3 * tokens * forward  # to where first and second factors read, and through
+        single += 2 * grams
+    for linear in spec.linears if quantizes else ():
+        d_in, d_out = linear.d_in, linear.d_out
+        times = 1 + (bits if plan is None else 0)
+        columns += times * d_in
+        double += times * _rounding(d_out, d_in)
+        if plan is None:
+            for rank in probed_ranks(linear):
+                columns += d_in
+                double += _rounding(rank, d_in - rank) + _rounding(d_out, rank)
+                eigen += min(d_in, d_out) ** 3
+    return Work(model, single, (1 + rivals) * double, (1 + rivals) * eigen, columns)
+
+
+def _rounding(rows: int, columns: int) -> int:
+    """Multiplications of GPTQ: of the inverse, of the columns to come, and what finding the scales is worth."""
+    return columns**3 + rows * columns * (columns // 2 + _SCALES)
 
 
 @cache
@@ -142,6 +174,7 @@ def measure_speed(device: str, dtype: torch.dtype, width: int) -> Speed:
     x, w = matrix(_ROWS, dtype), matrix(2 * width, dtype)
     single, double = matrix(256, torch.float32), matrix(width, torch.float64)
     symmetric = double @ double.T
+    few, small = matrix(_FEW, torch.float32)[:, :_FEW], torch.eye(min(_FEW, width), device=device)
     place = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
     return Speed(
         model=_per_second(lambda: torch.nn.functional.silu(x @ w.T), _ROWS * 2 * width**2),
@@ -149,6 +182,7 @@ def measure_speed(device: str, dtype: torch.dtype, width: int) -> Speed:
         double=_per_second(lambda: double @ double, width**3),
         eigen=_per_second(lambda: torch.linalg.eigh(symmetric), width**3),
         place=place.replace("1 threads", "1 thread"),
+        column=1 / _per_second(lambda: as_integers(few, small, 4, _FEW, torch.float32), _FEW),
     )
 
 

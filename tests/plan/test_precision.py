@@ -9,11 +9,11 @@ from layershare.errors import LayershareError
 from layershare.formulas.quantize import best_scales, compensated, dense_weight, packed, step
 from layershare.methods import make_method, plan_with
 from layershare.methods.auto import Auto
-from layershare.methods.precision import PROBED, bytes_of_factors, offered, probed_ranks
 from layershare.model.composition import Storage, shared
 from layershare.plan.budget import measure
 from layershare.plan.edits import Place, Quantize, Share, quantized
 from layershare.plan.evidence import Evidence
+from layershare.plan.precision import PROBED, bytes_of_factors, offered, probed_ranks
 from layershare.plan.ranks import private_groups
 from tests.families import tiny_model
 from tests.methods.evidence import measured
