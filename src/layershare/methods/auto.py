@@ -167,7 +167,7 @@ class Auto(LowRank):
         return *in_order(spec, shares), *as_integers
 
     def predicted(self, edits: tuple[Edit, ...], evidence: Evidence) -> float | None:
-        """Half the sum of the dropped eigenvalues of all groups; nothing without gradients."""
+        """Half the sum of the dropped eigenvalues of all groups, and what integers add; nothing without gradients."""
         if not self.two_sided:
             return None
         shares, lost = [edit for edit in edits if isinstance(edit, Share)], 0.0

@@ -63,9 +63,9 @@ def quantize_factors(
 ) -> tuple[tuple[Composition, ...], dict[str, float]]:
     """Quantize factors of a model in place, those of `compositions` and what is dense in its blocks; biases stay.
 
-    `stored` says of each composition how. Scales are such as fit `dtype`, the
-    one in which they will be stored. `tokens` [n, length]: the text, `batch_size` rows of which pass at a time, hidden
-    states in files in `scratch`, if given; `None` rounds. Returns the new compositions, and for each factor what
+    `stored` says of each composition how. Scales are such as fit `dtype`, the one in which they will be stored.
+    `tokens` [n, length]: the text, `batch_size` rows of which pass at a time, hidden states in files in `scratch`, if
+    given; `None` rounds. Returns the new compositions, and for each factor what
     quantizing it lost: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² under its inputs X, without a text ‖W − Ŵ‖² / ‖W‖². Raises
     `LayershareError` for inputs that overflow.
     """
