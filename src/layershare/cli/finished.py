@@ -45,7 +45,7 @@ def export(
     ],
     trust: Trust = False,
 ) -> None:
-    """Write a compressed model for other programs.
+    """Write a model for other programs.
 
     As an ordinary checkpoint, or as a graph for ONNX Runtime or OpenVINO, which keeps it small.
     """
