@@ -1,9 +1,12 @@
 """Ranks and bits planned together: what integers lose by brute force, sizes, budgets, and that mixing pays."""
 
+from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from layershare.errors import LayershareError
 from layershare.formulas.quantize import best_scales, compensated, dense_weight, packed, step
@@ -15,6 +18,7 @@ from layershare.plan.edits import Place, Quantize, Share, quantized
 from layershare.plan.evidence import Evidence
 from layershare.plan.precision import PROBED, bytes_of_factors, offered, probed_ranks
 from layershare.plan.ranks import private_groups
+from layershare.plan.table import plan_table
 from tests.families import tiny_model
 from tests.methods.evidence import measured
 
@@ -137,6 +141,15 @@ def test_a_prediction_counts_what_is_cut_and_what_is_rounded(evidence):
         else:
             rounded += noise.of_dense(edit.bits)
     assert plan.predicted_loss == pytest.approx(cut + rounded, rel=1e-9)
+
+
+def test_the_table_of_a_plan_has_a_column_of_bits(evidence):
+    plan = planned(evidence, 0.15)
+    edits = (Quantize((Place("q", 0), Place("q", 2)), 3, 4), Quantize((Place("q", 1),), 6, 6))
+    shown = StringIO()
+    Console(file=shown, width=80).print(plan_table(evidence.spec, replace(plan, edits=edits)))
+    (line,) = [line for line in shown.getvalue().splitlines() if line.startswith(" q ")]
+    assert line.split()[-3:] == ["4,096", "100.0%", "3–6"]
 
 
 @pytest.mark.parametrize(

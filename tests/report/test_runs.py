@@ -5,7 +5,7 @@ import pytest
 from layershare.errors import LayershareError
 from layershare.report.page import page
 from layershare.report.runs import Run
-from layershare.report.words import edits, story
+from layershare.report.words import edits, loading, story
 from layershare.units import percent
 from tests.report.made_up import DELTAS, OTHER, SHARED, make_run
 
@@ -81,7 +81,8 @@ def test_matrices_stored_as_integers(tmp_path):
     run = Run.read(make_run(tmp_path / "run", edits=[*SHARED, stored]), "run")
     assert [run.cells["q", layer].bits for layer in range(5)] == [3, None, 3, None, 3]
     assert (run.cells["q", 0].kind, run.cells["q", 4].kind) == ("share", "dense")
-    assert edits(run).endswith("25 matrices unchanged; 3 matrices of 3 bits a number, 4 in bases")
+    assert edits(run).endswith("; 24 matrices unchanged; 3 matrices stored as integers of 3 bits a number")
+    assert "LoRA takes the usual names" in loading(run)
     sizes = run.results.after.all.bytes / run.results.before.all.bytes
     assert run.kept == sizes
     assert f"at {percent(sizes)} of its bytes: " in story(run)

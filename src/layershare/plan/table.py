@@ -1,6 +1,6 @@
 """A plan for the eyes: groups, ranks, sizes before and after, and what the run will need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rich import box
@@ -11,11 +11,12 @@ from layershare.model.arch import WRITERS, Linear, Spec
 from layershare.plan.edits import (
     Delta,
     Merge,
-    Quantize,
+    Place,
     Share,
     composition,
     dropped_parts,
     kept_layers,
+    quantized,
     sharing,
     sliced_width,
 )
@@ -32,7 +33,8 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
     groups.add_column("layers", min_width=6)
     groups.add_column("shape", min_width=5)
     groups.add_column("groups", min_width=7, justify="right")
-    for column in ("rank", "parameters", "kept"):
+    stored = {place: edit.bits for place, edit in quantized(plan.edits).items()}
+    for column in ("rank", "parameters", "kept", *(["bits"] if stored else [])):
         groups.add_column(column, justify="right", no_wrap=True)
     shared = sharing(plan.edits)
     sliced = sliced_width(plan.edits)
@@ -40,7 +42,7 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
     for role, linears in spec.by_role.items():
         edits = [edit for edit in dict.fromkeys(shared.values()) if edit.roles[0] == role]
         for _, run in groupby(edits, key=lambda edit: (edit.roles, len(edit.places), _how(edit), _private(edit))):
-            _add_groups(groups, spec, list(run))
+            _add_groups(groups, spec, list(run), stored)
         stays = [x for x in linears if x.layer in kept and (x.layer, x.part) not in dropped]
         if gone := [x for x in linears if x not in stays]:
             shape = f"{gone[0].d_in} × {gone[0].d_out}"
@@ -52,7 +54,9 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
         elif dense:
             count = sum(linear.parameters for linear in dense)
             shape = f"{dense[0].d_in} × {dense[0].d_out}"
-            groups.add_row(role, _range([x.layer for x in dense]), shape, "", "dense", *_kept(count, count))
+            places = [Place(role, linear.layer) for linear in dense]
+            row = role, _range([x.layer for x in dense]), shape, "", "dense", *_kept(count, count)
+            groups.add_row(*row, *([_bits(places, stored)] if stored else []))
     if sliced is not None:
         shortcuts = len(spec.sliceable().sublayers)
         layers, count = _range(list(range(spec.n_layers))), shortcuts * sliced**2
@@ -68,19 +72,12 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
             per_token = " per token" if name == "multiplications" else ""
             totals.add_row(f"{name}{of}{per_token}", f"{old:,}", *_kept(old, new))
     notes = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
-    notes += [f"Stored as integers: {as_integers(e)}." for e in plan.edits if isinstance(e, Quantize)]
     said = []
     if plan.predicted_loss is not None:
         said.append(f"Predicted: a loss higher by {plan.predicted_loss:.2g} nats per token, or up to four times that.")
     if needs is not None:
         said.append(needs_sentence(needs, speed))
     return Group(groups, *notes, totals, *said)
-
-
-def as_integers(edit: Quantize) -> str:
-    """What an edit stores as integers: `12 matrices of 3 bits a number, bases 4`."""
-    matrices = f"{len(edit.places)} matri{'ces' if len(edit.places) > 1 else 'x'} of {edit.bits} bits a number"
-    return matrices if edit.basis_bits == edit.bits else f"{matrices}, {edit.basis_bits} in bases"
 
 
 def needs_sentence(needs: Needs, speed: Speed | None = None) -> str:
@@ -97,7 +94,13 @@ def _table(title: str | None = None) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
+def _bits(places: Sequence[Place], stored: Mapping[Place, int]) -> str:
+    """The bits of a number at some places, from the least to the most."""
+    bits = sorted({stored[place] for place in places if place in stored})
+    return "–".join(map(str, dict.fromkeys((*bits[:1], *bits[-1:]))))
+
+
+def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta], stored: Mapping[Place, int]) -> None:
     linears = [spec.linear(*place) for edit in edits for place in edit.places]
     after = sum(composition(spec, edit).parameters for edit in edits)
     n, shapes = len(edits[0].places), dict.fromkeys(f"{x.d_in} × {x.d_out}" for x in linears)
@@ -109,6 +112,7 @@ def _add_groups(table: Table, spec: Spec, edits: list[Share | Delta]) -> None:
         f"{len(edits)} × {n} ({_how(edits[0])})" if n > 1 else f"{len(edits)} × 1",
         f"{least:,}" + (f"–{most:,}" if most > least else "") + (f" + {private:,}" if private else ""),
         *_kept(sum(linear.parameters for linear in linears), after),
+        *([_bits([place for edit in edits for place in edit.places], stored)] if stored else []),
     )
 
 

@@ -4,8 +4,7 @@ from collections import Counter
 
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
-from layershare.plan.edits import Drop, Merge, Quantize, Slice
-from layershare.plan.table import as_integers
+from layershare.plan.edits import Drop, Merge, Quantize, Slice, in_floats
 from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, HeldOutText
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
@@ -127,23 +126,29 @@ def edits(run: Run) -> str:
     """What the plan does, counted: `15 bases shared by 2 layers each; 40 matrices with own factors`."""
     parts = _shared(run, ("share",), "basis", "bases")
     parts += [f"{part}, with deltas" for part in _shared(run, ("anchor", "delta"), "weight", "weights")]
-    kinds = Counter(cell.kind for cell in run.cells.values())
-    if own := kinds["own"]:
-        parts.append(f"{own} {'matrices' if own > 1 else 'matrix'} with own factors")
-    if dense := kinds["dense"]:
-        parts.append(f"{dense} {'matrices' if dense > 1 else 'matrix'} unchanged")
-    for edit in run.edits:
+    cells = run.cells.values()
+    if own := sum(cell.kind == "own" for cell in cells):
+        parts.append(f"{_matrices(own)} with own factors")
+    if dense := sum(cell.kind == "dense" and cell.bits is None for cell in cells):
+        parts.append(f"{_matrices(dense)} unchanged")
+    if stored := [cell.bits for cell in cells if cell.bits is not None]:
+        bits = f"{min(stored)} to {max(stored)}" if min(stored) < max(stored) else f"{stored[0]}"
+        parts.append(f"{_matrices(len(stored))} stored as integers of {bits} bits a number")
+    for edit in in_floats(run.edits):
         if isinstance(edit, Slice):
             parts.append(f"all hidden states sliced to {edit.width:,} components")
             continue
+        assert not isinstance(edit, Quantize)
         layers = in_layers(edit.layers)
-        if isinstance(edit, Quantize):
-            parts.append(as_integers(edit))
-        elif isinstance(edit, Drop):
+        if isinstance(edit, Drop):
             parts.append(f"{layers} dropped" if edit.part == "block" else f"{edit.part} of {layers} dropped")
         elif isinstance(edit, Merge):
             parts.append(f"{layers} merged into layer {edit.into}")
     return "; ".join(parts) or "nothing was changed"
+
+
+def _matrices(count: int) -> str:
+    return f"{count} {'matrices' if count > 1 else 'matrix'}"
 
 
 def _shared(run: Run, kinds: tuple[str, ...], one: str, many: str) -> list[str]:
@@ -177,7 +182,7 @@ def blocks(text: Blocks) -> str:
 
 def options(run: Run) -> str:
     """The method's options that are set: `group_size 2`."""
-    given = {key: value for key, value in (run.results.options or {}).items() if value is not None}
+    given = {key: value for key, value in (run.results.options or {}).items() if value is not None and value != []}
     return ", ".join(
         f"{key} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for key, value in given.items()
@@ -188,7 +193,7 @@ def loading(run: Run) -> str:
     """What it takes to load the result, and what becomes of programs that cannot."""
     if run.ordinary:
         return "It is an ordinary checkpoint, which loads without layershare, too."
-    trains = "LoRA takes" if run.results.quantization else "It trains like any model; PEFT and TRL take"
+    trains = "LoRA takes" if run.integers else "It trains like any model; PEFT and TRL take"
     needed = (
         f"layershare must be installed, not imported. {trains} the usual names "
         "(`q_proj`, …), whose adapters sit on a layer's own factor."
