@@ -13,6 +13,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from layershare.cli import main
 from tests import warm
 from tests.families import tiny_model
 
@@ -86,3 +87,17 @@ def shared_model(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{name} is not here")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Call the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capfd.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call

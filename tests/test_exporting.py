@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import layershare
-from layershare.cli import main
 from layershare.errors import LayershareError
 from layershare.exporting import NEEDED, _require_same
 from layershare.model.composition import deltas, shared
@@ -36,20 +35,6 @@ GRAPHS = [
 
 
 EVERYTHING = pytest.mark.skipif(find_spec("openvino") is None, reason="takes minutes: `make test-exports`")
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Call the command line: exit code, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capfd.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

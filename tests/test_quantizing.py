@@ -1,7 +1,6 @@
 """`layershare quantize`: folders in, folders out, and what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layershare
-from layershare.cli import main
 from layershare.errors import LayershareError
 from layershare.model.hub import load
 from layershare.model.layers import QuantizedLinear
@@ -20,20 +18,6 @@ from tests.families import tokens
 from tests.healing.tiny import compress_tiny, heal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Call the command line: exit code, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capfd.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def _best(groups: Tensor, counts: Tensor, bits: int, dtype: torch.dtype) -> Tens
 
 def rounded(weight: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """q (out × in, int8): the nearest numbers."""
-    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
+    steps = _spread(scales.double(), group, weight.shape[1])
     return _nearest(weight.double(), _divisible(steps), bits).to(torch.int8)
 
 
@@ -60,7 +60,7 @@ def compensated(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: 
     """
     nearest = rounded(weight, scales, bits, group)
     found = _one_by_one(weight, gram, scales, bits, group)
-    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]]
+    steps = _spread(scales.double(), group, weight.shape[1])
 
     def error(codes: Tensor) -> Tensor:
         missing = weight.double() - _values(codes, steps, bits)
@@ -74,7 +74,7 @@ def _one_by_one(weight: Tensor, gram: Tensor, scales: Tensor, bits: int, group: 
     gram = gram.double()
     order = gram.diagonal().argsort(descending=True, stable=True)
     # Transposed, so that a column lies in one piece.
-    steps = scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]][:, order].T.contiguous()
+    steps = _spread(scales.double(), group, weight.shape[1])[:, order].T.contiguous()
     left = weight.double()[:, order].T.contiguous()
     damping = DAMPING * gram.diagonal().mean() or 1.0  # inputs that are all zero: plain rounding
     damped = gram[order][:, order] + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -96,7 +96,7 @@ def as_integers(weight: Tensor, gram: Tensor, bits: int, group: int, dtype: torc
     """Ŵ (out × in, float64) by GPTQ, with scales of that dtype."""
     scales = best_scales(weight, bits, group, dtype, gram.diagonal())
     codes = compensated(weight, gram, scales, bits, group)
-    return _values(codes, scales.double().repeat_interleave(group, 1)[:, : weight.shape[1]], bits)
+    return _values(codes, _spread(scales.double(), group, weight.shape[1]), bits)
 
 
 def step(bits: int) -> float:
@@ -147,12 +147,17 @@ def unpacked(stored: Tensor, bits: int, columns: int) -> Tensor:
 
 def dense_weight(stored: Tensor, scales: Tensor, bits: int, group: int, columns: int) -> Tensor:
     """Ŵ (out × `columns`, of the scales' dtype) of its packed numbers and its scales."""
-    steps = scales.repeat_interleave(group, 1)[:, :columns]
+    steps = _spread(scales, group, columns)
     return _values(unpacked(stored, bits, columns), steps, bits).to(scales.dtype)
 
 
 def _offset(bits: int) -> float:
     return 0.5 if bits < 4 else 0.0
+
+
+def _spread(scales: Tensor, group: int, columns: int) -> Tensor:
+    """The scale of every number (out × `columns`)."""
+    return scales.repeat_interleave(group, 1)[:, :columns]
 
 
 def _values(codes: Tensor, steps: Tensor, bits: int) -> Tensor:
