@@ -1,8 +1,8 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`repair MODEL`, `first`, `heal MODEL`, `sharing PART MODEL`, `speed`, `bytes MODEL`, `measured METHOD`, or, from the
-code, `recipe KIND` or `options`.
+`repair MODEL`, `first`, `expected`, `heal MODEL`, `sharing PART MODEL`, `speed`, `bytes MODEL`, `measured METHOD`, or,
+from the code, `recipe KIND` or `options`.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bytes.tables import bytes_page
+from benchmarks.expected.tables import expected_page
 from benchmarks.heal.tables import heal_page, speed_page
 from benchmarks.methods.tables import machine, markdown, measured_method, model_page, models_page, variants_page
 from benchmarks.results import Results
@@ -81,6 +82,8 @@ def table(name: str) -> str:
         return variants_page(REPAIR, which, kind)
     if kind == "first":
         return models_page(FIRST, kind)
+    if kind == "expected":
+        return expected_page()
     if kind == "heal":
         return heal_page(HEAL, which)
     if kind == "sharing":

@@ -268,7 +268,7 @@ def test_calibrate_once_run_a_recipe_with_it(layershare, here):
     assert code == 0
     assert "stats" in out
     measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
-    assert len(measured) == 12  # three kinds for each of 4 layers
+    assert len(measured) == 14  # three kinds for each of 4 layers, and two plans
     recipe = "model: dense\nmethod: svd-llm\ncalibration: {text: text.txt, blocks: 24, length: 64, stats: stats}\n"
     (here / "recipe.yaml").write_text(recipe)
     code, _, err = layershare("run", "recipe.yaml", "-o", "small", "--set", "keep=0.7")
@@ -293,7 +293,7 @@ def test_plans_by_weights_and_by_measured_statistics(layershare, here):
     code, _, err = layershare(*measuring, "--fisher", "--dtype", "bfloat16")
     assert code == 0, err
     measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
-    assert len(measured) == 16  # four kinds for each of 4 layers
+    assert len(measured) == 18  # four kinds for each of 4 layers, and two plans
     code, _, err = layershare("plan", "dense", "-m", "d-rank", "--stats", "stats")
     assert (code, "statistics of this model on 0 texts" in err) == (2, True)
     code, out, err = layershare("plan", "dense", "-m", "d-rank", "--stats", "stats", "--dtype", "bfloat16")

@@ -12,7 +12,7 @@ HOUSE = """
     __init__
     api
     run · quantizing · exporting
-    steps
+    steps · trials
     job
     healing
     report

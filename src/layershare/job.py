@@ -220,6 +220,14 @@ def load_calibration(
     return _load(options, tokenizer, config, text, 0)
 
 
+def load_with_spare(
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> tuple[Text, Text | None]:
+    """The calibration text, and the blocks beside it that are held out; none of a short text. Raises as `load_text`."""
+    whole = _load(options, tokenizer, config, None, options.held_out)
+    return whole.split(options.blocks) if len(whole.tokens) > options.blocks else (whole, None)
+
+
 def load_and_hold_out(
     options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> tuple[Text, Text]:

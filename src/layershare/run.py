@@ -20,13 +20,14 @@ from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
 from layershare.foreign import reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
-from layershare.job import Job, load_and_hold_out, load_calibration, open_weights, prepare, refits
+from layershare.job import Job, load_and_hold_out, load_calibration, load_with_spare, open_weights, prepare, refits
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.weights import Weights
 from layershare.plan.edits import quantized
+from layershare.plan.evidence import Evidence
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
 from layershare.progress import Announce, Clock, Progress, silent
@@ -46,6 +47,7 @@ from layershare.report.results import (
 from layershare.solve.write import write_model
 from layershare.steps import Context, as_integers, measuring_held_out, nearest, own_plan, refined, refitted
 from layershare.store import make_folder, write_json
+from layershare.trials import try_plans
 
 
 def run(
@@ -141,7 +143,7 @@ def _carry_out(run: Context) -> Results:
     job, recipe, clock = run.job, run.job.recipe, run.clock
     shutil.rmtree(run.staging, ignore_errors=True)
     run.staging.mkdir()
-    chosen = own_plan(run)
+    chosen = own = own_plan(run)
     with clock.step("solve") as progress:
         factored = chosen.solved(run, progress)
     held_out = measuring_held_out(run, factored)
@@ -163,7 +165,8 @@ def _carry_out(run: Context) -> Results:
         write_model(factored, recipe, run.tokenizer, run.staging, beside)
     measured = samples = compared = None
     if held_out is not None:
-        compared = HeldOutText(**held_out.text.identity, chosen=chosen.label, kl=held_out.found)
+        told = {"chosen": chosen.label, "kl": held_out.found, "expected": own.plan.expected_kl}
+        compared = HeldOutText(**held_out.text.identity, **told)
     if run.evaluator is not None:
         with clock.step("evaluate") as progress:
             measured, samples = _measure(run, run.evaluator, progress)
@@ -213,6 +216,7 @@ def _measure(run: Context, evaluator: Evaluator, progress: Progress) -> tuple[Me
 def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announce: Announce = silent) -> Path:
     """Measure statistics of a recipe's model and keep them in its `calibration.stats` folder, which is returned.
 
+    With inputs and gradients, what `auto` plans by, two of its plans are tried, too, if the text has blocks to spare.
     Raises `LayershareError` as `run` does.
     """
     options = recipe.calibration
@@ -221,19 +225,21 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announ
     device_of(recipe.device)  # refuses an unknown one before anything is read or written
     config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     spec = describe(config)
-    text = load_calibration(options, read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code), config)
-    length = text.tokens.shape[1]
+    tokenizer = read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    text, spare = load_with_spare(options, tokenizer, config)
+    tries, length = spare is not None and {"inputs", "gradients"} <= {*kinds}, text.tokens.shape[1]
     needed = estimate_needs(
         spec, None, blocks=options.blocks, length=length, batch_size=options.batch_size, kinds=frozenset(kinds)
     )
-    room = needed.stats + needed.states
+    room = needed.stats + (needed.output if tries else needed.states)
     require_disk({folder: room})
     make_folder(folder)
     with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)
         weights = open_weights(recipe, config, scratch)
         weights.require_sound()
-        progress = announce("calibrate")
         passes: dict[str, Any] = {"batch_size": options.batch_size, "scratch": scratch}
-        calibrate(weights, spec, text, folder, kinds=kinds, progress=progress, **passes)
+        stats = calibrate(weights, spec, text, folder, kinds=kinds, progress=announce("calibrate"), **passes)
+        if tries:
+            try_plans(Evidence(spec, weights, stats, text, spare, announce("try plans"), **passes), scratch)
     return folder

@@ -32,6 +32,7 @@ Statistic = Literal["inputs", "blocks", "gradients", "fisher"]
 squared gradients per row of each weight (needs the whole model in memory)."""
 STREAMED: tuple[Statistic, ...] = ("inputs", "blocks")
 """What one pass, block after block, measures."""
+_TRIAL = "trial-"
 
 
 class Stats:
@@ -106,6 +107,20 @@ class Stats:
     def pooled(self, layer: int) -> Tensor:
         """The hidden state of each text block's last token (n × width, float32) when it leaves this layer."""
         return self._store.read(_unit("blocks", layer), "pooled")
+
+    @property
+    def trials(self) -> list[tuple[float, float]]:
+        """Of plans that were carried out: the predicted loss, and the KL divergence on held-out text."""
+        facts = [self._store.facts(unit) for unit in self._store if unit.startswith(_TRIAL)]
+        return sorted((each["predicted"], each["kl"]) for each in facts)
+
+    def tried(self, keep: float) -> bool:
+        """Whether the plan of this size is among them."""
+        return f"{_TRIAL}{keep}" in self._store
+
+    def write_trial(self, keep: float, predicted: float, kl: float) -> None:
+        """Note what a plan of this size was predicted to lose and what it lost, in nats per token."""
+        self._store.write(f"{_TRIAL}{keep}", {}, {"predicted": predicted, "kl": kl})
 
     def write(self, kind: Statistic, layer: int, measure: Measure) -> None:
         """Finish a layer's statistics of a kind and store them. Raises `LayershareError` as `Measure.finish` does."""

@@ -165,7 +165,7 @@ def calibrate(
     blocks: Blocks = None,
     length: Length = None,
     gradients: Annotated[
-        bool, typer.Option(help="Gradients at the outputs of matrices, which auto plans by: three times the work.")
+        bool, typer.Option(help="What auto plans by: gradients, and two plans that are tried. Four times the work.")
     ] = True,
     fisher: Annotated[
         bool, typer.Option("--fisher", help="Gradients of weights, too, for fwsvd: needs the whole model in memory.")

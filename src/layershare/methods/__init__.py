@@ -104,7 +104,8 @@ def plan_with(
     _, edits, after = _fitting(spec, before, budget, size, choose)
     check(spec, edits)
     loss = method.predicted(edits, evidence)
-    return Plan(spec.model_type, name, asdict(method), keep, budget.of, before, after, edits, loss)
+    kl = None if loss is None else evidence.expected(loss)
+    return Plan(spec.model_type, name, asdict(method), keep, budget.of, before, after, edits, loss, kl)
 
 
 def _fitting(

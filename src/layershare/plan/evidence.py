@@ -1,5 +1,6 @@
 """What a method may look at when it plans and solves: weights, measured statistics, and the text itself."""
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,19 @@ class Evidence:
     def fisher(self, linear: Linear) -> Tensor:
         """Σⱼ E[(∂L/∂W)²ᵢⱼ], the Fisher information of each row of a linear's W, d_in."""
         return self.stats.fisher(linear).to(self.weights.device)
+
+    def expected(self, predicted: float) -> float | None:
+        """The KL divergence, in nats per token, that is to be expected where `predicted` is the predicted loss.
+
+        By the power law through the two plans that were measured (`trials`), and in proportion for less than the first
+        one loses; `None` if they were not measured, or lost nothing.
+        """
+        trials = [] if self.measured is None else self.measured.trials
+        if len(trials) < 2 or trials[0] == trials[1] or min(*trials[0], *trials[1]) <= 0:
+            return None
+        (x, y), (x_end, y_end) = trials
+        power = math.log(y_end / y) / math.log(x_end / x) if predicted > x else 1.0
+        return y * (predicted / x) ** power
 
     def spectrum(self, group: Group, *, weighted: bool) -> Tensor:
         """The squared singular values of a group, falling, of SW if `weighted` by the Grams, else of W; computed once.

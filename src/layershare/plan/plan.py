@@ -29,7 +29,9 @@ class Plan:
     after: Sizes
     edits: Annotated[tuple[Edit, ...], FailFast(), Field(max_length=100_000)]
     predicted_loss: Annotated[float, Field(ge=0)] | None = None
-    """By how much the method expects the edits to raise the loss, in nats per token, where it has an idea of it."""
+    """By how much the method predicts the edits to raise the loss, in nats per token, where it has an idea of it."""
+    expected_kl: Annotated[float, Field(ge=0)] | None = None
+    """The KL divergence from the original, in nats per token, that this prediction means, where plans were measured."""
 
     @property
     def in_floats(self) -> "Plan":

@@ -73,7 +73,10 @@ def plan_table(spec: Spec, plan: Plan, needs: Needs | None = None, speed: Speed 
             totals.add_row(f"{name}{of}{per_token}", f"{old:,}", *_kept(old, new))
     notes = [f"Layer {e.into} stands for {_range(list(e.layers))}." for e in plan.edits if isinstance(e, Merge)]
     said = []
-    if plan.predicted_loss is not None:
+    if plan.expected_kl is not None:
+        kl = f"a KL divergence of {plan.expected_kl:.2g} nats per token from the original"
+        said.append(f"Expected: {kl}, less after a refit.")
+    elif plan.predicted_loss is not None:
         said.append(f"Predicted: a loss higher by {plan.predicted_loss:.2g} nats per token, or up to four times that.")
     if needs is not None:
         said.append(needs_sentence(needs, speed))

@@ -103,10 +103,14 @@ QUANTIZED = "quantized"
 
 @dataclass(frozen=True)
 class HeldOutText(Blocks):
-    """The text that candidates were compared on: the label of the one that was taken, and label -> KL divergence."""
+    """The text that candidates were compared on: the label of the one that was taken, and label -> KL divergence.
+
+    `expected`: what the method's own plan was expected to have, if it was told before.
+    """
 
     chosen: Word
     kl: dict[Word, Number]
+    expected: Number | None = written_with("expected")
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ def calibration(run: Run) -> str:
 def compared(text: HeldOutText) -> str:
     """What was found on held-out text before the result was written: every candidate's divergence."""
     names = {OWN: "its own plan", REFITTED: "fitted again", REFINED: "refined", QUANTIZED: "quantized"}
-    found = ", ".join(f"{names.get(label, label)} {kl:.3g}" for label, kl in text.kl.items())
+    expected = {} if text.expected is None else {OWN: f" ({text.expected:.2g} expected)"}
+    found = ", ".join(f"{names.get(x, x)} {kl:.3g}{expected.get(x, '')}" for x, kl in text.kl.items())
     return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"
 
 
