@@ -10,10 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layershare
 from layershare.errors import LayershareError
+from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.layers import QuantizedLinear
-from layershare.model.source import read_tokenizer
+from layershare.model.source import read_config, read_tokenizer
+from layershare.plan.budget import measure as sizes_of
+from layershare.plan.edits import Place, Quantize
+from layershare.quantizing import quantize_folder
+from layershare.recipe import make_recipe
 from layershare.report.listing import listing
+from layershare.run import run as layershare_run
 from tests.families import tokens
 from tests.healing.tiny import compress_tiny, heal
 
@@ -80,6 +86,53 @@ def test_a_dense_model_is_quantized_in_python(small):
     assert torch.equal(better(tokens()).logits, load("q4")(tokens()).logits)
 
 
+@pytest.mark.parametrize(("method", "options"), [("basis-sharing", {}), ("delta", {"protect": 0})])
+def test_a_recipe_may_say_that_the_result_is_quantized(method, options, small):
+    """It is what quantizing the result in floats on the same text gives, and the plan says so, and counts it."""
+    Path("one.txt").write_text(Path("text.txt").read_text())
+    text = {"text": "one.txt", "blocks": 8, "length": 32}
+    recipe = {"model": "dense", "method": method, "options": options, "keep": 0.8, "of": "targets", "calibration": text}
+    layershare_run(make_recipe(recipe), "floats")
+    how: dict[str, Any] = {"bits": 3, "basis_bits": 4, "group": 16}
+    done = layershare_run(make_recipe({**recipe, "quantize": how}), "integers")
+    quantize_folder("floats", "after", **how, calibration=make_recipe(recipe).calibration)
+    found, expected = (load(each).state_dict() for each in ("integers", "after"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert done.after.targets.bytes == stored_bytes("integers", ours=True)
+    assert done.after.targets.parameters == results("floats")["after"]["targets"]["parameters"]
+    assert {edit["bits"] for edit in json.loads(Path("integers/plan.json").read_text())["edits"][-1:]} == {3}
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "auto"])
+def test_a_size_is_one_of_integers_where_the_recipe_quantizes(method, small):
+    spec = describe(read_config("dense"))
+    everywhere = Quantize(tuple(Place(linear.role, linear.layer) for linear in spec.linears), 4, 4)
+    whole = sizes_of(spec, [everywhere]).targets.bytes
+    text = {"text": "text.txt", "blocks": 16, "length": 32}
+    values = {"model": "dense", "method": method, "keep": f"{0.8 * whole / 1000}KB", "of": "targets", "refit": False}
+    done = layershare_run(make_recipe({**values, "calibration": text, "quantize": {}}), "small-4bit")
+    assert 0.75 * whole < done.after.targets.bytes <= 0.8 * whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantize": {"bits": 7}}, "Unknown number of bits '7'"),
+        ({"quantize": {"group": 0}}, "'quantize.group' in the recipe"),
+        ({"method": "shortgpt"}, "'shortgpt' removes parts of the model; compress first"),
+        ({"method": "slicegpt"}, "'slicegpt' removes parts of the model; compress first"),
+        ({"method": "auto", "options": {"bits": [4]}}, "Bits are planned already"),
+        ({"plan": "plan.json"}, "A plan says itself what is quantized"),
+    ],
+)
+def test_what_a_recipe_cannot_quantize_is_refused(changes, message, small):
+    values = {"model": "dense", "method": "svd-llm", "quantize": {}, "calibration": {"text": "text.txt"}, **changes}
+    with pytest.raises(LayershareError, match=message):
+        layershare_run(make_recipe(values), "never")
+    assert not Path("never").exists()
+
+
 def test_the_same_input_gives_the_same_bytes(small):
     for name in ("one", "two"):
         layershare.quantize("small", name, text="text.txt", blocks=8, length=32)
@@ -100,6 +153,16 @@ def test_a_healed_model_keeps_what_is_known_of_it(small):
 
 REFUSED = {
     ("quantize", "q8", "-o", "again"): "'q8' is quantized already: give the model that it was made from.",
+    (
+        "compress",
+        "dense",
+        "-o",
+        "again",
+        "-m",
+        "svd",
+        "--bits",
+        "4",
+    ): "'svd' does not plan bits: `--set quantize.bits=4`",
     ("quantize", "small", "-o", "again", "--bits", "7"): "Unknown number of bits '7'. Known: 2, 3, 4, 5, 6, 8.",
     ("quantize", "small", "-o", "again", "--basis-bits", "16"): "Unknown number of bits '16'.",
     ("quantize", "small", "-o", "again", "--group", "0"): "A group of 0 numbers has no scale",

@@ -19,11 +19,12 @@ from layershare.methods import make_method, plan_with
 from layershare.model.arch import Spec
 from layershare.model.checked import main_dtype, stored_tensors
 from layershare.model.checkpoint import Tensors
+from layershare.model.composition import Storage
 from layershare.model.describe import describe
 from layershare.model.source import read_config, require_same_model, resolve, values_of
 from layershare.model.weights import Weights
 from layershare.plan.budget import allowed, parse_keep
-from layershare.plan.edits import Share, quantized, sharing, sliced_width
+from layershare.plan.edits import Delta, Place, Quantize, Share, quantized, sharing, sliced_width
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.needs import Needs, estimate_needs
@@ -51,6 +52,11 @@ class Job:
     config: PreTrainedConfig
 
     @property
+    def stored(self) -> tuple[Quantize, ...]:
+        """How all matrices are stored, if the recipe says so."""
+        return _stored(self.recipe, self.spec)
+
+    @property
     def length(self) -> int:
         """Tokens per block of the calibration text."""
         return block_length(self.config, self.recipe.calibration.length)
@@ -59,7 +65,7 @@ class Job:
     def refits(self) -> bool:
         """Whether coefficients will be fitted again to what the compressed layers put out."""
         if self.plan is None:
-            kept = allowed(self.spec, parse_keep(self.recipe.keep), self.recipe.of).fraction
+            kept = allowed(self.spec, parse_keep(self.recipe.keep), self.recipe.of, self.stored).fraction
             return self.method.refits(float(kept)) if self.recipe.refit == "auto" else self.recipe.refit
         return refits(self.plan, self.method, self.recipe.refit)
 
@@ -85,7 +91,7 @@ class Job:
         if self.recipe.refine is not None:
             return True
         if self.plan is None:
-            return bool(self.kinds) or self.method.searches or self.refits
+            return bool(self.kinds) or self.method.searches or self.refits or bool(self.stored)
         whole = sliced_width(self.plan.edits) is not None or bool(quantized(self.plan.edits))
         return bool(self.kinds) or self.refits or whole
 
@@ -106,7 +112,7 @@ class Job:
             runs=self.method.runs(self.spec) if self.plan is None else 0,
             held_out=options.held_out if self.holds_out else 0,
             rivals=len(self.method.rivals()) if self.compares else 0,
-            quantizes=bool(self.method.offered_bits) if self.plan is None else bool(quantized(self.plan.edits)),
+            quantizes=bool(self.method.offered_bits or self.stored or (self.plan and quantized(self.plan.edits))),
             bits=len(self.method.offered_bits),
         )
 
@@ -146,7 +152,9 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         spec = spec.stored_as({name: each.dtype for name, each in checkpoint.items()}, main_dtype(checkpoint))
     elif isinstance(source, PreTrainedConfig) and isinstance(source.dtype, torch.dtype):
         spec = spec.stored_as({}, source.dtype)
-    name, plan = recipe.method, None
+    name, plan, stored = recipe.method, None, _stored(recipe, spec)
+    if stored:
+        _require_storable(recipe, method)
     if recipe.plan is not None:
         if recipe.options:
             raise LayershareError("A plan is carried out with the options that it names; give no others beside it.")
@@ -155,9 +163,9 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
             raise LayershareError(f"The plan '{recipe.plan}' has no edits: there is nothing to carry out.")
         name, method = plan.method, make_method(plan.method, plan.options)
     elif not method.adaptive:
-        plan = plan_with(spec, name, method, recipe.keep, recipe.of)
+        plan = plan_with(spec, name, method, recipe.keep, recipe.of, stored=stored)
     else:
-        method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of))
+        method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of, stored))
     if plan is not None:
         method.units(spec, plan.edits)
         if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
@@ -165,6 +173,31 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         if recipe.refine is not None:
             require_refinable(plan.edits)
     return Job(recipe, spec, computed, method, name, plan, config)
+
+
+def _stored(recipe: Recipe, spec: Spec) -> tuple[Quantize, ...]:
+    """How a recipe stores all matrices of the blocks, if it says so."""
+    how = recipe.quantize
+    if how is None:
+        return ()
+    everywhere = tuple(Place(linear.role, linear.layer) for linear in spec.linears)
+    return (Quantize(everywhere, how.bits, how.basis_bits or how.bits, how.group),)
+
+
+def _require_storable(recipe: Recipe, method: Method) -> None:
+    """Raise `LayershareError` for numbers of bits that do not exist, and for what must be quantized afterwards."""
+    assert recipe.quantize is not None
+    for bits in (recipe.quantize.bits, recipe.quantize.basis_bits or recipe.quantize.bits):
+        Storage(bits, recipe.quantize.group)
+    if recipe.plan is not None:
+        raise LayershareError("A plan says itself what is quantized; leave quantize out, or add edits to the plan.")
+    if method.offered_bits:
+        raise LayershareError("Bits are planned already (options.bits); leave quantize out.")
+    if not {Share, Delta} & {*method.solves}:
+        raise LayershareError(
+            f"'{recipe.method}' removes parts of the model; compress first, and quantize the result with `layershare "
+            "quantize`."
+        )
 
 
 def _described(
@@ -210,7 +243,8 @@ def planned(job: Job, folder: Path | None, announce: Announce = silent) -> Job:
             stats = Stats.find(folder, weights.fingerprint)
             stats.require(job.method.uses, job.spec.n_layers)
         evidence = Evidence(job.spec, weights, stats, progress=announce("plan"))
-        return replace(job, plan=plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence))
+        plan = plan_with(job.spec, job.name, job.method, recipe.keep, recipe.of, evidence, job.stored)
+        return replace(job, plan=plan)
 
 
 def load_calibration(

@@ -98,6 +98,19 @@ class Refine:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """How the matrices of all blocks, or their factors, are stored at the end: as integers, rounded by GPTQ."""
+
+    __pydantic_config__ = STRICT
+    bits: Count = 4
+    """Of each number: 8, 6, 5, 4, 3 or 2."""
+    basis_bits: Count | None = None
+    """Of the numbers of bases; without, as many."""
+    group: Count = 64
+    """Neighbours along the input that have one scale."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One compression: what, how, how small, on which text, measured on which."""
 
@@ -128,6 +141,7 @@ class Recipe:
     """The size of the largest weight file (KB, MB, GB or TB)."""
     calibration: Calibration = field(default_factory=Calibration)
     refine: Refine | None = None
+    quantize: Precision | None = None
     evaluation: EvaluationSettings | None = None
 
     def to_yaml(self) -> str:

@@ -131,7 +131,7 @@ def _planned(run: Context, label: str, name: str, method: Method, evidence: Evid
     if path.is_file():
         return Candidate(label, method, Plan.read(path, run.job.spec))
     recipe = run.job.recipe
-    plan = plan_with(run.job.spec, name, method, recipe.keep, recipe.of, evidence)
+    plan = plan_with(run.job.spec, name, method, recipe.keep, recipe.of, evidence, run.job.stored)
     write_atomically(path, plan.to_json().encode())
     return Candidate(label, method, plan)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from layershare.errors import LayershareError
 from layershare.recipe import Recipe, changed, make_recipe
 
 METHOD_NAMES = (
@@ -140,7 +141,14 @@ Trust = Annotated[
 def recipe_of(
     values: dict[str, Any], options: list[str] | None = None, changes: list[str] | None = None, bits: str | None = None
 ) -> Recipe:
-    """The recipe of these values, with options of the method, `bits` among them, and then changes, each `KEY=VALUE`."""
+    """The recipe of these values, with options of the method, `bits` among them, and then changes, each `KEY=VALUE`.
+
+    Raises `LayershareError` as `make_recipe`, and for bits with a method that does not plan them.
+    """
+    if bits is not None and values["method"] != "auto":
+        raise LayershareError(
+            f"'{values['method']}' does not plan bits: `--set quantize.bits=4` stores all that it leaves as integers."
+        )
     prefixed = [f"options.{option}" for option in (*(options or ()), *([f"bits={bits}"] if bits is not None else ()))]
     return make_recipe(changed(values, (*prefixed, *(changes or ()))))
 

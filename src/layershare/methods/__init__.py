@@ -1,6 +1,6 @@
 """The methods, by name. A method is one file and one line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from math import ceil, floor
 from typing import Any
@@ -26,7 +26,7 @@ from layershare.methods.svd_llm import SvdLlm
 from layershare.methods.welore import WeLore
 from layershare.model.arch import Spec
 from layershare.plan.budget import Budget, Sizes, allowed, excess, measure, parse_keep
-from layershare.plan.edits import Edit, check
+from layershare.plan.edits import Edit, Quantize, check
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
@@ -76,10 +76,17 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
 
 
 def plan_with(
-    spec: Spec, name: str, method: Method, keep: float | str, of: str, evidence: Evidence | None = None
+    spec: Spec,
+    name: str,
+    method: Method,
+    keep: float | str,
+    of: str,
+    evidence: Evidence | None = None,
+    stored: Sequence[Quantize] = (),
 ) -> Plan:
     """The method's plan for `keep`, counted of all parameters or `of="targets"`; never over budget.
 
+    `stored`: how it stores all matrices of the blocks, if not in floats; a size in bytes is that of the integers.
     Raises `LayershareError` if `keep` cannot be met, or if the method needs evidence that is not there.
     """
     evidence = evidence or Evidence(spec)
@@ -90,33 +97,33 @@ def plan_with(
 
     def choose(budget: Budget) -> tuple[Edit, ...]:
         method.require(spec, budget)
-        return method.plan(spec, budget, evidence)
+        return *method.plan(spec, budget, evidence), *stored
 
-    wanted, before = parse_keep(keep), measure(spec, ())
-    budget = allowed(spec, wanted, of)
+    wanted, before, whole = parse_keep(keep), measure(spec, ()), measure(spec, stored)
+    budget = allowed(spec, wanted, of, stored)
     if method.searches and wanted.bytes is not None:  # so that the search need not be repeated
         groups = private_groups(spec.linears)
-        budget, *_ = _fitting(spec, before, budget, wanted.bytes, lambda less: uniform(spec, groups, less))
+        budget, *_ = _fitting(spec, whole, budget, wanted.bytes, lambda less: (*uniform(spec, groups, less), *stored))
     size = wanted.bytes
     if size is None and method.offered_bits:
         others = before.all.bytes - before.targets.bytes if of == "all" else 0
         size = others + floor(budget.fraction * before.targets.bytes)
-    _, edits, after = _fitting(spec, before, budget, size, choose)
+    _, edits, after = _fitting(spec, whole, budget, size, choose)
     check(spec, edits)
-    loss = method.predicted(edits, evidence)
+    loss = None if stored else method.predicted(edits, evidence)
     kl = None if loss is None else evidence.expected(loss)
     return Plan(spec.model_type, name, asdict(method), keep, budget.of, before, after, edits, loss, kl)
 
 
 def _fitting(
-    spec: Spec, before: Sizes, budget: Budget, size: int | None, choose: Callable[[Budget], tuple[Edit, ...]]
+    spec: Spec, whole: Sizes, budget: Budget, size: int | None, choose: Callable[[Budget], tuple[Edit, ...]]
 ) -> tuple[Budget, tuple[Edit, ...], Sizes]:
     """The largest budget found whose edits need no more than `size` bytes, if given, and multiply as often as allowed.
 
-    The file's header depends on them, too, and so do the products of what is shared. With the edits, and the sizes
-    after them.
+    `whole`: the sizes of the model with all its parameters. The file's header depends on the edits, too, and so do the
+    products of what is shared. With the edits, and the sizes after them.
     """
-    first, targets = budget, before.targets
+    first, targets = budget, whole.targets
     while True:
         edits = choose(budget)
         after, parameters = measure(spec, edits), budget.parameters

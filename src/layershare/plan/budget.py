@@ -159,8 +159,10 @@ def _beside_targets(spec: Spec, of: Counted) -> int:
     }[of]
 
 
-def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
+def allowed(spec: Spec, keep: Keep, of: str, stored: Sequence[Edit] = ()) -> Budget:
     """The targets' budget under `keep`, counted of all parameters, of the targets alone, or of multiplications.
+
+    A size in bytes is that of a model whose matrices are `stored` so.
 
     Raises `LayershareError` if more than the model is asked for, or less than what cannot be compressed, for bytes of
     multiplications, and for other words than these three.
@@ -177,7 +179,7 @@ def allowed(spec: Spec, keep: Keep, of: str) -> Budget:
         assert keep.bytes is not None
         if of == "multiplications":
             raise LayershareError("Multiplications have no bytes; give keep as a fraction (0.5) or a count (5.4B).")
-        sizes = measure(spec, ())
+        sizes = measure(spec, stored)
         size = sizes.all.bytes if of == "all" else sizes.targets.bytes
         itemsize = Fraction(sizes.targets.bytes, targets)
         wanted = total - (size - keep.bytes) / itemsize
