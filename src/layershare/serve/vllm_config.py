@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from layershare.autoload import METHOD
 from layershare.errors import LayershareError
 from layershare.manifest import require_whole
 from layershare.model.arch import common_parent
+from layershare.model.checked import MERGE
 from layershare.model.composition import Composition
 from layershare.model.describe import role_of
 from layershare.model.hub import LayershareConfig
 from layershare.model.swap import Dropped
-from layershare.serve.vllm_factors import Store
+from layershare.serve.vllm_adapters import refuse_on_factors
+from layershare.serve.vllm_factors import Store, known
 from layershare.serve.vllm_linear import LayershareLinearMethod, Shard
 
 INSTEAD = "serve what `layershare export --to dense` makes of it"
@@ -75,37 +77,33 @@ class LayershareVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """What computes a layer of this name; `None` for what is no linear.
 
-        Raises `LayershareError` where processes cannot be given what they need.
+        Raises `LayershareError` where processes cannot be given what they need, or adapters not be added.
         """
         parent, _, last = prefix.rpartition(".")
-        if isinstance(layer, Attention) and _known(parent, self.attentions) is not None:
+        if isinstance(layer, Attention) and known(parent, self.attentions) is not None:
             leave_out(layer)
         if not isinstance(layer, LinearBase):
             return None
         self._require_parallel()
+        self._require_adaptable()
         fused = self.packed_modules_mapping.get(last) or FUSED.get(type(layer), ())
         for parts in ((last,), fused):
             names = [f"{parent}.{part}" for part in parts]
-            known = [_known(name, self.shards) for name in names]
-            if any(known):
+            found = [known(name, self.shards) for name in names]
+            if any(found):
                 if last == INTERLEAVED and isinstance(layer, QKVParallelLinear):
                     raise LayershareError(
                         f"vLLM reorders the rows of '{prefix}' while it loads them, which factors cannot follow: "
                         f"{INSTEAD}."
                     )
-                shards = [self.shards[a] if a else Shard(b) for a, b in zip(known, names, strict=True)]
+                shards = [self.shards[a] if a else Shard(b) for a, b in zip(found, names, strict=True)]
                 return LayershareLinearMethod(self.store, shards)
         return UnquantizedLinearMethod()
 
     def _require_parallel(self) -> None:
         """Raise `LayershareError` where the model cannot be split as vLLM was told to."""
         config = get_current_vllm_config()
-        stages, ways = config.parallel_config.pipeline_parallel_size, config.parallel_config.tensor_parallel_size
-        if stages > 1 and any(each.joins(factor) for each in self.compositions for factor in each.factors):
-            raise LayershareError(
-                "Layers of this model share factors, which stages of pipeline parallelism cannot: use tensor "
-                f"parallelism, or {INSTEAD}."
-            )
+        ways = config.parallel_config.tensor_parallel_size
         hidden = config.model_config.get_hidden_size()
         for member in chain.from_iterable(each.members for each in self.compositions):
             # Key-value heads fewer than processes are repeated.
@@ -115,6 +113,17 @@ class LayershareVllmConfig(QuantizationConfig):
                     f"'{member.name}' is {member.d_in} × {member.d_out}, which {ways} processes cannot share: take a "
                     "tensor-parallel size that divides both."
                 )
+
+    def _require_adaptable(self) -> None:
+        """Raise `LayershareError` where vLLM would add adapters to what is not there, or cannot read."""
+        if get_current_vllm_config().lora_config is None:
+            return
+        refuse_on_factors()
+        if any(each.dropped for each in self.shards.values()):
+            raise LayershareError(
+                "Parts of this model were dropped, and vLLM would add an adapter in their place: "
+                f"serve without LoRA, and {MERGE}."
+            )
 
     def get_name(self) -> Any:
         """The method's name in config.json."""
@@ -143,10 +152,3 @@ def leave_out(attention: Any) -> None:
 
 def _zeros(query: torch.Tensor, key: Any, value: Any, output_shape: Any = None, **_: Any) -> torch.Tensor:
     return torch.zeros_like(query) if output_shape is None else query.new_zeros(output_shape)
-
-
-def _known(name: str, names: Container[str]) -> str | None:
-    """The one of these names, relative to the base model, that a name in vLLM's model stands for."""
-    while name and name not in names:
-        name = name.partition(".")[2]
-    return name or None

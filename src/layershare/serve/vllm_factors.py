@@ -8,12 +8,16 @@ last factor or the first.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader import get_model_loader
 
 from layershare.errors import LayershareError, mismatched
 from layershare.formulas.quantize import dense_weight
@@ -126,6 +130,7 @@ class Store:
     def __init__(self) -> None:
         self._held: dict[Key, Held] = {}
         self._loaded: dict[tuple[str, str], list[Held]] = defaultdict(list)
+        self._here: set[str] = set()
         self._readers: dict[Key, set[tuple[Key, ...]]] = defaultdict(set)
         self.parts: dict[tuple[Key, ...], Part] = {}
         """What multiplies, by the factors that it is."""
@@ -137,8 +142,25 @@ class Store:
             self._loaded[key.home, factor.name].append(self._held[key])
 
     def loaded(self, home: str, factor: Factor) -> list[Held]:
-        """What is held of a factor, in all ways in which it is cut; grows as layers are made."""
+        """What is held of a factor that a layer here registers, in all ways in which it is cut; grows as layers are
+        made.
+        """
+        self._here.add(home)
         return self._loaded[home, factor.name]
+
+    def fetch(self, like: torch.Tensor) -> None:
+        """Read, when all layers are made, what is registered by layers on other stages of a pipeline."""
+        away = {
+            f"{home}.{name}": (name, helds)
+            for (home, _), helds in self._loaded.items()
+            if home not in self._here
+            for name in helds[0].factor.keys
+        }
+        self._here.update(home for home, _ in self._loaded)
+        for found, tensor in _read(away) if away else ():
+            name, helds = away[found]
+            for held in helds:
+                held.take(name, tensor, like)
 
     def read_by_one(self, keys: tuple[Key, ...]) -> None:
         """Note that these are what meets one layer's input."""
@@ -170,3 +192,19 @@ class Store:
             else:
                 self.parts[keys] = Part(weights[0] if len(weights) == 1 else torch.cat(weights), method)
         return self.parts[keys]
+
+
+def known(name: str, names: Container[str]) -> str | None:
+    """The one of these names, relative to the base model, that a name in a checkpoint or vLLM's model stands for."""
+    while name and name not in names:
+        name = name.partition(".")[2]
+    return name or None
+
+
+def _read(names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of these names in the checkpoint, as vLLM reads it; files without any are left out."""
+    config = get_current_vllm_config()
+    wanted: Any = SimpleNamespace(is_unused_checkpoint_weight=lambda name: known(name, names) is None)
+    for name, tensor in get_model_loader(config.load_config).get_all_weights(config.model_config, wanted):
+        if found := known(name, names):
+            yield found, tensor

@@ -134,6 +134,7 @@ class LayershareLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make what multiplies. Raises `LayershareError` if the checkpoint lacked a tensor."""
+        self.store.fetch(layer.weight)
         firsts, starts = [], {}
         for keys in self.store.joined(self._firsts):
             for key in keys:
