@@ -142,9 +142,7 @@ class Store:
             self._loaded[key.home, factor.name].append(self._held[key])
 
     def loaded(self, home: str, factor: Factor) -> list[Held]:
-        """What is held of a factor that a layer here registers, in all ways in which it is cut; grows as layers are
-        made.
-        """
+        """What is held of a factor that a layer here registers, however it is cut; grows as layers are made."""
         self._here.add(home)
         return self._loaded[home, factor.name]
 
