@@ -37,7 +37,7 @@ class OnCPU(TorchFunctionMode):
     """Puts on the CPU what a peer's code puts on "cuda"."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.cuda:
+        if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0]
         return func(*map(_on_cpu, args), **{key: _on_cpu(value) for key, value in (kwargs or {}).items()})
 

@@ -37,7 +37,7 @@ from layershare.report.results import environment
 from layershare.store import as_json
 
 HERE = Path(__file__).parent
-PEERS = ("aa-svd", "basis-sharing", "svd-llm", "zs-svd")
+PEERS = ("aa-svd", "basis-sharing", "lems", "svd-llm", "zs-svd")
 Values = dict[str, Any]
 
 

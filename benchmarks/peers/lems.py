@@ -1,0 +1,47 @@
+"""LEMS: KFAC-SVD with ranks from its search, by its orchestrator; the integer programme is solved by CBC."""
+
+import sys
+from contextlib import nullcontext
+from importlib import import_module
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.peers.driver import Factors
+
+SEARCHED = 8
+"""Sequences of 512 tokens that ranks are searched on. It leaves out the first 256 tokens of each, so it needs longer
+ones than our blocks, and at least 8."""
+
+
+def compress(model: PreTrainedModel, tokens: Tensor, keep: float, *, search: str) -> Factors:
+    """What it makes of the model with the settings of its preset kfac_lems and this search; needs pulp and optuna."""
+    # What it imports and does not use here, and what it asks a GPU for.
+    sys.modules.update({name: MagicMock() for name in ("gurobipy", "matplotlib", "matplotlib.pyplot")})
+    torch.cuda.current_device, torch.cuda.device, torch.cuda.synchronize = lambda: "cpu", nullcontext, lambda: None
+    core = import_module("compression.svd_core")
+    factorizer = core.ModelFactorizer(
+        "kfac_svd",
+        {"vision": False, "fast": True, "use_cache": False, "do_post_calibration": "False"},
+        search,
+        {
+            "ratio_target": keep,
+            "sensitivity_loss": "energy2_normal_klscaled",
+            "crosslayer_term": "harmonicv2",
+            "hgamma": 5.0,
+            "enforce_rank_multiples_of": 8,
+            "solver": "cbc",
+        },
+    )
+    searched = tokens[: 2 * SEARCHED].reshape(SEARCHED, 1, -1)
+    calibration, searching = ([{"input_ids": each} for each in part] for part in (tokens.split(8), searched))
+    names = ["norm", "patch_embed", "head", "downsample", "decoder.project_", "dt_proj"]  # its config's name_omit
+    factorizer.factorize_and_search(model, calibration, searching, None, "ours", names)
+    factorized = import_module("compression.factorization._interface").SeqSVD
+    return {
+        name: [module.mod_b.weight, module.mod_a.weight]
+        for name, module in model.named_modules()
+        if isinstance(module, factorized)
+    }
