@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -45,6 +45,12 @@ class OnCPU(TorchFunctionMode):
 def _on_cpu(value: Any) -> Any:
     is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
     return torch.device("cpu") if is_cuda else value
+
+
+def factors_in(model: nn.Module, kind: type[nn.Module], *parts: str) -> Factors:
+    """The factors in a peer's modules of one kind, whose parts are linears: the last reads the input."""
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+    return {name: [module.get_parameter(f"{part}.weight") for part in parts] for name, module in modules}
 
 
 def parameters(spec: Spec, factors: Factors) -> int:

@@ -3,13 +3,14 @@
 import sys
 from contextlib import nullcontext
 from importlib import import_module
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.peers.driver import Factors
+from benchmarks.peers.driver import Factors, factors_in
 
 SEARCHED = 8
 """Sequences of 512 tokens that ranks are searched on. It leaves out the first 256 tokens of each, so it needs longer
@@ -20,7 +21,8 @@ def compress(model: PreTrainedModel, tokens: Tensor, keep: float, *, search: str
     """What it makes of the model with the settings of its preset kfac_lems and this search; needs pulp and optuna."""
     # What it imports and does not use here, and what it asks a GPU for.
     sys.modules.update({name: MagicMock() for name in ("gurobipy", "matplotlib", "matplotlib.pyplot")})
-    torch.cuda.current_device, torch.cuda.device, torch.cuda.synchronize = lambda: "cpu", nullcontext, lambda: None
+    cuda: Any = torch.cuda
+    cuda.current_device, cuda.device = lambda: "cpu", nullcontext
     core = import_module("compression.svd_core")
     factorizer = core.ModelFactorizer(
         "kfac_svd",
@@ -40,8 +42,4 @@ def compress(model: PreTrainedModel, tokens: Tensor, keep: float, *, search: str
     names = ["norm", "patch_embed", "head", "downsample", "decoder.project_", "dt_proj"]  # its config's name_omit
     factorizer.factorize_and_search(model, calibration, searching, None, "ours", names)
     factorized = import_module("compression.factorization._interface").SeqSVD
-    return {
-        name: [module.mod_b.weight, module.mod_a.weight]
-        for name, module in model.named_modules()
-        if isinstance(module, factorized)
-    }
+    return factors_in(model, factorized, "mod_b", "mod_a")

@@ -56,16 +56,17 @@ def commits_of(peers: dict[str, str]) -> dict[str, str]:
 
 def measure(name: str, how: Values, checkout: str, place: Place) -> None:
     """Have a peer compress a model to one size, measure what it left, and note it; nothing if that is done."""
-    model, calibration = how["model"], how["calibration"]
+    model: str = how["model"]
+    calibration: Values = how["calibration"]
     original, out = resolve(place.paths.get(model, model)), place.work.absolute() / name
     with TemporaryDirectory() as scratch:
         weights = Weights.open(original, Path(scratch), dtype="auto", device="cpu")
         how = {**how, "model_fingerprint": weights.fingerprint}
     if place.finished(name, how):
         return
-    source = place.paths.get(calibration["text"], calibration["text"])
-    amount = {key: calibration[key] for key in ("blocks", "length")}
-    text = load_text(source, read_tokenizer(original), split="train", **amount)
+    source: str = calibration["text"]
+    source, blocks, length = place.paths.get(source, source), calibration["blocks"], calibration["length"]
+    text = load_text(source, read_tokenizer(original), split="train", blocks=blocks, length=length)
     shutil.rmtree(out, ignore_errors=True)  # of an earlier try
     given = (how["peer"], checkout, original, text.tokens, how["keep"], how["options"], out)
     process = multiprocessing.get_context("spawn").Process(target=carry_out, args=given)

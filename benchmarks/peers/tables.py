@@ -9,7 +9,7 @@ from benchmarks.results import Results
 Values = dict[str, Any]
 Rows = dict[str, dict[float, Values]]
 """What was run -> fraction kept of the targets -> its result."""
-OURS = ("basis-sharing", "svd-llm", "auto")
+OURS = ("basis-sharing", "svd-llm", "auto without refit", "auto")
 """What of benchmarks/auto stands beside the peers."""
 UNMEASURED = "Not measured yet; `python -m benchmarks.peers.run` does it."
 
