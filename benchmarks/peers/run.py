@@ -14,6 +14,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -102,11 +103,10 @@ def main() -> None:
     matrix = yaml.safe_load((HERE / "matrix.yaml").read_text(encoding="utf-8"))
     here = {model: row for model, row in matrix["models"].items() if is_here(model, paths)}
     for label, settings in matrix["peers"].items():
-        if settings["peer"] in checkouts:
-            for model, row in here.items():
-                for keep in matrix["keeps"]:
-                    how = {**settings, "commit": commits[settings["peer"]], "model": model, "keep": keep, **row}
-                    measure(f"{model}/{label}-{keep}", how, str(Path(checkouts[settings["peer"]]).absolute()), place)
+        peer, keeps = settings["peer"], settings.pop("keeps", matrix["keeps"])
+        for (model, row), keep in product(here.items(), keeps) if peer in checkouts else ():
+            how = {**settings, "commit": commits[peer], "model": model, "keep": keep, **row}
+            measure(f"{model}/{label}-{keep}", how, str(Path(checkouts[peer]).absolute()), place)
 
 
 if __name__ == "__main__":
