@@ -153,16 +153,7 @@ def test_a_healed_model_keeps_what_is_known_of_it(small):
 
 REFUSED = {
     ("quantize", "q8", "-o", "again"): "'q8' is quantized already: give the model that it was made from.",
-    (
-        "compress",
-        "dense",
-        "-o",
-        "again",
-        "-m",
-        "svd",
-        "--bits",
-        "4",
-    ): "'svd' does not plan bits: `--set quantize.bits=4`",
+    ("compress", "dense", "-o", "new", "-m", "svd", "--bits", "4"): "'svd' does not plan bits: `--set quantize.bits=4`",
     ("quantize", "small", "-o", "again", "--bits", "7"): "Unknown number of bits '7'. Known: 2, 3, 4, 5, 6, 8.",
     ("quantize", "small", "-o", "again", "--basis-bits", "16"): "Unknown number of bits '16'.",
     ("quantize", "small", "-o", "again", "--group", "0"): "A group of 0 numbers has no scale",

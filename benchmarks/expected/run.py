@@ -38,12 +38,13 @@ def main() -> None:
     matrices = [yaml.safe_load((folder / "matrix.yaml").read_text(encoding="utf-8")) for folder in MEASURED]
     of_model = {model: matrix for matrix in matrices for model in matrix["models"]}
     for model, matrix in of_model.items():
-        for each in experiments(matrix, model, [], place) if is_here(model, paths) else []:
-            if each.method != METHOD or place.finished(each.name, each.identity):
-                continue
-            recipe = make_recipe({**place.named(each.recipe), "evaluation": None})
-            stats = calibrate_to(recipe, ("inputs", "gradients"))
-            plan = planned(prepare(recipe), stats).plan
+        every = experiments(matrix, model, [], place) if is_here(model, paths) else []
+        todo = [each for each in every if each.method == METHOD and not place.finished(each.name, each.identity)]
+        recipes = [make_recipe({**place.named(each.recipe), "evaluation": None}) for each in todo]
+        if recipes:
+            calibrate_to(recipes[0], ("inputs", "gradients"))
+        for each, recipe in zip(todo, recipes, strict=True):
+            plan = planned(prepare(recipe), place.stats(model)).plan
             assert plan is not None
             found = {"predicted_loss": plan.predicted_loss, "expected_kl": plan.expected_kl}
             place.results.put(each.name, {"experiment": each.identity, **found, **environment()})

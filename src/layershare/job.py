@@ -255,10 +255,10 @@ def load_calibration(
 
 
 def load_with_spare(
-    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> tuple[Text, Text | None]:
     """The calibration text, and the blocks beside it that are held out; none of a short text. Raises as `load_text`."""
-    whole = _load(options, tokenizer, config, None, options.held_out)
+    whole = _load(options, tokenizer, config, text, options.held_out)
     return whole.split(options.blocks) if len(whole.tokens) > options.blocks else (whole, None)
 
 
@@ -269,14 +269,16 @@ def load_and_hold_out(
 
     Raises `LayershareError` as `load_text`, and if there is no more than one block.
     """
-    whole = _load(options, tokenizer, config, text, options.held_out)
+    whole, spare = load_with_spare(options, tokenizer, config, text)
+    if spare is not None:
+        return whole, spare
     count = len(whole.tokens)
     if count < 2:
         raise LayershareError(
             f"The text '{whole.source}' is one block of {whole.tokens.shape[1]} tokens, and choices are tried on "
             "another one; give a longer text or a smaller length."
         )
-    return whole.split(options.blocks if count > options.blocks else count - max(1, count // 8))
+    return whole.split(count - max(1, count // 8))
 
 
 def _load(
