@@ -21,6 +21,7 @@ from layershare.methods import METHODS
 from layershare.methods.catalogue import paper_of
 from layershare.report.listing import listing
 from layershare.store import write_json
+from layershare.units import size
 from tests.families import tiny_model, tokens
 from tests.report.made_up import make_run
 
@@ -247,6 +248,9 @@ def test_every_run_has_pages_and_a_report_shows_its_speed(layershare, here):
     speed = json.loads((here / "small" / "speed.json").read_text())
     assert speed["engine"] == f"transformers {version('transformers')}"
     assert [(rate["phase"], rate["batch"]) for rate in speed["rates"]][2:] == [("prefill", 2), ("decode", 2)]
+    assert out.count("first token, ms") == out.count("next token, ms") == 2
+    assert 0 < speed["memory"] < speed["original_memory"]
+    assert size(speed["memory"]) in out
 
     code, out, err = layershare("report", "small", "-o", "page.html")
     assert code == 0, err

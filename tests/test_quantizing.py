@@ -74,6 +74,26 @@ def test_a_compressed_model_is_quantized(small, run):
     torch.testing.assert_close(plain(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("scheme", "group"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_numbers_may_be_floats_of_four_bits(scheme, group, small, run):
+    text = ["--text", "text.txt", "--blocks", "8", "--length", "32"]
+    code, _, err = run("quantize", "small", "-o", "q4", "--scheme", scheme, *text)
+    assert code == 0, err
+    layershare.verify("q4")
+    note = results("q4")["quantization"]
+    assert (note["bits"], note["basis_bits"], note["group"], note["scheme"]) == (4, 4, group, scheme)
+    assert note["after"] == results("q4")["after"]["targets"]["bytes"] == stored_bytes("q4", ours=True)
+    assert f"stored as {scheme} numbers, {group} with one scale" in Path("q4/README.md").read_text()
+    assert f"scheme: {scheme}" in Path("q4/quantize.yaml").read_text()
+    found, expected = (load(each)(tokens()).logits for each in ("q4", "small"))
+    assert 0 < (found - expected).abs().max() < 0.5 * expected.abs().max()
+    text = {"text": "text.txt", "blocks": 8, "length": 32}
+    recipe = {"model": "dense", "method": "svd-llm", "keep": 0.8, "calibration": text, "quantize": {"scheme": scheme}}
+    done = layershare_run(make_recipe(recipe), "floats")
+    assert done.after.targets.bytes == stored_bytes("floats", ours=True)
+    assert json.loads(Path("floats/plan.json").read_text())["edits"][-1]["scheme"] == scheme
+
+
 def test_a_dense_model_is_quantized_in_python(small):
     model = layershare.quantize("dense", "q8", bits=8, group=32)
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
@@ -120,6 +140,9 @@ def test_a_size_is_one_of_integers_where_the_recipe_quantizes(method, small):
     [
         ({"quantize": {"bits": 7}}, "Unknown number of bits '7'"),
         ({"quantize": {"group": 0}}, "'quantize.group' in the recipe"),
+        ({"quantize": {"scheme": "fp4"}}, "'quantize.scheme' in the recipe"),
+        ({"quantize": {"scheme": "mxfp4", "bits": 3}}, "mxfp4 has 4 bits in groups of 32"),
+        ({"quantize": {"scheme": "mxfp4", "basis_bits": 8}}, "mxfp4 has 4 bits in groups of 32"),
         ({"method": "shortgpt"}, "'shortgpt' removes parts of the model; compress first"),
         ({"method": "slicegpt"}, "'slicegpt' removes parts of the model; compress first"),
         ({"method": "auto", "options": {"bits": [4]}}, "Bits are planned already"),
@@ -156,6 +179,8 @@ REFUSED = {
     ("compress", "dense", "-o", "new", "-m", "svd", "--bits", "4"): "'svd' does not plan bits: `--set quantize.bits=4`",
     ("quantize", "small", "-o", "again", "--bits", "7"): "Unknown number of bits '7'. Known: 2, 3, 4, 5, 6, 8.",
     ("quantize", "small", "-o", "again", "--basis-bits", "16"): "Unknown number of bits '16'.",
+    ("quantize", "small", "-o", "again", "--scheme", "fp4"): "Unknown scheme 'fp4'. Did you mean 'nvfp4'?",
+    ("quantize", "small", "-o", "again", "--scheme", "nvfp4", "--group", "64"): "leave bits and groups out.",
     ("quantize", "small", "-o", "again", "--group", "0"): "A group of 0 numbers has no scale",
     ("quantize", "small", "-o", "again", "--blocks", "8"): "name it with --text",
     ("quantize", "small", "-o", "again", "--text", "nowhere.txt"): "nowhere.txt",

@@ -31,44 +31,60 @@ from layershare.run import run
 from layershare.store import as_json
 
 HERE = Path(__file__).parent
+Values = dict[str, Any]
 DENSE = 16
 """Bits of a number that is not quantized."""
 
 
-def recipe_of(model: str, row: dict[str, Any], keep: float, options: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(model: str, row: Values, keep: float, options: Values) -> Values:
     """What `auto` does with a model at a size."""
     recipe = {"model": model, "method": "auto", "keep": keep, "of": "targets", **row.get("settings", {})}
     options = {"compare": False, **options}
     return recipe | {"options": options, "calibration": row["calibration"], "evaluation": row["test"]}
 
 
-def measure(model: str, row: dict[str, Any], keep: float, precisions: list[int | list[int]], place: Place) -> None:
-    """Measure one model at one size, at all its precisions that have no result yet."""
-    recipe, todo = recipe_of(model, row, keep, {}), {}
+def measure(
+    model: str, row: Values, keep: float, precisions: list[Any], place: Place, label: str = "", **settings: Any
+) -> None:
+    """Measure one model at one size, at all its precisions that have no result yet.
+
+    `settings` of the recipe are those of what has a `label`.
+    """
+    recipe, todo = recipe_of(model, row, keep, {}) | settings, {}
     for each in precisions:
-        bits, basis_bits = each if isinstance(each, list) else (each, each)
-        how, name = {"recipe": recipe, "bits": bits, "basis_bits": basis_bits}, f"{model}/{keep}-{bits}-{basis_bits}"
+        precision = precision_of(each)
+        how, parts = {"recipe": recipe, **precision}, (label, keep, *precision.values())
+        name = f"{model}/{'-'.join(str(part) for part in parts if part)}"
         if not place.finished(name, how):
-            todo[name] = how
+            todo[name] = how, precision
     if not todo:
         return
-    settings = make_recipe(place.named(recipe))
-    folder, sizes = settings.model, sizes_of(describe(read_config(settings.model)), ())
+    made = make_recipe(place.named(recipe))
+    folder, sizes = made.model, sizes_of(describe(read_config(made.model)), ())
     if keep < 1:
-        folder = str(place.work / model / f"{keep}")
+        folder = str(place.work / model / f"{label}{keep}")
         sizes = run(make_recipe({**place.named(recipe), "evaluation": None}), folder, pages=False).after
-    for name, how in todo.items():
-        out, size, precision = folder, sizes.targets.bytes, {key: how[key] for key in ("bits", "basis_bits")}
+    for name, (how, precision) in todo.items():
+        out, size = folder, sizes.targets.bytes
         if how["bits"] < DENSE:
             out = str(place.work / name)
             shutil.rmtree(out, ignore_errors=True)  # of an earlier matrix
-            size = quantize_folder(folder, out, calibration=settings.calibration, **precision).after
-        put(name, how, {"keep": keep, **precision, "bytes": size}, out, row, place)
+            stored = {key: value for key, value in precision.items() if key != "rounding"}
+            text = None if "rounding" in precision else made.calibration
+            size = quantize_folder(folder, out, calibration=text, **stored).after
+        put(name, how, {"keep": keep, "label": label, **precision, "bytes": size}, out, row, place)
 
 
-def measure_planned(
-    model: str, row: dict[str, Any], keep: float, options: dict[str, Any], label: str, place: Place
-) -> None:
+def precision_of(given: int | list[int] | Values) -> Values:
+    """Bits of numbers and of bases, and what else a precision of the matrix says."""
+    if isinstance(given, dict):
+        bits = given.get("bits", 4)
+        return {"bits": bits, "basis_bits": bits, **given}
+    bits, basis_bits = given if isinstance(given, list) else (given, given)
+    return {"bits": bits, "basis_bits": basis_bits}
+
+
+def measure_planned(model: str, row: Values, keep: float, options: Values, label: str, place: Place) -> None:
     """Measure one model at one size in bytes, of which bits are planned, if it has no result yet."""
     how, name = {"recipe": recipe_of(model, row, keep, options)}, f"{model}/{label}-{keep}"
     if place.finished(name, how):
@@ -81,7 +97,7 @@ def measure_planned(
     put(name, how, {"keep": kept, "planned": taken, "bytes": done.after.targets.bytes}, out, row, place)
 
 
-def put(name: str, how: dict[str, Any], found: dict[str, Any], out: str, row: dict[str, Any], place: Place) -> None:
+def put(name: str, how: Values, found: Values, out: str, row: Values, place: Place) -> None:
     """Measure what is in a folder, and note it with what was `found` before."""
     settings = make_recipe(place.named(how["recipe"]))
     evaluation = as_json(evaluate_folder(out, settings.model, settings).evaluation)
@@ -104,6 +120,9 @@ def main() -> None:
             continue
         for keep, precisions in matrix["keeps"].items():
             measure(model, row, keep, precisions, place)
+        refined = matrix["refined"]
+        for keep, precisions in refined["keeps"].items() if model in refined["models"] else ():
+            measure(model, row, keep, precisions, place, "refined", **refined["settings"])
         for label, planned in matrix["planned"].items():
             for keep in planned["keeps"]:
                 measure_planned(model, row, keep, planned["options"], label, place)

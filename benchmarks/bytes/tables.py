@@ -27,8 +27,7 @@ def bytes_page(results: Results, model: str) -> str:
         mark = "**" if loss < best else ""
         best = min(best, loss)
         row = [
-            ("original" if each["keep"] == 1 else f"`auto`, {each['keep']:.0%} kept")
-            + ", planned" * ("planned" in each),
+            _model(each),
             _bits(each),
             f"{each['bytes'] / 1e6:.2f} MB",
             f"{16 * each['bytes'] / most:.2f}",
@@ -40,14 +39,22 @@ def bytes_page(results: Results, model: str) -> str:
     text, made = found[0]["evaluation"]["text"], found[0]["experiment"]["recipe"]["calibration"]
     note = (
         f"{model}: {text['source']}, {text['blocks']} blocks of {text['length']} tokens; compressed and quantized by "
-        f"GPTQ for {made['blocks']} blocks of {made['length']} of {made['text']}, in groups of 64. Bold: nothing that "
-        "is as small or smaller is better"
+        f"GPTQ for {made['blocks']} blocks of {made['length']} of {made['text']}, in groups of 64 (nvfp4 16, mxfp4 "
+        "32); nearest: rounded without a text. Bold: nothing that is as small or smaller is better"
     )
     return f"{markdown(header, rows)}\n\n{note}; {machine(found[0])}"
 
 
+def _model(row: dict[str, Any]) -> str:
+    """What was quantized, in words."""
+    what = "original" if row["keep"] == 1 else f"`auto`, {row['keep']:.0%} kept"
+    return ", ".join(part for part in (what, row.get("label"), "planned" * ("planned" in row)) if part)
+
+
 def _bits(row: dict[str, Any]) -> str:
     """The bits of its numbers, in words."""
+    if "scheme" in row or "rounding" in row:
+        return row.get("scheme") or f"{row['bits']}, nearest"
     if "planned" in row:
         return f"{row['planned'][0]} to {row['planned'][-1]}"
     return str(row["bits"]) if row["basis_bits"] == row["bits"] else f"{row['bits']}, bases {row['basis_bits']}"

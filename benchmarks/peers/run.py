@@ -14,7 +14,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -89,6 +89,16 @@ def measure(name: str, how: Values, checkout: str, place: Place) -> None:
     shutil.rmtree(out)
 
 
+def experiments(matrix: Values) -> Iterator[tuple[str, float, Values]]:
+    """The label of a peer's settings, a size, and how a model is compressed to it and measured."""
+    for label, settings in matrix["peers"].items():
+        for model, row in matrix["models"].items():
+            if label in row.get("peers", matrix["peers"]):
+                for keep in row.get("keeps", settings.get("keeps", matrix["keeps"])):
+                    how = {key: value for key, value in (settings | row).items() if key not in ("keeps", "peers")}
+                    yield label, keep, {**how, "model": model, "keep": keep}
+
+
 def main() -> None:
     """Run everything whose models, texts and peers are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,12 +111,10 @@ def main() -> None:
     commits = commits_of(checkouts)
     place = Place(paths, Results(options.results), options.work, torch.get_num_threads())
     matrix = yaml.safe_load((HERE / "matrix.yaml").read_text(encoding="utf-8"))
-    here = {model: row for model, row in matrix["models"].items() if is_here(model, paths)}
-    for label, settings in matrix["peers"].items():
-        peer, keeps = settings["peer"], settings.pop("keeps", matrix["keeps"])
-        for (model, row), keep in product(here.items(), keeps) if peer in checkouts else ():
-            how = {**settings, "commit": commits[peer], "model": model, "keep": keep, **row}
-            measure(f"{model}/{label}-{keep}", how, str(Path(checkouts[peer]).absolute()), place)
+    for label, keep, how in experiments(matrix):
+        if how["peer"] in checkouts and is_here(how["model"], paths):
+            how["commit"] = commits[how["peer"]]
+            measure(f"{how['model']}/{label}-{keep}", how, str(Path(checkouts[how["peer"]]).absolute()), place)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from layershare.errors import LayershareError, unknown
 from layershare.evaluate.divergence import Evaluation, evaluate
 from layershare.evaluate.evaluator import load_evaluator
 from layershare.evaluate.generate import require_context
-from layershare.evaluate.speed import Workload, generate_seconds, measure_speed
+from layershare.evaluate.speed import Workload, generate_seconds, measure_speed, weight_bytes
 from layershare.healing.settings import Healing, Loss, Optimizer, TrainingText, make_healing
 from layershare.methods import make_method, plan_with
 from layershare.model.describe import describe
@@ -37,6 +37,7 @@ from layershare.report.results import Environment, Evaluated, Speed
 from layershare.run import run
 from layershare.serve.speed import engine as vllm_engine
 from layershare.serve.speed import vllm_package
+from layershare.values import Scheme
 
 ENGINES = ("transformers", "vllm")
 """What `bench` can run models in."""
@@ -177,8 +178,9 @@ def quantize(
     out: str | Path,
     *,
     bits: int = 4,
-    group: int = 64,
+    group: int | None = None,
     basis_bits: int | None = None,
+    scheme: Scheme = "int",
     text: Source | None = None,
     blocks: int = Calibration.blocks,
     length: int | None = None,
@@ -188,12 +190,13 @@ def quantize(
     trust_remote_code: bool = False,
     progress: bool | None = None,
 ) -> PreTrainedModel:
-    """The model of a folder or hub id, compressed or not, with the matrices of its blocks stored as small integers.
+    """The model of a folder or hub id, compressed or not, with the matrices of its blocks in numbers of few bits.
 
-    It is left in the new folder `out` and returned as `from_pretrained` gives it. `bits`: 8 or 4 for each number,
-    `basis_bits` for those of bases (`None`: the same), with a scale for each `group` along the input. `text`: what
-    GPTQ compensates errors for, as `load_text` takes it, in `blocks` blocks of `length` tokens (`None`: the model's
-    context, at most 2048); `None` rounds. `progress`: show it (`None`: in a terminal).
+    It is left in the new folder `out` and returned as `from_pretrained` gives it. `bits`: 8, 6, 5, 4, 3 or 2 for each
+    number, `basis_bits` for those of bases (`None`: the same), with a scale for each `group` along the input (`None`:
+    64). `scheme`: integers, or floats of 4 bits, `nvfp4` in groups of 16 or `mxfp4` of 32. `text`: what GPTQ
+    compensates errors for, as `load_text` takes it, in `blocks` blocks of `length` tokens (`None`: the model's context,
+    at most 2048); `None` rounds. `progress`: show it (`None`: in a terminal).
 
     Raises `LayershareError` for what cannot be done, before anything is written.
     """
@@ -211,6 +214,7 @@ def quantize(
             bits=bits,
             group=group,
             basis_bits=basis_bits,
+            scheme=scheme,
             calibration=calibration,
             text=source,
             device=device,
@@ -321,6 +325,7 @@ def bench_folder(
         require_same_vocabulary("original", original, configs[0], **trust)
     for config in configs:
         require_context(config, workload.prompt, workload.new)
+    engines, models = [], []
     with ExitStack() as running:
         if engine == "vllm":
             room = {"rows": max(workload.batches), "length": workload.prompt + workload.new}
@@ -335,6 +340,7 @@ def bench_folder(
             dtype = str(models[0].dtype).removeprefix("torch.")
         vocabulary = min(config.get_text_config().vocab_size for config in configs)
         rates = measure_speed(timers, workload, vocabulary, announce("bench"))
+        memory = [each.memory() for each in engines] if engines else [weight_bytes(model) for model in models]
     return Speed(
         model=folder,
         original=original,
@@ -343,5 +349,7 @@ def bench_folder(
         device=device,
         **vars(workload),
         rates=rates,
+        memory=memory[0],
+        original_memory=None if original is None else memory[1],
         **vars(Environment.here()),
     )

@@ -181,14 +181,15 @@ def _stored(recipe: Recipe, spec: Spec) -> tuple[Quantize, ...]:
     if how is None:
         return ()
     everywhere = tuple(Place(linear.role, linear.layer) for linear in spec.linears)
-    return (Quantize(everywhere, how.bits, how.basis_bits or how.bits, how.group),)
+    storage = Storage.of(how.bits, how.group, how.scheme)
+    return (Quantize(everywhere, how.bits, how.basis_bits or how.bits, storage.group, how.scheme),)
 
 
 def _require_storable(recipe: Recipe, method: Method) -> None:
     """Raise `LayershareError` for numbers of bits that do not exist, and for what must be quantized afterwards."""
     assert recipe.quantize is not None
-    for bits in (recipe.quantize.bits, recipe.quantize.basis_bits or recipe.quantize.bits):
-        Storage(bits, recipe.quantize.group)
+    if recipe.quantize.basis_bits:
+        Storage.of(recipe.quantize.basis_bits, recipe.quantize.group, recipe.quantize.scheme)
     if recipe.plan is not None:
         raise LayershareError("A plan says itself what is quantized; leave quantize out, or add edits to the plan.")
     if method.offered_bits:

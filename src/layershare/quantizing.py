@@ -1,4 +1,4 @@
-"""One quantization: a finished folder in, another one out, whose matrices are stored as small integers."""
+"""One quantization: a finished folder in, another one out, whose matrices are stored in few bits."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from layershare.report.page import write_pages
 from layershare.report.results import RESULTS, CalibrationText, Environment, Quantized, results_of
 from layershare.solve.quantize import quantize_factors
 from layershare.store import as_json, write_atomically, write_json
+from layershare.values import Scheme
 
 _STALE = ("evaluation", "samples", "held_out")
 """What `results.json` tells of the weights before they were quantized."""
@@ -37,8 +38,9 @@ def quantize_folder(
     out: str | Path,
     *,
     bits: int = 4,
-    group: int = 64,
+    group: int | None = None,
     basis_bits: int | None = None,
+    scheme: Scheme = "int",
     calibration: Calibration | None = None,
     text: Source | None = None,
     device: str = "auto",
@@ -48,13 +50,13 @@ def quantize_folder(
     """Quantize the model in a folder (or of a hub id) into the new folder `out`; returns what `results.json` tells.
 
     `bits` of all matrices of its blocks, `basis_bits` of bases (`None`: the same), with a scale for each `group` of
-    numbers along the input. `calibration`: the text for GPTQ, in whose place `text` may be given; `None` rounds.
-    Raises `LayershareError` for bad input, before anything is written: no finished model, one that is quantized already
-    or sliced, numbers of bits that do not exist.
+    numbers along the input (`None`: 64, or as many as the `scheme` has). `calibration`: the text for GPTQ, in whose
+    place `text` may be given; `None` rounds. Raises `LayershareError` for bad input, before anything is written: no
+    finished model, one that is quantized already or sliced, schemes and numbers of bits that do not exist.
     """
     folder, out, place = str(folder), Path(out), device_of(device)
     require_new(out)
-    storage, shared = Storage(bits, group), Storage(basis_bits or bits, group)
+    storage, shared = (Storage.of(each, group, scheme) for each in (bits, basis_bits or bits))
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     edits = _edits_of(folder, **trust)
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
@@ -85,7 +87,8 @@ def quantize_folder(
         model=located(folder),
         bits=bits,
         basis_bits=shared.bits,
-        group=group,
+        group=storage.group,
+        scheme=scheme,
         text=None if blocks is None else CalibrationText(**blocks.identity, seed=seed),
         before=matrices,
         after=_bytes_of_matrices(model, dtype),
@@ -100,7 +103,7 @@ def quantize_folder(
         if (files := files_of(folder)) is not None:
             copy_side_files(files, staging)
             copy_records(files, staging)
-        how = {"bits": bits, "group": group, "basis_bits": shared.bits}
+        how = {"bits": bits, "group": storage.group, "basis_bits": shared.bits, "scheme": scheme}
         how |= {"model": done.model, "calibration": None if calibration is None else asdict(calibration)}
         write_atomically(staging / QUANTIZE, write_yaml(how).encode())
         write_json(staging / RESULTS, _results(before, done, staging))

@@ -18,6 +18,7 @@ from layershare.values import (
     Length,
     Names,
     Rate,
+    Scheme,
     Seed,
     ShardSize,
     Word,
@@ -99,15 +100,17 @@ class Refine:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the matrices of all blocks, or their factors, are stored at the end: as integers, rounded by GPTQ."""
+    """How the matrices of all blocks, or their factors, are stored at the end: in few bits, rounded by GPTQ."""
 
     __pydantic_config__ = STRICT
     bits: Count = 4
     """Of each number: 8, 6, 5, 4, 3 or 2."""
     basis_bits: Count | None = None
     """Of the numbers of bases; without, as many."""
-    group: Count = 64
-    """Neighbours along the input that have one scale."""
+    group: Count | None = None
+    """Neighbours along the input that have one scale; without, 64 integers, or as many as the scheme has."""
+    scheme: Scheme = "int"
+    """What the numbers are: integers, or floats of 4 bits in groups of 16 (`nvfp4`) or of 32 (`mxfp4`)."""
 
 
 @dataclass(frozen=True)

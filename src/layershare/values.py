@@ -83,6 +83,8 @@ Dial = Annotated[float | str, BeforeValidator(_dial)]
 """What `plan.budget.parse_keep` reads."""
 Counted = Literal["all", "targets", "multiplications"]
 """What `keep` counts: all parameters, those of the compressed linears alone, or multiplications per token."""
+Scheme = Literal["int", "nvfp4", "mxfp4"]
+"""What numbers of few bits are: whole ones, or floats of 4 bits with scales of one kind or another."""
 ShardSize = Annotated[Word, AfterValidator(_shards)]
 
 _T = TypeVar("_T")

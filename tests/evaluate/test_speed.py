@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from layershare.errors import LayershareError
-from layershare.evaluate.speed import Rate, Workload, generate_seconds, measure_speed
+from layershare.evaluate.speed import Rate, Workload, generate_seconds, measure_speed, weight_bytes
 from tests.families import tiny_model
 
 
@@ -33,6 +33,7 @@ def test_both_phases_are_measured_at_every_batch(family):
         ("decode", 3),
     ]
     assert all(rate.model > 0 and (rate.original or 0) > 0 and (rate.ratio or 0) > 0 for rate in rates)
+    assert all(rate.latency > 0 and (rate.original_latency or 0) > 0 for rate in rates)
     assert seen == [(done, 6) for done in range(7)]
     assert model.training
 
@@ -43,6 +44,8 @@ def test_the_work_is_what_it_says():
     model.model.layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:2]))
     (prefill, decode) = measured(model, batches=(2,), prompt=6, new=4, rounds=3)
     assert (prefill.original, decode.ratio) == (None, None)
+    assert prefill.model * prefill.latency == pytest.approx(2 * 6)
+    assert decode.model * decode.latency == pytest.approx(2)
     one_round = [(2, 6), (2, 1), (2, 1), (2, 1)]
     assert calls == one_round * 4  # one of them warms up
 
@@ -57,3 +60,11 @@ def test_an_end_token_does_not_end_the_measurement():
 def test_what_cannot_be_measured_is_said(options):
     with pytest.raises(LayershareError, match="a prompt, two new tokens and one round"):
         Workload(**options)
+
+
+def test_what_is_shared_is_in_memory_once():
+    model = tiny_model("llama")
+    before, mlp = weight_bytes(model), model.model.layers[1].mlp
+    assert before == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    assert weight_bytes(model) == before - sum(parameter.nbytes for parameter in mlp.parameters())

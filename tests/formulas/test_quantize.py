@@ -8,15 +8,18 @@ from torch import Tensor
 
 from layershare.formulas.quantize import (
     DAMPING,
+    E2M1,
+    Numbers,
     best_scales,
     compensated,
     dense_weight,
     fitted_to,
     packed,
     rounded,
+    stored_scales,
     unpacked,
 )
-from layershare.model.composition import BITS, Storage
+from layershare.model.composition import BITS, FLOATS, Storage
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -34,8 +37,10 @@ def error(weight: Tensor, approximation: Tensor, gram: Tensor) -> Tensor:
     return (missing @ gram * missing).sum(1)
 
 
-def dense(codes: Tensor, scales: Tensor, group: int, bits: int = 4) -> Tensor:
-    return dense_weight(packed(codes, bits), scales, bits, group, codes.shape[1])
+def dense(codes: Tensor, scales: Tensor, numbers: Numbers) -> Tensor:
+    """What is read of what is stored."""
+    stored = {"codes": packed(codes, numbers.bits), **stored_scales(scales, numbers)}
+    return dense_weight(stored, numbers, codes.shape[1], scales.dtype)
 
 
 @pytest.mark.parametrize("columns", [1, 8, 23])
@@ -58,9 +63,10 @@ def test_numbers_stand_in_bytes_from_the_lowest_bit():
 @pytest.mark.parametrize("bits", BITS)
 def test_rounding_takes_the_nearest_number(bits):
     weight, _ = problem(3, 10)
-    scales = best_scales(weight, bits, 4, torch.float64)
+    numbers = Numbers(bits, 4)
+    scales = best_scales(weight, numbers, torch.float64)
     assert scales.shape == (3, 3)
-    found, most = dense(rounded(weight, scales, bits, 4), scales, 4, bits), (2**bits - 1 - (bits > 3)) / 2
+    found, most = dense(rounded(weight, scales, numbers), scales, numbers), (2**bits - 1 - (bits > 3)) / 2
     for row, column in product(range(3), range(10)):
         choices = scales[row, column // 4] * torch.arange(-most, most + 1, dtype=torch.float64)
         assert (found[row, column] - weight[row, column]).abs() == (choices - weight[row, column]).abs().min()
@@ -70,19 +76,69 @@ def test_scales_are_no_worse_than_those_of_the_largest_number():
     weight, gram = problem(20, 64)
     importance = gram.diagonal()
     plain = weight.unflatten(1, (-1, 16)).abs().amax(-1) / 7
-    best = best_scales(weight, 4, 16, torch.float64, importance)
+    numbers = Numbers(4, 16)
+    best = best_scales(weight, numbers, torch.float64, importance)
     losses = [
-        (importance * (weight - dense(rounded(weight, scales, 4, 16), scales, 16)).square()).sum()
+        (importance * (weight - dense(rounded(weight, scales, numbers), scales, numbers)).square()).sum()
         for scales in (best, plain)
     ]
     assert losses[0] < losses[1]
 
 
-def test_groups_of_zeros_stay_zero():
-    weight = torch.zeros(2, 8)
-    scales = best_scales(weight, 4, 4, torch.float16)
-    assert not dense(rounded(weight, scales, 4, 4), scales, 4).any()
-    assert not dense(compensated(weight, torch.zeros(8, 8), scales, 4, 4), scales, 4).any()
+@pytest.mark.parametrize("numbers", [Numbers(4, 4), *(Storage(*how, scheme) for scheme, how in FLOATS.items())])
+def test_groups_of_zeros_stay_zero(numbers):
+    weight = torch.zeros(2, 40)
+    weight[0, 30:] = 1e-3
+    for given in (weight, torch.zeros_like(weight)):
+        scales = best_scales(given, numbers, torch.float16)
+        for codes in (rounded(given, scales, numbers), compensated(given, torch.zeros(40, 40), scales, numbers)):
+            found = dense(codes, scales, numbers)
+            torch.testing.assert_close(found, given.to(torch.float16), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_floats_of_four_bits_are_the_nearest_that_there_are(scheme, dtype):
+    bits, group = FLOATS[scheme]
+    numbers = Storage(bits, group, scheme)
+    weight = problem(5, 70)[0] * torch.logspace(-3, 0, 5)[:, None]
+    scales = best_scales(weight, numbers, dtype)
+    assert scales.dtype == dtype
+    stored = stored_scales(scales, numbers)
+    shapes = numbers.tensors(5, 70)
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == {
+        name: shape for name, (shape, _) in shapes.items() if name != "codes"
+    }
+    found = dense(rounded(weight, scales, numbers), scales, numbers).double()
+    values = torch.tensor([*E2M1, *(-each for each in E2M1)], dtype=torch.float64)
+    for row, column in product(range(5), range(70)):
+        choices = scales[row, column // group].double() * values
+        missing = (found[row, column] - weight[row, column]).abs()
+        assert missing == (choices - weight[row, column]).abs().min()
+
+
+def test_scales_of_eight_bits_are_what_their_formats_say():
+    largest = torch.tensor([[6.0, 12.0, 20.0, 0.7]], dtype=torch.float64)
+    power, scale = Storage(4, 32, "mxfp4"), Storage(4, 16, "nvfp4")
+    exponents = stored_scales(power.scales(largest, torch.float32), power)["scales"]
+    assert (exponents.int() - 127).tolist() == [[0, 1, 2, -3]]
+    stored = stored_scales(scale.scales(largest, torch.float32), scale)
+    whole = float(stored["tensor_scale"])
+    assert whole == 2**-7  # 20 / 6 / 448 is below it, and not below half of it
+    wanted = (largest / 6 / whole).to(torch.float8_e4m3fn)
+    assert torch.equal(stored["scales"].view(torch.float8_e4m3fn).float(), wanted.float())
+
+
+def test_gptq_with_floats_is_better_than_rounding():
+    weight, gram = problem(6, 64)
+    for scheme, (bits, group) in FLOATS.items():
+        numbers = Storage(bits, group, scheme)
+        scales = best_scales(weight, numbers, torch.float64, gram.diagonal())
+        ours, theirs = (
+            error(weight, dense(codes, scales, numbers), gram).sum()
+            for codes in (compensated(weight, gram, scales, numbers), rounded(weight, scales, numbers))
+        )
+        assert ours < 0.7 * theirs
 
 
 def sequential(weight: Tensor, gram: Tensor, scales: Tensor, group: int) -> Tensor:
@@ -103,10 +159,11 @@ def sequential(weight: Tensor, gram: Tensor, scales: Tensor, group: int) -> Tens
 @pytest.mark.parametrize(("columns", "group"), [(10, 4), (300, 64)])
 def test_gptq_is_the_sequential_optimum(columns, group):
     weight, gram = problem(4, columns)
-    scales = best_scales(weight, 4, group, torch.float64, gram.diagonal())
-    codes, reference = compensated(weight, gram, scales, 4, group), sequential(weight, gram, scales, group)
-    nearest = rounded(weight, scales, 4, group)
-    ours, theirs = (error(weight, dense(each, scales, group), gram) for each in (reference, nearest))
+    numbers = Numbers(4, group)
+    scales = best_scales(weight, numbers, torch.float64, gram.diagonal())
+    codes, reference = compensated(weight, gram, scales, numbers), sequential(weight, gram, scales, group)
+    nearest = rounded(weight, scales, numbers)
+    ours, theirs = (error(weight, dense(each, scales, numbers), gram) for each in (reference, nearest))
     assert torch.equal(codes, reference.where((ours <= theirs)[:, None], nearest))
     assert (ours <= theirs).any()
 
@@ -114,9 +171,10 @@ def test_gptq_is_the_sequential_optimum(columns, group):
 @pytest.mark.parametrize("seed", range(20))
 def test_gptq_lies_between_rounding_and_the_best_of_all(seed):
     weight, gram = problem(6, 4, seed)
-    scales = best_scales(weight, 4, 4, torch.float64)
-    ours = error(weight, dense(compensated(weight, gram, scales, 4, 4), scales, 4), gram)
-    nearest = error(weight, dense(rounded(weight, scales, 4, 4), scales, 4), gram)
+    numbers = Numbers(4, 4)
+    scales = best_scales(weight, numbers, torch.float64)
+    ours = error(weight, dense(compensated(weight, gram, scales, numbers), scales, numbers), gram)
+    nearest = error(weight, dense(rounded(weight, scales, numbers), scales, numbers), gram)
     assert (ours <= nearest * (1 + 1e-9)).all()
     grid = torch.tensor(list(product(range(-7, 8), repeat=4)), dtype=torch.float64)
     for row in range(6):

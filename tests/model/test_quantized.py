@@ -24,6 +24,7 @@ from tests.model.small import compressed, filled, logits
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2", "falcon", "phi"]
 INT4, INT8 = Storage(4, 8), Storage(8, 8)
+NV, MX = (Storage.of(4, None, scheme) for scheme in ("nvfp4", "mxfp4"))
 
 
 def quantized(
@@ -110,10 +111,11 @@ def built(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return filled(adopted(model, LayershareConfig(KINDS[kind](model))))
 
 
+@pytest.mark.parametrize("storage", [(Storage(4, 24), Storage(8, 5)), (NV, MX)], ids=["integers", "floats"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_stored_is_predicted_to_the_byte(tmp_path, kind, dtype):
-    model = quantized(built(kind, dtype), Storage(4, 24), Storage(8, 5))
+def test_what_is_stored_is_predicted_to_the_byte(tmp_path, kind, dtype, storage):
+    model = quantized(built(kind, dtype), *storage)
     save(model, tmp_path / "small")
     spec = describe(tiny_model("llama", dtype=dtype))
     compositions: tuple[Composition, ...] = model.config.quantization_config.compositions
@@ -146,7 +148,16 @@ def test_storage_stands_in_the_config_and_changes_no_count():
     assert (stored.parameters, stored.multiplications) == (composition.parameters, composition.multiplications)
 
 
-@pytest.mark.parametrize(("values", "sentence"), [((7,), "Unknown number of bits '7'"), ((4, 0), "A group of 0")])
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ((7,), "Unknown number of bits '7'"),
+        ((4, 0), "A group of 0"),
+        ((4, 16, "fp4"), "Unknown scheme 'fp4'. Did you mean 'nvfp4'?"),
+        ((8, 16, "nvfp4"), "nvfp4 has 4 bits in groups of 16: leave bits and groups out"),
+        ((4, 64, "mxfp4"), "mxfp4 has 4 bits in groups of 32"),
+    ],
+)
 def test_what_cannot_be_stored_is_refused(values, sentence):
     with pytest.raises(LayershareError, match=sentence):
         Storage(*values)
@@ -161,13 +172,17 @@ def test_what_is_shared_stays_of_the_class_that_wrap_policies_name():
     assert model.model.layers[1].mlp.up_proj.part(Factor("basis", outward=6, home="layers.0.mlp.up_proj")) is basis
 
 
-def test_it_runs_in_another_dtype_and_saves_the_same(tmp_path):
-    model = quantized(built("hybrid", torch.bfloat16))
+@pytest.mark.parametrize("storage", [INT4, NV, MX], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_runs_in_another_dtype_and_saves_the_same(tmp_path, dtype, storage):
+    model = quantized(built("hybrid", dtype), storage, storage)
     save(model, tmp_path / "small")
     wide = layershare.load(tmp_path / "small", dtype=torch.float32)
-    part: Any = wide.model.layers[0].mlp.up_proj.coef
-    assert part.scales.dtype == part.weight.dtype == torch.float32
-    save(wide.to(torch.bfloat16), tmp_path / "again")  # pyright: ignore[reportArgumentType]
+    place = "model.layers.0.mlp.up_proj.coef"
+    narrow, part = (each.get_submodule(place).weight for each in (model, wide))
+    assert (narrow.dtype, part.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(narrow.float(), part, rtol=torch.finfo(dtype).eps, atol=0)
+    save(wide.to(dtype), tmp_path / "again")  # pyright: ignore[reportArgumentType]
     one, two = (tmp_path / name / "model.safetensors" for name in ("small", "again"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -177,9 +192,9 @@ def test_gptq_hears_the_inputs_that_quantized_blocks_produce(monkeypatch):
     seen: dict[int, torch.Tensor] = {}
     from layershare.solve import quantize
 
-    def remember(weight, gram, scales, bits, group):
+    def remember(weight, gram, scales, numbers):
         seen[weight.data_ptr()] = gram
-        return compensated(weight, gram, scales, bits, group)
+        return compensated(weight, gram, scales, numbers)
 
     compensated = quantize.compensated
     monkeypatch.setattr(quantize, "compensated", remember)

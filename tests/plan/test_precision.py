@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from layershare.errors import LayershareError
-from layershare.formulas.quantize import best_scales, compensated, dense_weight, packed, step
+from layershare.formulas.quantize import Numbers, as_stored
 from layershare.methods import make_method, plan_with
 from layershare.methods.auto import Auto
 from layershare.model.composition import Storage, shared
@@ -48,9 +48,7 @@ def test_what_matrices_lose_is_measured(evidence):
         weight, gram = evidence.weight(linear).T, evidence.gram(linear)
         noise = Auto(bits=BITS)._noise(place, evidence)
         for bits in BITS:
-            scales = best_scales(weight, bits, 64, weight.dtype, gram.diagonal())
-            codes = compensated(weight, gram, scales, bits, 64)
-            whole = dense_weight(packed(codes, bits), scales.double(), bits, 64, weight.shape[1])
+            whole = as_stored(weight, gram, Numbers(bits), weight.dtype)
             expected = raised(evidence, place, (weight.double() - whole).T)
             assert noise.of_dense(bits) == pytest.approx(expected, rel=1e-9)
 
@@ -66,11 +64,11 @@ def test_what_factors_lose_is_told_from_few_of_them(evidence, side_of):
     assert torch.equal(found, noise.factors.sum(0))
     assert (found > 0).all()
     fewer = noise.of_factors(2, 2, ranks, group.side)
-    torch.testing.assert_close(fewer / found, torch.full_like(found, (step(2) / step(PROBED)) ** 2))
+    torch.testing.assert_close(fewer / found, torch.full_like(found, (Numbers(2).step / Numbers(PROBED).step) ** 2))
     first, second = (noise.factors[i] for i in (0, 1))
     basis, rest = (first, second) if group.side == "input" else (second, first)
     finer = noise.of_factors(4, PROBED, ranks, group.side)
-    torch.testing.assert_close(finer, rest + basis * (step(4) / step(PROBED)) ** 2)
+    torch.testing.assert_close(finer, rest + basis * (Numbers(4).step / Numbers(PROBED).step) ** 2)
     middle = noise.of_factors(PROBED, PROBED, ranks[:1] / 2, group.side)
     torch.testing.assert_close(middle, found[:1] / 2)
 

@@ -32,10 +32,20 @@ SPEED = {
     "new": 16,
     "rounds": 3,
     "rates": [
-        {"phase": phase, "batch": batch, "model": 1234.0, "original": 1000.0, "ratio": 1.234}
+        {
+            "phase": phase,
+            "batch": batch,
+            "model": 1234.0,
+            "latency": 0.1,
+            "original": 1000.0,
+            "original_latency": 0.1234,
+            "ratio": 1.234,
+        }
         for batch in (1, 8)
         for phase in ("prefill", "decode")
     ],
+    "memory": 10**8,
+    "original_memory": 2 * 10**8,
 }
 
 
@@ -75,6 +85,8 @@ def test_what_models_and_people_write_is_text_and_not_markup(html):
 def test_speed_is_shown_or_it_is_said_how_to_measure_it(html):
     text = markup(html.read_text(encoding="utf-8"))
     assert text.count("1.23 ×") == 4
+    assert text.count("100.0 ms") == 4
+    assert "In memory an engine held at most 100 MB (the original's: 200 MB)." in text.replace("&#39;", "'")
     assert "vllm 0.32.0, float32 on cpu" in text
     assert text.count("layershare bench") == 2
 

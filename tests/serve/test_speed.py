@@ -49,6 +49,8 @@ def test_a_folder_and_its_original_take_turns(dense):
         ("decode", 3),
     ]
     assert all(min(rate["model"], rate["original"], rate["ratio"]) > 0 for rate in speed["rates"])
+    assert all(min(rate["latency"], rate["original_latency"]) > 0 for rate in speed["rates"])
+    assert min(speed["memory"], speed["original_memory"]) > 10**8  # Python and vLLM among it
 
 
 def test_a_folder_that_cannot_be_served_is_refused_with_the_same_sentence(tokenizer, words, tmp_path):

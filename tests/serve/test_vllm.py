@@ -20,7 +20,7 @@ from layershare.plan.edits import Drop
 from tests.families import tiny_model
 from tests.model.small import adopt, compressed, filled
 from tests.model.test_dropped import carried_out
-from tests.model.test_quantized import quantized
+from tests.model.test_quantized import INT4, INT8, MX, NV, quantized
 from tests.serve.engine import config_of, expected, register_here, require_same, said, served, serving
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm`")
@@ -104,8 +104,9 @@ def test_a_model_of_fewer_layers_needs_nothing_of_ours(tmp_path):
         pass
 
 
-def test_quantized_factors_are_served(tmp_path):
-    save(quantized(of_all_kinds()), tmp_path / "small")
+@pytest.mark.parametrize("storage", [(INT4, INT8), (NV, MX)], ids=["integers", "floats"])
+def test_quantized_factors_are_served(storage, tmp_path):
+    save(quantized(of_all_kinds(), *storage), tmp_path / "small")
     with served(tmp_path / "small"):
         pass
 

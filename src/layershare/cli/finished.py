@@ -60,10 +60,15 @@ def quantize(
     folder: Folder,
     output: Out,
     bits: Annotated[int, typer.Option("--bits", metavar="N", help="Bits for each number: 8, 6, 5, 4, 3 or 2.")] = 4,
-    group: Annotated[int, typer.Option("--group", metavar="N", help="Numbers that share a scale.")] = 64,
+    group: Annotated[
+        int | None, typer.Option("--group", metavar="N", help="Numbers that share a scale: by default 64.")
+    ] = None,
     basis_bits: Annotated[
         int | None, typer.Option("--basis-bits", metavar="N", help="Bits of bases, if others: 5 beside 4, say.")
     ] = None,
+    scheme: Annotated[
+        str, typer.Option("--scheme", metavar="NAME", help="int, or floats of 4 bits: nvfp4 or mxfp4.")
+    ] = "int",
     text: Annotated[
         str | None, text_option("--text", "-t", help="Round by what this text needs (GPTQ); as for compress.")
     ] = None,
@@ -72,7 +77,7 @@ def quantize(
     device: Device = Recipe.device,
     trust: Trust = False,
 ) -> None:
-    """Store a model's matrices as small integers.
+    """Store a model's matrices as numbers of few bits.
 
     2 to 8 bits a number, of a compressed model or any other. Leaves another Hugging Face folder.
     """
@@ -82,7 +87,8 @@ def quantize(
     if text is None and given_text:
         raise LayershareError("--blocks and --length are those of a text: name it with --text, or leave them out.")
     calibration = None if text is None else make_as(Calibration, given_text)
-    how: dict[str, Any] = {"bits": bits, "group": group, "basis_bits": basis_bits, "calibration": calibration}
+    how: dict[str, Any] = {"bits": bits, "group": group, "basis_bits": basis_bits, "scheme": scheme}
+    how["calibration"] = calibration
     with progress() as (announce, _):
         done = quantize_folder(folder, output, **how, device=device, trust_remote_code=trust, announce=announce)
     tell(f"The matrices take {size(done.after)} instead of {size(done.before)}. The quantized model is in {output}.")

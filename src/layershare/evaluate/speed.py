@@ -8,12 +8,12 @@ machine does meets all of them alike. Figures are medians over the rounds, ratio
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 
 from layershare.errors import LayershareError
@@ -45,12 +45,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second at one batch size, all rows together; `ratio` is how many times the original's."""
+    """Tokens per second at one batch size, all rows together; `ratio` is how many times the original's.
+
+    `latency`: seconds until the first token is there (prefill) or from one to the next (decode).
+    """
 
     phase: str
     batch: int
     model: float
+    latency: float
     original: float | None = None
+    original_latency: float | None = None
     ratio: float | None = None
 
 
@@ -77,8 +82,9 @@ def measure_speed(
             seconds = {name: models[name](prompts, new) for name in order}
             if turn >= WARM_UP:
                 measured.append(seconds)
-        for phase, tokens in (("prefill", prompt), ("decode", new - 1)):
-            rates.append(_rate(phase, batch, batch * tokens, [{m: t[phase] for m, t in s.items()} for s in measured]))
+        for phase, tokens, answers in (("prefill", prompt, 1), ("decode", new - 1, new - 1)):
+            seconds = [{name: each[phase] for name, each in taken.items()} for taken in measured]
+            rates.append(_rate(phase, batch, tokens, answers, seconds))
     progress(total, total)
     return rates
 
@@ -101,13 +107,21 @@ def generate_seconds(model: PreTrainedModel, prompts: Tensor, new: int) -> dict[
     return {"prefill": first - begin, "decode": last - first}
 
 
-def _rate(phase: str, batch: int, tokens: int, seconds: list[dict[str, float]]) -> Rate:
-    """Medians over the rounds' seconds by model."""
-    ours = tokens / median(each["model"] for each in seconds)
+def weight_bytes(model: nn.Module) -> int:
+    """The memory that a model's parameters and buffers take, what several of them share counted once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _rate(phase: str, batch: int, tokens: int, steps: int, seconds: list[dict[str, float]]) -> Rate:
+    """Medians over the rounds' seconds by model, in which each row had so many `tokens`, in so many `steps`."""
+    ours = median(each["model"] for each in seconds)
+    rate = Rate(phase, batch, batch * tokens / ours, ours / steps)
     if "original" not in seconds[0]:
-        return Rate(phase, batch, ours)
-    theirs = tokens / median(each["original"] for each in seconds)
-    return Rate(phase, batch, ours, theirs, median(each["original"] / each["model"] for each in seconds))
+        return rate
+    theirs = median(each["original"] for each in seconds)
+    ratio = median(each["original"] / each["model"] for each in seconds)
+    return replace(rate, original=batch * tokens / theirs, original_latency=theirs / steps, ratio=ratio)
 
 
 class _Stopwatch(LogitsProcessor):

@@ -13,7 +13,7 @@ the others, and P puts all d in their places; then z = xB = x[pivots] + x[others
 
 The first member registers what is shared (*) for all, under its own name: one tensor, stored once.
 
-A factor may be stored as small integers with a scale for each group of them; one factor alone, a dense matrix that
+A factor may be stored in few bits with a scale for each group of them; one factor alone, a dense matrix that
 shares nothing, stands here for that.
 """
 
@@ -23,9 +23,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from layershare.errors import LayershareError, unknown
+from layershare.formulas.quantize import Numbers
+from layershare.values import Scheme
 
 Form = Literal["dense", "pivoted"]
 FORMS: tuple[Form, ...] = ("dense", "pivoted")
@@ -48,32 +50,49 @@ Stored = dict[str, tuple[tuple[int, ...], str | None]]
 """Shape and dtype (`None`: the model's) of stored tensors, by name."""
 
 
-@dataclass(frozen=True)
-class Storage:
-    """A weight as integers of so many bits, with a scale for each `group` of neighbours along its input.
+FLOATS: dict[Scheme, tuple[int, int]] = {"nvfp4": (4, 16), "mxfp4": (4, 32)}
+"""The bits and groups of the schemes that have no others."""
 
-    The last group of a row may be shorter. `formulas.quantize.dense_weight` makes a weight of its tensors.
-    Raises `LayershareError` for bits that do not exist, and groups of no numbers.
+
+@dataclass(frozen=True)
+class Storage(Numbers):
+    """How a weight is stored in few bits; `formulas.quantize.dense_weight` makes a weight of its tensors.
+
+    The last group of a row may be shorter. Raises `LayershareError` for schemes and bits that do not exist, groups of
+    no numbers, and bits and groups that a scheme does not have.
     """
 
-    bits: int
-    group: int = 64
-
     def __post_init__(self) -> None:
+        if self.scheme not in get_args(Scheme):
+            raise unknown("scheme", str(self.scheme), get_args(Scheme))
         if type(self.bits) is not int or self.bits not in BITS:
             raise unknown("number of bits", str(self.bits), map(str, BITS))
         if type(self.group) is not int or self.group < 1:
             raise LayershareError(f"A group of {self.group!r} numbers has no scale: give 1 or more, such as 64.")
+        if (own := FLOATS.get(self.scheme)) and own != (self.bits, self.group):
+            raise LayershareError(f"{self.scheme} has {own[0]} bits in groups of {own[1]}: leave bits and groups out.")
+
+    @classmethod
+    def of(cls, bits: int, group: int | None, scheme: Scheme) -> Storage:
+        """With groups of so many numbers, or `None`: as many as are usual. Raises as the class does."""
+        usual = FLOATS[scheme][1] if scheme in FLOATS else cls.group
+        return cls(bits, usual if group is None else group, scheme)
 
     def tensors(self, rows: int, columns: int) -> Stored:
         """What is stored of a weight of that shape: eight numbers of b bits in b bytes."""
         codes = ((rows, columns), "int8") if self.bits == 8 else ((rows, self.bits * -(-columns // 8)), "uint8")
-        return {"codes": codes, "scales": ((rows, -(-columns // self.group)), None)}
+        scales = (rows, -(-columns // self.group)), None if self.scheme == "int" else "uint8"
+        stored: Stored = {"codes": codes, "scales": scales}
+        return {**stored, "tensor_scale": ((1, 1), None)} if self.scheme == "nvfp4" else stored
 
     def bytes(self, rows: Any, columns: Any, itemsize: int) -> Any:
-        """The bytes of a weight of that shape, its scales of `itemsize` bytes; of many, if these are tensors."""
+        """The bytes of a weight of that shape, floats of `itemsize` bytes; of many, if these are tensors."""
         shapes = self.tensors(rows, columns).values()
         return sum(high * wide * (itemsize if dtype is None else 1) for (high, wide), dtype in shapes)
+
+    def __str__(self) -> str:
+        kind = f"{self.bits} bits" if self.scheme == "int" else self.scheme
+        return f"{kind} in groups of {self.group}"
 
 
 @dataclass(frozen=True)

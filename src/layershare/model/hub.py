@@ -209,11 +209,11 @@ def load(
 
 
 def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters, and the scales of quantized ones, with their names."""
+    """All parameters, and the floats of quantized ones, with their names."""
     yield from model.named_parameters()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            yield f"{name}.scales", module.get_buffer("scales")
+            yield from ((f"{name}.{key}", each) for key, each in module.stored.items() if each.is_floating_point())
 
 
 def adopt(model: PreTrainedModel, config: LayershareConfig) -> None:
@@ -282,8 +282,9 @@ def _refuse_incomplete(model: PreTrainedModel, files: Sequence[str]) -> None:
     kinds = {name: type(module) for name, module in model.named_modules()}
     composed = tuple(f"{name}." for name, kind in kinds.items() if issubclass(kind, ComposedLinear))
     ours = ("",) if SlicedNorm in kinds.values() else composed
-    orders = {name: buffer for name, buffer in model.named_buffers() if name.startswith(composed)}
-    for name, tensor in chain(model.named_parameters(), orders.items()):
+    saved = model.state_dict().keys()
+    buffers = ((name, each) for name, each in model.named_buffers() if name.startswith(composed) and name in saved)
+    for name, tensor in chain(model.named_parameters(), buffers):
         if not name.startswith(ours):
             continue
         key = name.removeprefix(_base_prefix(model))

@@ -31,9 +31,10 @@ class SharedLinear(nn.Linear):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear without bias whose weight is stored as integers and scales; each call makes the weight of them anew.
+    """A linear without bias whose weight is stored as codes and scales; each call makes the weight of them anew.
 
-    The weight is no parameter: it does not train. The tensors are left uninitialised.
+    The weight is no parameter: it does not train. The tensors are left uninitialised. `like`, an empty one that is not
+    saved, has the dtype that the weight is to be of, which may be that of no other.
     """
 
     def __init__(
@@ -51,19 +52,23 @@ class QuantizedLinear(nn.Linear):
         for name, (shape, own) in storage.tensors(out_features, in_features).items():
             tensor = torch.empty(shape, device=device, dtype=getattr(torch, own) if own else dtype)
             self.register_buffer(name, tensor)
+        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors that the weight is made of."""
+        return {name: self.get_buffer(name) for name in self.storage.tensors(self.out_features, self.in_features)}
 
     @property
     def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The weight, `[out, in]`, marked as initialised; see `ComposedLinear.weight`."""
-        stored: Any = self
-        weight = dense_weight(stored.codes, stored.scales, self.storage.bits, self.storage.group, self.in_features)
+        weight = dense_weight(self.stored, self.storage, self.in_features, self.get_buffer("like").dtype)
         weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return weight
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of it."""
-        storage = self.storage
-        return f"{self.in_features} -> {self.out_features}, {storage.bits} bits in groups of {storage.group}"
+        return f"{self.in_features} -> {self.out_features}, {self.storage}"
 
 
 class SharedQuantizedLinear(QuantizedLinear, SharedLinear):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, FailFast, Field
 from layershare.errors import LayershareError, unknown
 from layershare.model.arch import PARTS, Part, Spec
 from layershare.model.composition import Composition, Member, Side, Storage, alone, deltas, shared
-from layershare.values import STRICT, Flag, Number, Whole, Word
+from layershare.values import STRICT, Flag, Number, Scheme, Whole, Word
 
 _MOST_LAYERS = 100_000
 Layers = Annotated[tuple[Whole, ...], FailFast(), Field(max_length=_MOST_LAYERS)]
@@ -137,9 +137,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Quantize:
-    """The matrices at these places, or the factors that stand there, stored as integers of `bits` a number.
+    """The matrices at these places, or the factors that stand there, stored with `bits` a number.
 
-    With a scale for each `group` of them along the input, see `Storage`; bases have `basis_bits`.
+    With a scale for each `group` of them along the input, see `Storage`; bases have `basis_bits`. `scheme`: what the
+    numbers are.
     """
 
     __pydantic_config__ = STRICT
@@ -147,6 +148,7 @@ class Quantize:
     bits: Whole
     basis_bits: Whole
     group: Whole = 64
+    scheme: Scheme = "int"
     kind: Literal["quantize"] = "quantize"
 
     @property
@@ -156,7 +158,8 @@ class Quantize:
 
     def of(self, composition: Composition) -> Composition:
         """What stands at its places, with its factors stored so. Raises `LayershareError` as `Storage`."""
-        return composition.stored_as(Storage(self.bits, self.group), Storage(self.basis_bits, self.group))
+        own, shared = (Storage(bits, self.group, self.scheme) for bits in (self.bits, self.basis_bits))
+        return composition.stored_as(own, shared)
 
 
 def _of_a_kind(values: Any) -> Any:

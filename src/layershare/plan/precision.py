@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from layershare.formulas.linalg import Factors, pivot_factors
-from layershare.formulas.quantize import as_integers, fitted_to, step
+from layershare.formulas.quantize import Numbers, as_stored, fitted_to
 from layershare.model.arch import Linear
 from layershare.model.composition import Side, Storage
 from layershare.model.layers import unpivoted
 from layershare.plan.ranks import Group
 
-GROUP = Storage.group
 PROBED = 3
 PARTS = (0.25, 0.5, 0.75)
 """The ranks at which factors are quantized, as parts of the full one."""
@@ -46,7 +45,8 @@ class Noise:
 
     def of_factors(self, basis: int, own: int, ranks: Tensor, side: Side) -> Tensor:
         """What factors of these ranks lose beside: the basis, which lies on a side, of its bits, the rest of others."""
-        scales = [(step(each) / step(PROBED)) ** 2 for each in ((basis, own) if side == "input" else (own, basis))]
+        bits = (basis, own) if side == "input" else (own, basis)
+        scales = [(Numbers(each).step / Numbers(PROBED).step) ** 2 for each in bits]
         first, second = (scale * _between(self.ranks, x, ranks) for scale, x in zip(scales, self.factors, strict=True))
         return first + second
 
@@ -72,7 +72,7 @@ def measured(
     those of the second ones.
     """
     dtype = weight.dtype
-    dense = [loss(weight.double() - as_integers(weight.T, gram, each, GROUP, dtype).T) for each in bits]
+    dense = [loss(weight.double() - as_stored(weight.T, gram, Numbers(each), dtype).T) for each in bits]
     pairs = [tuple(_added(weight, gram, each, side, pivot, loss)) for each in factors]
     return torch.tensor([*dense, *(first for first, _ in pairs), *(second for _, second in pairs)], dtype=torch.float64)
 
@@ -93,13 +93,13 @@ def _added(
         return loss(weight.double() - (whole(second, "output") @ whole(first, "input")).T)
 
     met = torch.arange(len(gram)) if order is None or side == "output" else order[len(first) :]
-    rounded = as_integers(first, gram[met][:, met], PROBED, GROUP, weight.dtype)
+    rounded = as_stored(first, gram[met][:, met], Numbers(PROBED), weight.dtype)
     before = lost(first, second)
     if side == "input":
         second = fitted_to(whole(first, "input"), second, whole(rounded, "input"), gram)
     between = lost(rounded, second)
     inner = whole(rounded, "input")
-    after = lost(rounded, as_integers(second, inner @ gram.double() @ inner.T, PROBED, GROUP, weight.dtype))
+    after = lost(rounded, as_stored(second, inner @ gram.double() @ inner.T, Numbers(PROBED), weight.dtype))
     yield max(between - before, 0.0)
     yield max(after - between, 0.0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layershare.calibrate.stats import BACKWARD, Statistic
-from layershare.formulas.quantize import as_integers
+from layershare.formulas.quantize import Numbers, as_stored
 from layershare.model.arch import Spec
 from layershare.plan.edits import Delta, Share, places, sharing, sliced_width
 from layershare.plan.plan import Plan
@@ -182,7 +182,7 @@ def measure_speed(device: str, dtype: torch.dtype, width: int) -> Speed:
         double=_per_second(lambda: double @ double, width**3),
         eigen=_per_second(lambda: torch.linalg.eigh(symmetric), width**3),
         place=place.replace("1 threads", "1 thread"),
-        column=1 / _per_second(lambda: as_integers(few, small, 4, _FEW, torch.float32), _FEW),
+        column=1 / _per_second(lambda: as_stored(few, small, Numbers(4, _FEW), torch.float32), _FEW),
     )
 
 

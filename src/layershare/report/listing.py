@@ -55,12 +55,18 @@ def speed_table(speed: Speed) -> Table:
     """What `bench` measured, as a table."""
     title = f"prompts of {speed.prompt} tokens, {speed.new} new ones, {speed.dtype} on {speed.device}, {speed.engine}"
     table = Table(title=title, title_justify="left")
-    table.add_column("tokens per second")
-    for column in ("batch", "model", *(("original", "ratio") if speed.original else ())):
-        table.add_column(column, justify="right")
+    for column in ("", "batch", "model", *(("original", "ratio") if speed.original else ())):
+        table.add_column(column, justify="right" if column else "left")
     for rate in speed.rates:
         compared = (f"{rate.original:,.0f}", f"{rate.ratio:.2f}") if speed.original else ()
-        table.add_row(rate.phase, str(rate.batch), f"{rate.model:,.0f}", *compared)
+        table.add_row(f"{rate.phase}, tokens per second", str(rate.batch), f"{rate.model:,.0f}", *compared)
+    for rate in speed.rates:
+        name = "first token" if rate.phase == "prefill" else "next token"
+        both = (f"{1000 * each:,.1f}" for each in (rate.latency, rate.original_latency) if each is not None)
+        table.add_row(f"{name}, ms", str(rate.batch), *both)
+    both = [size(each) for each in (speed.memory, speed.original_memory) if each is not None]
+    what = "memory of the engine" if speed.engine.startswith("vllm") else "memory of weights"
+    table.add_row(what, "", *both, *([f"{speed.memory / speed.original_memory:.2f}"] if speed.original_memory else []))
     return table
 
 

@@ -23,6 +23,7 @@ from layershare.report.words import (
     edits,
     healed,
     healing,
+    held,
     in_blocks,
     loading,
     made_in,
@@ -104,7 +105,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     filters = (
-        *(blocks, calibration, citation, count, digits_of, draw, edits, healed, healing, in_blocks, loading),
+        *(blocks, calibration, citation, count, digits_of, draw, edits, healed, healing, held, in_blocks, loading),
         *(compared, made_in, options, percent, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}

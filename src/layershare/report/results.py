@@ -23,7 +23,7 @@ from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes
 from layershare.recipe import Refine
 from layershare.store import as_json, written_with
-from layershare.values import Flag, Number, Whole, Word, checked
+from layershare.values import Flag, Number, Scheme, Whole, Word, checked
 
 _version = cache(version)
 """The version of an installed package, whose metadata is read once."""
@@ -205,11 +205,17 @@ class Quantized(Environment):
     bits: _Count
     basis_bits: _Count
     group: _Count
+    scheme: Scheme
     text: CalibrationText | None
     before: _Count
     after: _Count
     error: Number
     seconds: Number
+
+    @property
+    def words(self) -> str:
+        """`4 bits`, or the name of the scheme."""
+        return f"{self.bits} bits" if self.scheme == "int" else self.scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +236,7 @@ class Listed:
     def after_words(self) -> str:
         """What was done after the compression, to be put behind the method's name: `, healed, 4 bits`."""
         healed = ", healed" if self.healing else ""
-        return f"{healed}, {self.quantization.bits} bits" if self.quantization else healed
+        return f"{healed}, {self.quantization.words}" if self.quantization else healed
 
     @property
     def measured(self) -> Measured:
@@ -272,11 +278,14 @@ class Evaluated(Environment):
 
 @dataclass(frozen=True, kw_only=True)
 class Speed(Environment):
-    """What `bench` notes; `engine` with its version."""
+    """What `bench` notes; `engine` with its version.
+
+    `memory`: bytes of the weights in transformers, and the most that an engine held in vLLM.
+    """
 
     model: Word
     original: Word | None
-    engine: Word = "transformers"
+    engine: Word
     dtype: Word
     device: Word
     batches: list[_Count]
@@ -284,6 +293,8 @@ class Speed(Environment):
     new: _Count
     rounds: _Count
     rates: list[Rate]
+    memory: _Count
+    original_memory: _Count | None
 
 
 def results_of(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections import Counter
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Quantize, Slice, in_floats
-from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, HeldOutText
+from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, HeldOutText, Speed
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -56,9 +56,10 @@ def quantized(run: Run) -> str:
     if done is None:
         return ""
     bases = "" if done.basis_bits == done.bits else f" (bases as {done.basis_bits}-bit ones)"
+    kind = f"{done.bits}-bit" if done.scheme == "int" else done.scheme
     how = "rounded" if done.text is None else f"by GPTQ on {blocks(done.text)}"
     return (
-        f"All matrices of its blocks are stored as {done.bits}-bit numbers{bases}, {done.group} with one scale, {how}: "
+        f"All matrices of its blocks are stored as {kind} numbers{bases}, {done.group} with one scale, {how}: "
         f"{size(done.after)} instead of {size(done.before)}"
     )
 
@@ -103,6 +104,13 @@ def healed(run: Run) -> list[tuple[str, str, str]]:
     name = f"perplexity of held-out training text {in_blocks(run.healing.text)}"
     rows.append((name, digits_of(found[0]), digits_of(min(found))))
     return rows
+
+
+def held(speed: Speed) -> str:
+    """The memory that models took while their speed was measured, in one sentence."""
+    what = "an engine held at most" if speed.engine.startswith("vllm") else "the weights take"
+    beside = "" if speed.original_memory is None else f" (the original's: {size(speed.original_memory)})"
+    return f"In memory {what} {size(speed.memory)}{beside}."
 
 
 def made_in(seconds: dict[str, float]) -> str:

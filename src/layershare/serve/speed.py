@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import packages_distributions
@@ -12,6 +14,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layershare.errors import LayershareError
@@ -21,6 +24,8 @@ BLOCK = 128
 """Tokens of a block of the cache, at most."""
 PATIENCE = 10
 """Seconds that an engine may take to end."""
+MEMORY = "memory"
+"""The question for that."""
 
 
 def vllm_package() -> str:
@@ -47,6 +52,12 @@ class Engine:
         """
         with suppress(OSError):  # it has ended, which the answer tells
             self._answers.send((prompts.tolist(), new))
+        return self._answer()
+
+    def memory(self) -> int:
+        """The most bytes that the engine has held so far: of an accelerator's memory, or of its process's on a CPU."""
+        with suppress(OSError):
+            self._answers.send(MEMORY)
         return self._answer()
 
     def _answer(self) -> Any:
@@ -104,10 +115,18 @@ def _work(questions: Connection, model: str, settings: dict[str, Any]) -> None:
             llm = LLM(model, kv_cache_memory_bytes=_cache_bytes(model, settings), **settings)
             config = llm.llm_engine.vllm_config
             questions.send((str(config.model_config.dtype).removeprefix("torch."), config.device_config.device_type))
-            for prompts, new in iter(questions.recv, None):
-                questions.send(_seconds(llm, prompts, new))
+            for asked in iter(questions.recv, None):
+                questions.send(_most_memory() if asked == MEMORY else _seconds(llm, *asked))
     except LayershareError as error:
         questions.send(error)
+
+
+def _most_memory() -> int:
+    """Of this process."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_reserved()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cache_bytes(model: str, settings: dict[str, Any]) -> int:

@@ -40,12 +40,16 @@ class Key:
 
 @dataclass
 class Held:
-    """What a process holds of a factor, while it is loaded: the tensors by their names in the checkpoint."""
+    """What a process holds of a factor, while it is loaded: the tensors by their names in the checkpoint.
+
+    `dtype`: the floating one that it multiplies in, known with the first tensor.
+    """
 
     key: Key
     factor: Factor
     member: Member
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     @property
     def pivoted(self) -> bool:
@@ -59,6 +63,7 @@ class Held:
             raise mismatched(f"{self.key.home}.{name}", tensor.shape, shape)
         if self._is_the_weight:
             tensor = self._cut(tensor)
+        self.dtype = like.dtype
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
         self.tensors[name] = tensor.to(like.device, dtype, copy=True)
 
@@ -69,10 +74,13 @@ class Held:
                 raise LayershareError(
                     f"The checkpoint lacks the tensor '{self.key.home}.{name}': fetch or write it again."
                 )
-        weight, storage = self.tensors.pop(self.factor.keys[0]), self.factor.storage
-        if storage is not None:
-            scales, columns = self.tensors.pop(self.factor.keys[1]), self.factor.shape(self.member)[1]
-            weight = dense_weight(weight, scales, storage.bits, storage.group, columns)
+        storage = self.factor.storage
+        if storage is None:
+            weight = self.tensors.pop(self.factor.keys[0])
+        else:
+            rows, columns = self.factor.shape(self.member)
+            stored = {key: self.tensors.pop(f"{self.factor.name}.{key}") for key in storage.tensors(rows, columns)}
+            weight = dense_weight(stored, storage, columns, self.dtype)
         if self._is_the_weight or self.pivoted:
             return weight
         if self.factor.pivots:

@@ -1,4 +1,4 @@
-"""Store the matrices of a finished model as small integers: rounded, or by GPTQ under the Gram that each really meets.
+"""Store the matrices of a finished model in few bits: rounded, or by GPTQ under the Gram that each really meets.
 
 Every linear of a block is a sum of products of factors, a dense one of one factor alone; all factors are quantized.
 With a text, block after block: the text passes through the blocks that are quantized already, so that each block meets
@@ -20,7 +20,15 @@ from transformers.pytorch_utils import Conv1D
 
 from layershare.calibrate.measures import InputGrams
 from layershare.calibrate.stream import Stream
-from layershare.formulas.quantize import best_scales, compensated, dense_weight, fitted_to, packed, rounded
+from layershare.formulas.quantize import (
+    best_scales,
+    compensated,
+    dense_weight,
+    fitted_to,
+    packed,
+    rounded,
+    stored_scales,
+)
 from layershare.model.arch import find_blocks
 from layershare.model.composition import Composition, Factor, alone
 from layershare.model.describe import role_of
@@ -193,15 +201,15 @@ def _quantize(blocks: nn.ModuleList, part: _Part, gram: Tensor | None, dtype: to
     """Put a quantized linear in a part's place, and return the relative error."""
     weight, storage = blocks.get_submodule(part.name).get_parameter("weight"), part.factor.storage
     assert storage is not None
-    how, columns = (storage.bits, storage.group), weight.shape[1]
-    scales = best_scales(weight, *how, dtype, None if gram is None else gram.diagonal())
-    codes = rounded(weight, scales, *how) if gram is None else compensated(weight, gram, scales, *how)
+    columns = weight.shape[1]
+    scales = best_scales(weight, storage, dtype, None if gram is None else gram.diagonal())
+    codes = rounded(weight, scales, storage) if gram is None else compensated(weight, gram, scales, storage)
     new: Any = made_part(part.factor, columns, weight.shape[0], device=weight.device, dtype=weight.dtype)
-    new.codes.copy_(packed(codes, storage.bits))
-    new.scales.copy_(scales)
+    for name, tensor in {"codes": packed(codes, storage.bits), **stored_scales(scales, storage)}.items():
+        new.get_buffer(name).copy_(tensor)
     blocks.set_submodule(part.name, new)
     whole = weight.double()
-    missing = whole - dense_weight(new.codes, scales.double(), *how, columns)
+    missing = whole - dense_weight(new.stored, storage, columns, torch.float64)
     lost, all_ = (
         float((each.square() if gram is None else each @ gram.double() * each).sum()) for each in (missing, whole)
     )
