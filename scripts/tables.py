@@ -1,8 +1,8 @@
 """Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
-`peers MODEL`, `repair MODEL`, `first`, `expected`, `heal MODEL`, `sharing PART MODEL`, `speed`, `bytes MODEL`,
-`measured METHOD`, or, from the code, `recipe KIND` or `options`.
+`peers MODEL`, `repair MODEL`, `distilled`, `first`, `tasks MODEL`, `expected`, `cost`, `heal MODEL`,
+`sharing PART MODEL`, `speed`, `bytes MODEL`, `measured METHOD`, or, from the code, `recipe KIND` or `options`.
 """
 
 import json
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bytes.tables import bytes_page
+from benchmarks.cost.tables import cost_page
 from benchmarks.expected.tables import expected_page
 from benchmarks.heal.tables import heal_page, speed_page
 from benchmarks.methods.tables import machine, markdown, measured_method, model_page, models_page, variants_page
 from benchmarks.peers.tables import peers_page
+from benchmarks.repair.tables import distilled_page
 from benchmarks.results import Results
 from benchmarks.sharing.tables import sharing_map, sharing_plans, sharing_ways
+from benchmarks.tasks.tables import tasks_page
 from scripts.method_matrix import matrix
 from scripts.recipe_tables import options_page, recipe_page
 
@@ -27,9 +30,9 @@ PAGES = (
     *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "quantizing")),
 )
 BENCHMARKS = ROOT / "benchmarks"
-METHODS, FORMS, AUTO, PEERS, REPAIR, FIRST, HEAL, SHARING, BYTES = (
+METHODS, FORMS, AUTO, PEERS, REPAIR, FIRST, TASKS, HEAL, SHARING, BYTES = (
     Results(BENCHMARKS / name / "results.jsonl")
-    for name in ("methods", "forms", "auto", "peers", "repair", "first", "heal", "sharing", "bytes")
+    for name in ("methods", "forms", "auto", "peers", "repair", "first", "tasks", "heal", "sharing", "bytes")
 )
 SHARED = {"map": sharing_map, "ways": sharing_ways, "plans": sharing_plans}
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
@@ -80,11 +83,17 @@ def table(name: str) -> str:
     if kind == "auto":
         return variants_page(AUTO, which, kind)
     if kind == "peers":
-        return peers_page(PEERS, AUTO, which)
+        return peers_page(PEERS, AUTO if any(name.startswith(f"{which}/") for name in AUTO.read()) else FIRST, which)
     if kind == "repair":
         return variants_page(REPAIR, which, kind)
+    if kind == "distilled":
+        return distilled_page(REPAIR, Results(BENCHMARKS / "repair" / "distilled.jsonl"))
     if kind == "first":
         return models_page(FIRST, kind)
+    if kind == "tasks":
+        return tasks_page(TASKS, FIRST, which)
+    if kind == "cost":
+        return cost_page()
     if kind == "expected":
         return expected_page()
     if kind == "heal":

@@ -1,9 +1,8 @@
 """The table of bytes, for docs/quantizing.md."""
 
-from math import log
 from typing import Any
 
-from benchmarks.methods.tables import machine, markdown, require_same
+from benchmarks.methods.tables import added, machine, markdown, require_same
 from benchmarks.results import Results
 
 UNMEASURED = "Not measured yet; `python -m benchmarks.bytes.run` does it."
@@ -23,7 +22,7 @@ def bytes_page(results: Results, model: str) -> str:
     most, rows, best = found[0]["bytes"], [], float("inf")
     for each in reversed(found):
         quality = each["evaluation"]
-        loss = log(quality["perplexity"]["value"] / quality["original_perplexity"]["value"])
+        loss = added(quality)
         mark = "**" if loss < best else ""
         best = min(best, loss)
         row = [

@@ -63,13 +63,14 @@ class Experiment:
 
 
 def experiments(matrix: Values, model: str) -> list[Experiment]:
-    """All experiments on one model: the compressions first."""
+    """All experiments on one model: the compressions first, of which it may name those that it has."""
     row = matrix["models"][model]
     common = {"model": model, "calibration": row["calibration"], "evaluation": row["evaluation"]}
-    recipes = {name: {**common, **values} for name, values in matrix["compressions"].items()}
+    chosen = row.get("compressions", matrix["compressions"])
+    recipes = {name: {**common, **matrix["compressions"][name]} for name in chosen}
     found = [Experiment(model, name, recipe) for name, recipe in recipes.items()]
     for healing, values in matrix["healings"].items():
-        for name in values["of"]:
+        for name in (name for name in values["of"] if name in recipes):
             for seed in values.get("seeds", {}).get(name, [0]):
                 settings = merged(matrix["training"], row["training"], values["settings"])
                 settings |= {"teacher": model, "evaluation": row["evaluation"], "seed": seed}

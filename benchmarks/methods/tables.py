@@ -126,7 +126,7 @@ def models_page(every: Results, folder: str) -> str:
         text, original = first["text"], first["original_perplexity"]["value"]
         for each in sorted(found, key=lambda each: -each["experiment"]["keep"]):
             cells = columns.setdefault((model, each["experiment"]["keep"]), {"original": f"{original:.4g}"})
-            cells[each["experiment"]["method"]] = _added(each, 0, original)
+            cells[each["experiment"]["method"]] = _added(each, 0)
             value = inf if "refused" in each else each["evaluations"][0]["perplexity"]["value"]
             worst.setdefault(each["experiment"]["method"], value)
         blocks = f"{text['blocks']} blocks of {text['length']} tokens"
@@ -152,12 +152,17 @@ def require_comparable(found: list[Values], model: str, folder: str) -> Values:
     return found[0]["evaluations"][0]
 
 
-def _added(result: Values, test: int, original: float) -> str:
+def added(measured: Values) -> float:
+    """What was added to the logarithm of the original's perplexity."""
+    return log(measured["perplexity"]["value"] / measured["original_perplexity"]["value"])
+
+
+def _added(result: Values, test: int) -> str:
     """Perplexity, what is added to its logarithm, and a mark if it is not of the size of its column."""
     if "refused" in result:
         return "refused"
-    value = result["evaluations"][test]["perplexity"]["value"]
-    return f"{value:.4g} ({log(value / original):+.4f}){' †' if off_size(result) else ''}"
+    measured = result["evaluations"][test]
+    return f"{measured['perplexity']['value']:.4g} ({added(measured):+.4f}){' †' if off_size(result) else ''}"
 
 
 def variants_page(every: Results, model: str, folder: str) -> str:
@@ -176,7 +181,7 @@ def variants_page(every: Results, model: str, folder: str) -> str:
         for each in found:
             name, keep = each["experiment"]["method"], each["experiment"]["keep"]
             values.setdefault(name, {})[keep] = each["evaluations"][number]["perplexity"]["value"]
-            cells.setdefault(name, {})[keep] = _added(each, number, original)
+            cells.setdefault(name, {})[keep] = _added(each, number)
         worst_first = sorted(values, key=lambda name: -values[name].get(keeps[-1], 0))
         rows = [[name, *(cells[name].get(keep, "") for keep in keeps)] for name in worst_first]
         title = (

@@ -1,9 +1,8 @@
 """The tables of peers' own code beside ours, for docs/results.md."""
 
-from math import log
 from typing import Any
 
-from benchmarks.methods.tables import OFF_SIZE, machine, markdown, require_same
+from benchmarks.methods.tables import OFF_SIZE, added, machine, markdown, require_same
 from benchmarks.results import Results
 
 Values = dict[str, Any]
@@ -50,7 +49,7 @@ def _table(model: str, rows: Rows, source: str) -> str:
     """The table of one text, in the order of the smallest size that all rows have."""
     keeps = sorted({keep for row in rows.values() for keep in row}, reverse=True)
     common = min(keep for keep in keeps if all(keep in row for row in rows.values()))
-    ordered = sorted(rows.items(), key=lambda named: -_added(named[1][common], source))
+    ordered = sorted(rows.items(), key=lambda named: -added(_test(named[1][common], source)))
     cells = [[name, *(_cell(row[keep], source) if keep in row else "" for keep in keeps)] for name, row in ordered]
     test = _test(ordered[0][1][common], source)
     title = (
@@ -64,13 +63,7 @@ def _cell(result: Values, source: str) -> str:
     """What is added, with a mark if the peer left more or less than it was asked for."""
     asked, kept = result["experiment"]["keep"], result.get("kept")
     off = kept is not None and abs(kept["parameters"] / kept["of"] / asked - 1) > OFF_SIZE
-    return f"{_added(result, source):+.4f}{' †' if off else ''}"
-
-
-def _added(result: Values, source: str) -> float:
-    """What is added to the logarithm of the original's perplexity."""
-    test = _test(result, source)
-    return log(test["perplexity"]["value"] / test["original_perplexity"]["value"])
+    return f"{added(_test(result, source)):+.4f}{' †' if off else ''}"
 
 
 def _test(result: Values, source: str) -> Values:
