@@ -18,6 +18,8 @@ GRAM_ITEMSIZE = 4
 """Grams are float32."""
 SLACK = 1.2
 """For what libraries keep and work with."""
+AT_WORK = 50_000_000
+"""Bytes that Python and torch take when they first work, of a model of any size (`benchmarks/cost`)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def estimate_needs(
     )
     if plan is not None and (sliced := sliced_width(plan.edits)):
         return Needs(
-            memory=2 * max(block) + batch + _eigenproblem(width),
+            memory=2 * max(block) + batch + _eigenproblem(width) + AT_WORK,
             stats=0,
             output=2 * plan.after.all.bytes + states + 2 * spec.n_layers * width * sliced * GRAM_ITEMSIZE,
             states=states,
@@ -131,7 +133,7 @@ def estimate_needs(
     states = states if passes or epochs else 0
     pooled = spec.n_layers * blocks * width * GRAM_ITEMSIZE
     return Needs(
-        memory=int(SLACK * max(steps, default=0)),
+        memory=int(SLACK * max(steps, default=0)) + AT_WORK,
         stats=sum(
             size
             for kind, size in (("inputs", sum(grams)), ("gradients", sum(outer)), ("blocks", pooled))
