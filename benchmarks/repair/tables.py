@@ -16,14 +16,14 @@ def distilled_page(closed: Results, distilled: Results) -> str:
         return UNMEASURED
     forms, rows = closed.read(), []
     for name, each in sorted(trained.items()):
-        model, compression, _ = name.split("/")
-        recipe, measured = each["experiment"]["recipe"], each["evaluation"]["after"]
-        before, after = (added(each["evaluation"][when]) for when in ("before", "after"))
+        model = name.split("/")[0]
+        recipe, measured = each["experiment"]["recipe"], each["evaluation"]
+        before, after = (added(measured[when]) for when in ("before", "after"))
         form = forms.get(f"{model}/auto-{recipe['keep']}")
         first = before if "refine" not in recipe or form is None else added(form["evaluations"][0])
         rows.append(
             [
-                f"{model}, {measured['text']['source']}",
+                f"{model}, {measured['after']['text']['source']}",
                 f"{recipe['keep']:.0%}",
                 f"{first:+.4f}",
                 f"{before:+.4f}" if "refine" in recipe else "",
