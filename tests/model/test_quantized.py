@@ -187,6 +187,16 @@ def test_it_runs_in_another_dtype_and_saves_the_same(tmp_path, dtype, storage):
     assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("storage", [NV, MX], ids=str)
+def test_scales_in_bytes_that_are_no_numbers_are_refused(tmp_path, storage):
+    model = quantized(built("hybrid"), storage, storage)
+    part = model.model.layers[0].mlp.up_proj.coef
+    part.scales[0, 0] = {"nvfp4": 127, "mxfp4": 255}[storage.scheme]  # NaN, and what is above every float32
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(LayershareError, match=r"up_proj\.coef\.scales"):
+        layershare.load(tmp_path / "small")
+
+
 def test_gptq_hears_the_inputs_that_quantized_blocks_produce(monkeypatch):
     """The Gram of each factor is that of what it is given by the model up to there as it is in the end."""
     seen: dict[int, torch.Tensor] = {}

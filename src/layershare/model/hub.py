@@ -30,6 +30,7 @@ from layershare.autoload import when_imported
 from layershare.errors import LayershareError, how_to_install, mismatched
 from layershare.folders import staged
 from layershare.foreign import reading
+from layershare.formulas.quantize import read_scales
 from layershare.model import adapters
 from layershare.model.checked import AGAIN
 from layershare.model.composition import Composition
@@ -209,11 +210,11 @@ def load(
 
 
 def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters, and the floats of quantized ones, with their names."""
+    """All parameters, and the scales of quantized ones, with their names."""
     yield from model.named_parameters()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            yield from ((f"{name}.{key}", each) for key, each in module.stored.items() if each.is_floating_point())
+            yield f"{name}.scales", read_scales(module.stored, module.storage, torch.float32)
 
 
 def adopt(model: PreTrainedModel, config: LayershareConfig) -> None:

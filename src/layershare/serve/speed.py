@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -125,6 +124,8 @@ def _most_memory() -> int:
     """Of this process."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_reserved()
+    import resource  # not on Windows, where vLLM does not run
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
