@@ -77,7 +77,7 @@ def quantize(
     device: Device = Recipe.device,
     trust: Trust = False,
 ) -> None:
-    """Store a model's matrices as numbers of few bits.
+    """Store a model's matrices in few bits.
 
     2 to 8 bits a number, of a compressed model or any other. Leaves another Hugging Face folder.
     """
