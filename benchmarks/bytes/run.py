@@ -8,15 +8,14 @@ Writes results.jsonl beside this file.
 of the matrices in the blocks. What has a result is not measured again. 45 minutes for the sample model on a slow core.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.methods.run import Place
-from benchmarks.paths import add_path, is_here, paths_of
+from benchmarks.methods.run import Place, asked_place
+from benchmarks.paths import is_here
 from benchmarks.results import Results
 from layershare.api import evaluate_folder
 from layershare.model.describe import describe
@@ -108,15 +107,10 @@ def put(name: str, how: Values, found: Values, out: str, row: Values, place: Pla
 
 def main() -> None:
     """Measure everything whose models and texts are there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_path(parser)
-    parser.add_argument("--work", type=Path, default=Path("build/bytes"), help="folder of unfinished work")
-    options = parser.parse_args()
-    paths = paths_of(options.path)
-    place = Place(paths, Results(HERE / "results.jsonl"), options.work, 1)
+    place = asked_place(__doc__, Results(HERE / "results.jsonl"))
     matrix = yaml.safe_load((HERE / "matrix.yaml").read_text(encoding="utf-8"))
     for model, row in matrix["models"].items():
-        if not is_here(model, paths):
+        if not is_here(model, place.paths):
             continue
         for keep, precisions in matrix["keeps"].items():
             measure(model, row, keep, precisions, place)

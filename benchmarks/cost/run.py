@@ -24,7 +24,6 @@ from benchmarks.methods.run import Place
 from benchmarks.paths import add_path, is_here, paths_of
 from benchmarks.results import Results
 from layershare.job import Job, prepare, speed_for
-from layershare.progress import Progress
 from layershare.recipe import make_recipe
 from layershare.report.results import environment
 from layershare.run import run
@@ -32,7 +31,7 @@ from layershare.store import as_json
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "results.jsonl")
-UNTOLD = ("evaluate", TEXT, "")
+UNTOLD = ("evaluate", TEXT)
 """Stages that the estimate leaves out: what measures the result, and what reads the text."""
 Values = dict[str, Any]
 
@@ -48,20 +47,16 @@ def carry_out(recipe: Values, out: Path) -> Values:
     told: Values = {}
     sampler = Sampler()
 
-    def announce(stage: str) -> Progress:
-        sampler.enter(stage)
-        return lambda done, total: None
-
     def show(job: Job) -> None:
         told.update(expected(job))
 
     sampler.start()
-    results = as_json(run(make_recipe(recipe), out, announce=announce, show=show))
+    results = as_json(run(make_recipe(recipe), out, announce=sampler.announce, show=show))
     sampler.finish()
     return {
         "expected": told,
         "seconds": results["seconds"],
-        "peaks": {stage: peak for stage, peak in sampler.peaks.items() if stage},
+        "peaks": sampler.peaks,
         **{key: results[key] for key in ("after", "refit", "evaluation", "held_out")},
     }
 

@@ -6,13 +6,12 @@ Models, texts and sizes are those of benchmarks/auto and benchmarks/first, whose
 `results.jsonl` has a line for each model and size. Minutes for a small model, an hour for SmolLM2-135M on a slow core.
 """
 
-import argparse
 from pathlib import Path
 
 import yaml
 
-from benchmarks.methods.run import Place, experiments
-from benchmarks.paths import add_path, is_here, paths_of
+from benchmarks.methods.run import asked_place, experiments
+from benchmarks.paths import is_here
 from benchmarks.results import Results
 from layershare.job import planned, prepare
 from layershare.recipe import make_recipe
@@ -29,16 +28,11 @@ METHOD = "auto without refit"
 
 def main() -> None:
     """Plan every model that is there at every size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_path(parser)
-    parser.add_argument("--work", type=Path, default=Path("build/expected"), help="folder of the statistics")
-    options = parser.parse_args()
-    paths = paths_of(options.path)
-    place = Place(paths, RESULTS, options.work, 1)
+    place = asked_place(__doc__, RESULTS)
     matrices = [yaml.safe_load((folder / "matrix.yaml").read_text(encoding="utf-8")) for folder in MEASURED]
     of_model = {model: matrix for matrix in matrices for model in matrix["models"]}
     for model, matrix in of_model.items():
-        every = experiments(matrix, model, [], place) if is_here(model, paths) else []
+        every = experiments(matrix, model, [], place) if is_here(model, place.paths) else []
         todo = [each for each in every if each.method == METHOD and not place.finished(each.name, each.identity)]
         recipes = [make_recipe({**place.named(each.recipe), "evaluation": None}) for each in todo]
         if recipes:

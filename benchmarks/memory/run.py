@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -55,6 +56,11 @@ class Sampler(Thread):
             ctypes.CDLL(None).malloc_trim(0)
             self.baseline = _anonymous()
         self._stage, self._start = stage, time.perf_counter()
+
+    def announce(self, stage: str) -> Callable[[int, int], None]:
+        """What a run calls when a stage begins."""
+        self.enter(stage)
+        return lambda done, total: None
 
     def finish(self) -> None:
         """End the last stage and the sampling."""
@@ -105,7 +111,6 @@ def compress(model: Path, out: Path, blocks: int) -> dict[str, Any]:
     """In the fresh process: run the recipe under the sampler; returns what was measured."""
     import transformers.models.llama.modeling_llama  # noqa: F401, loaded lazily otherwise
 
-    from layershare.progress import Progress
     from layershare.recipe import make_recipe
     from layershare.run import run
 
@@ -121,11 +126,7 @@ def compress(model: Path, out: Path, blocks: int) -> dict[str, Any]:
     sampler = Sampler()
     sampler.start()
 
-    def announce(stage: str) -> Progress:
-        sampler.enter(stage)
-        return lambda done, total: None
-
-    results = run(recipe, out, announce=announce)
+    results = run(recipe, out, announce=sampler.announce)
     sampler.finish()
     return {
         "after_imports": sampler.after_imports,

@@ -100,6 +100,16 @@ class Place:
         return self.results.read().get(name, {}).get("experiment") == identity
 
 
+def asked_place(description: str | None, results: Results) -> Place:
+    """What the command line of a simple bench says: `--path` and `--work`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_path(parser)
+    work = Path("build") / results.file.parent.name
+    parser.add_argument("--work", type=Path, default=work, help="folder of unfinished work")
+    options = parser.parse_args()
+    return Place(paths_of(options.path), results, options.work, 1)
+
+
 def experiments(matrix: Values, model: str, methods: list[str], place: Place) -> list[Experiment]:
     """All experiments on one model, size by size: of these methods, or of what the matrix has in their place."""
     row = matrix["models"][model]

@@ -7,15 +7,14 @@ evaluation; `MEASURED` says which are looked at. `results.jsonl` has a line for 
 A quarter of an hour to half an hour each, on one core.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
 import yaml
 
 from benchmarks.methods.run import HERE as METHODS
-from benchmarks.methods.run import Place, Values, experiments
-from benchmarks.paths import add_path, is_here, paths_of
+from benchmarks.methods.run import Values, asked_place, experiments
+from benchmarks.paths import is_here
 from benchmarks.results import Results
 from layershare.api import evaluate_folder
 from layershare.recipe import make_recipe
@@ -44,13 +43,8 @@ TASKS = {
 
 def main() -> None:
     """Measure the original, then compress and measure one model after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_path(parser)
-    parser.add_argument("--work", type=Path, default=Path("build/tasks"), help="folder of unfinished work")
-    options = parser.parse_args()
-    paths = paths_of(options.path)
-    place = Place(paths, RESULTS, options.work, 1)
-    if not is_here(MODEL, paths):
+    place = asked_place(__doc__, RESULTS)
+    if not is_here(MODEL, place.paths):
         return
     matrix = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))
     found = {(each.method, each.keep): each for each in experiments(matrix, MODEL, [], place)}
@@ -64,7 +58,7 @@ def main() -> None:
 
     identity = {"tasks": TASKS, "model_fingerprint": fingerprint}
     if not place.finished(f"{MODEL}/original", identity):
-        measured(f"{MODEL}/original", identity, paths[MODEL])
+        measured(f"{MODEL}/original", identity, place.paths[MODEL])
     for each in (found[key] for key in MEASURED):
         recipe = {**each.recipe, "evaluation": None}
         identity = {"tasks": TASKS, "model_fingerprint": fingerprint, "recipe": recipe}

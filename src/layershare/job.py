@@ -176,20 +176,17 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
 
 
 def _stored(recipe: Recipe, spec: Spec) -> tuple[Quantize, ...]:
-    """How a recipe stores all matrices of the blocks, if it says so."""
+    """How a recipe stores all matrices of the blocks, if it says so. Raises `LayershareError` as `Storage`."""
     how = recipe.quantize
     if how is None:
         return ()
     everywhere = tuple(Place(linear.role, linear.layer) for linear in spec.linears)
-    storage = Storage.of(how.bits, how.group, how.scheme)
-    return (Quantize(everywhere, how.bits, how.basis_bits or how.bits, storage.group, how.scheme),)
+    storage, shared = Storage.pair(how.bits, how.basis_bits, how.group, how.scheme)
+    return (Quantize(everywhere, storage.bits, shared.bits, storage.group, storage.scheme),)
 
 
 def _require_storable(recipe: Recipe, method: Method) -> None:
-    """Raise `LayershareError` for numbers of bits that do not exist, and for what must be quantized afterwards."""
-    assert recipe.quantize is not None
-    if recipe.quantize.basis_bits:
-        Storage.of(recipe.quantize.basis_bits, recipe.quantize.group, recipe.quantize.scheme)
+    """Raise `LayershareError` for what says itself how it is stored, and for what must be quantized afterwards."""
     if recipe.plan is not None:
         raise LayershareError("A plan says itself what is quantized; leave quantize out, or add edits to the plan.")
     if method.offered_bits:

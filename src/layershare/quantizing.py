@@ -56,7 +56,7 @@ def quantize_folder(
     """
     folder, out, place = str(folder), Path(out), device_of(device)
     require_new(out)
-    storage, shared = (Storage.of(each, group, scheme) for each in (bits, basis_bits or bits))
+    storage, shared = Storage.pair(bits, basis_bits, group, scheme)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     edits = _edits_of(folder, **trust)
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)

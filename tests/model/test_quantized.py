@@ -24,7 +24,7 @@ from tests.model.small import compressed, filled, logits
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2", "falcon", "phi"]
 INT4, INT8 = Storage(4, 8), Storage(8, 8)
-NV, MX = (Storage.of(4, None, scheme) for scheme in ("nvfp4", "mxfp4"))
+NV, MX = Storage(4, 16, "nvfp4"), Storage(4, 32, "mxfp4")
 
 
 def quantized(

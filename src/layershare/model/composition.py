@@ -73,10 +73,14 @@ class Storage(Numbers):
             raise LayershareError(f"{self.scheme} has {own[0]} bits in groups of {own[1]}: leave bits and groups out.")
 
     @classmethod
-    def of(cls, bits: int, group: int | None, scheme: Scheme) -> Storage:
-        """With groups of so many numbers, or `None`: as many as are usual. Raises as the class does."""
+    def pair(cls, bits: int, basis_bits: int | None, group: int | None, scheme: Scheme) -> tuple[Storage, Storage]:
+        """How factors are stored, and how bases. Raises as the class does.
+
+        `basis_bits` are as many as `bits`, and the group is the scheme's usual one, where they are `None`.
+        """
         usual = FLOATS[scheme][1] if scheme in FLOATS else cls.group
-        return cls(bits, usual if group is None else group, scheme)
+        how = usual if group is None else group, scheme
+        return cls(bits, *how), cls(bits if basis_bits is None else basis_bits, *how)
 
     def tensors(self, rows: int, columns: int) -> Stored:
         """What is stored of a weight of that shape: eight numbers of b bits in b bytes."""

@@ -158,8 +158,7 @@ class Quantize:
 
     def of(self, composition: Composition) -> Composition:
         """What stands at its places, with its factors stored so. Raises `LayershareError` as `Storage`."""
-        own, shared = (Storage(bits, self.group, self.scheme) for bits in (self.bits, self.basis_bits))
-        return composition.stored_as(own, shared)
+        return composition.stored_as(*Storage.pair(self.bits, self.basis_bits, self.group, self.scheme))
 
 
 def _of_a_kind(values: Any) -> Any:

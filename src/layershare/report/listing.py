@@ -65,7 +65,7 @@ def speed_table(speed: Speed) -> Table:
         both = (f"{1000 * each:,.1f}" for each in (rate.latency, rate.original_latency) if each is not None)
         table.add_row(f"{name}, ms", str(rate.batch), *both)
     both = [size(each) for each in (speed.memory, speed.original_memory) if each is not None]
-    what = "memory of the engine" if speed.engine.startswith("vllm") else "memory of weights"
+    what = "memory of the engine" if speed.of_an_engine else "memory of weights"
     table.add_row(what, "", *both, *([f"{speed.memory / speed.original_memory:.2f}"] if speed.original_memory else []))
     return table
 

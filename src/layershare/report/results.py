@@ -296,6 +296,11 @@ class Speed(Environment):
     memory: _Count
     original_memory: _Count | None
 
+    @property
+    def of_an_engine(self) -> bool:
+        """Whether memory is all that an engine held, and not that of the weights alone."""
+        return self.engine.startswith("vllm")
+
 
 def results_of(folder: Path) -> dict[str, Any]:
     """What is in a folder's `results.json`; nothing if it has none. Raises `LayershareError` if it is damaged."""

@@ -108,7 +108,7 @@ def healed(run: Run) -> list[tuple[str, str, str]]:
 
 def held(speed: Speed) -> str:
     """The memory that models took while their speed was measured, in one sentence."""
-    what = "an engine held at most" if speed.engine.startswith("vllm") else "the weights take"
+    what = "an engine held at most" if speed.of_an_engine else "the weights take"
     beside = "" if speed.original_memory is None else f" (the original's: {size(speed.original_memory)})"
     return f"In memory {what} {size(speed.memory)}{beside}."
 
