@@ -160,7 +160,18 @@ def test_json_is_all_that_is_on_standard_output(layershare, here):
 
 def test_a_plan_says_how_long_the_run_takes(layershare, here):
     code, out, _ = layershare(
-        "plan", "dense", "-m", "basis-sharing", "--text", "stdlib", "--blocks", "2", "--length", "64", "--refine"
+        "plan",
+        "dense",
+        "-m",
+        "basis-sharing",
+        "--text",
+        "stdlib",
+        "--blocks",
+        "2",
+        "--length",
+        "64",
+        "--effort",
+        "blocks",
     )
     assert code == 0
     assert re.search(r"about \d+(\.\d)? s on this machine \(cpu, 1 thread\)", " ".join(out.split()))
@@ -224,15 +235,28 @@ def test_compress_list_evaluate_generate_export(layershare, here):
 
 
 def test_refine(layershare, here):
-    code, _, err = layershare(*COMPRESS, "--refine", "--set", "refine.epochs=1", "--set", "refine.lr=0.001")
+    code, _, err = layershare(*COMPRESS, "--effort", "blocks", "--set", "refine.epochs=1", "--set", "refine.lr=0.001")
     assert code == 0, err
     noted = json.loads((here / "small" / "results.json").read_text())["refine"]
     settings = noted["settings"]
     assert (settings["epochs"], settings["lr"], len(noted["blocks"])) == (1, 0.001, 4)
-    code, _, err = layershare("compress", "dense", "-o", "same", "--method", "svd", "--keep", "1", "--refine")
+    code, _, err = layershare("compress", "dense", "-o", "same", "--method", "svd", "--keep", "1", "--effort", "blocks")
     assert code == 2
-    assert "no block has factors to refine" in err
+    assert "there are no factors to train" in err
     assert not (here / "same").exists()
+
+
+def test_distil(layershare, here):
+    less = ("--set", "refine.epochs=1", "--set", "distill.tokens=512", "--set", "distill.batch_size=4")
+    code, out, err = layershare(*COMPRESS, "--effort", "distill", *less)
+    assert code == 0, err
+    assert "refined" in out + err
+    assert "distilled" in out + err
+    noted = json.loads((here / "small" / "results.json").read_text())["distill"]
+    assert noted["settings"] == {"tokens": 512, "lr": None, "batch_size": 4}
+    code, _, err = layershare("compress", "dense", "-o", "other", "--effort", "most")
+    assert code == 2
+    assert "'effort' in the recipe: Input should be 'closed', 'blocks' or 'distill'" in err
 
 
 def test_every_run_has_pages_and_a_report_shows_its_speed(layershare, here):

@@ -78,7 +78,7 @@ def test_every_verb_ends_in_a_sentence(layershare, here):  # noqa: F811
     speed = ("bench", "small", "--prompt", "8", "--new", "2", "--rounds", "1")
     into_folders = (
         ("calibrate", "dense", *text, "--blocks", "8"),
-        ("compress", "dense", *text, "--blocks", "8", "-m", "svd-llm", "--refine"),
+        ("compress", "dense", *text, "--blocks", "8", "-m", "svd-llm", "--effort", "blocks"),
         ("compress", "dense", *text, "--blocks", "8", "-m", "slicegpt"),
         (*heal, "--set", "text.held_out=4"),
         ("export", "small", "--to", "dense"),

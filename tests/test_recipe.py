@@ -84,7 +84,9 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_words_and_numbers_are_told_apart_as_people_read_them():
-    recipe = parse_recipe("model: on\nrefine: {lr: 1e-4, norms: yes}\ncalibration: {text: 2024-01-01, stats: 1:30}")
+    recipe = parse_recipe(
+        "model: on\neffort: blocks\nrefine: {lr: 1e-4, norms: yes}\ncalibration: {text: 2024-01-01, stats: 1:30}"
+    )
     assert recipe.refine is not None
     assert (recipe.model, recipe.refine.lr, recipe.refine.norms) == ("on", 1e-4, True)
     assert (recipe.calibration.text, recipe.calibration.stats) == ("2024-01-01", "1:30")

@@ -56,6 +56,7 @@ def carry_out(recipe: Values, out: Path) -> Values:
     return {
         "expected": told,
         "seconds": results["seconds"],
+        "processor_seconds": sampler.processor,
         "peaks": sampler.peaks,
         **{key: results[key] for key in ("after", "refit", "evaluation", "held_out")},
     }

@@ -151,7 +151,7 @@ WAYS = ("/compressed", "/lora-0", "/factors-0", "/full-0", "-refined/compressed"
 RECOVERED = ["basis-sharing", "compressed", "LoRA", "factors, distilled", "full", "pre-fit", "pre-fit, then factors"]
 TESTED = (
     "Perplexity after each training, in brackets how much of the lost log-perplexity came back. "
-    "The pre-fit is part of compressing (`--refine`) and sees the calibration text only"
+    "The pre-fit is part of compressing (`--effort blocks`) and sees the calibration text only"
 )
 
 

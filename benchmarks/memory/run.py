@@ -27,7 +27,7 @@ PERIOD = 0.002
 
 
 class Sampler(Thread):
-    """Samples this process's RssAnon; keeps, by stage, its highest value above the baseline, in bytes.
+    """Samples this process's RssAnon; keeps, by stage, its highest value above the baseline, in bytes, and its time.
 
     The baseline is taken, with freed memory given back, when the first stage after the text begins: imports, tokenizer
     and tokens are in it. The text's own peak is above what the process held before.
@@ -39,7 +39,8 @@ class Sampler(Thread):
         self.peaks: dict[str, int] = {}
         self.ends: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self._stage, self._start = TEXT, time.perf_counter()
+        self.processor: dict[str, float] = {}
+        self._stage, self._start = TEXT, self._now()
         self._done = Event()
 
     def run(self) -> None:
@@ -51,11 +52,13 @@ class Sampler(Thread):
         """End the current stage and begin another."""
         above = self._sample()
         self.ends[self._stage] = above
-        self.seconds[self._stage] = round(time.perf_counter() - self._start, 1)
+        self.seconds[self._stage], self.processor[self._stage] = (
+            round(now - start, 1) for now, start in zip(self._now(), self._start, strict=True)
+        )
         if self._stage == TEXT:
             ctypes.CDLL(None).malloc_trim(0)
             self.baseline = _anonymous()
-        self._stage, self._start = stage, time.perf_counter()
+        self._stage, self._start = stage, self._now()
 
     def announce(self, stage: str) -> Callable[[int, int], None]:
         """What a run calls when a stage begins."""
@@ -67,6 +70,11 @@ class Sampler(Thread):
         self._done.set()
         self.join()
         self.enter("")
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Seconds that have passed, and that the process has computed, by all its threads."""
+        return time.perf_counter(), time.process_time()
 
     def _sample(self) -> int:
         stage, above = self._stage, _anonymous() - self.baseline

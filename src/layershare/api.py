@@ -58,7 +58,9 @@ def compress(
     stats: str | Path | None = None,
     plan: str | Path | None = None,
     refit: Literal["auto"] | bool = Recipe.refit,
-    refine: bool | dict[str, Any] = False,
+    effort: str = Recipe.effort,
+    refine: dict[str, Any] | None = None,
+    distill: dict[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool | None = None,
     **options: Any,
@@ -69,11 +71,13 @@ def compress(
     `"targets"` alone. `text`: what to compress for, as `load_text` takes it, in `blocks` blocks of `length` tokens
     (`None`: the model's context, at most 2048). `stats`: a folder in which the measured statistics are kept for further
     calls with the same model and text. `plan`: a plan file to carry out in place of the method's own. `refit`: fit
-    coefficients again to what the compressed layers before really give (`"auto"`: if the method does so). `refine`:
-    train each block towards the original's afterwards; a dict sets `epochs`, `lr`, `batch_size`, `norms`. `folder`:
-    where to leave the finished checkpoint (and continue an interrupted run), by default a temporary one. `progress`:
-    show it (`None`: in a terminal). `options` are the method's own, such as `group_size=4`. The result is what
-    `from_pretrained` gives for the folder: it saves with `save_pretrained` and trains like any model.
+    coefficients again to what the compressed layers before really give (`"auto"`: if the method does so). `effort`:
+    train nothing afterwards (`"closed"`), each block towards the original's (`"blocks"`), or after that the whole model
+    towards what the original predicts (`"distill"`); `refine` sets the former's `epochs`, `lr`, `batch_size`, `norms`,
+    `distill` the latter's `tokens`, `lr`, `batch_size`. `folder`: where to leave the finished checkpoint (and continue
+    an interrupted run), by default a temporary one. `progress`: show it (`None`: in a terminal). `options` are the
+    method's own, such as `group_size=4`. The result is what `from_pretrained` gives for the folder: it saves with
+    `save_pretrained` and trains like any model.
 
     Raises `LayershareError` for what cannot be done, before anything is computed.
     """
@@ -96,7 +100,9 @@ def compress(
                 "batch_size": batch_size,
                 "stats": None if stats is None else str(stats),
             },
-            "refine": {} if refine is True else refine or None,
+            "effort": effort,
+            "refine": refine,
+            "distill": distill,
         }
     )
     with TemporaryDirectory(prefix="layershare-") as temporary, shown(progress) as (announce, _):

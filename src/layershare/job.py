@@ -32,7 +32,7 @@ from layershare.plan.plan import Plan
 from layershare.plan.work import Speed, measure_speed
 from layershare.progress import Announce, silent
 from layershare.recipe import Calibration, Recipe
-from layershare.solve.refine import require_refinable
+from layershare.solve.refine import require_factors
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Job:
             kinds=self.kinds,
             streams=self.refits * (2 if self.method.follows_original else 1),
             epochs=0 if self.recipe.refine is None else self.recipe.refine.epochs,
+            distills=0 if self.recipe.distill is None else self.recipe.distill.tokens,
             searches=self.plan is None and self.method.searches,
             runs=self.method.runs(self.spec) if self.plan is None else 0,
             held_out=options.held_out if self.holds_out else 0,
@@ -171,7 +172,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
             raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
         if recipe.refine is not None:
-            require_refinable(plan.edits)
+            require_factors(plan.edits)
     return Job(recipe, spec, computed, method, name, plan, config)
 
 

@@ -21,6 +21,7 @@ from layershare.values import (
     Scheme,
     Seed,
     ShardSize,
+    Tokens,
     Word,
     checked,
     first_fault,
@@ -30,6 +31,8 @@ _T = TypeVar("_T")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """In which a model is run; `auto` for the checkpoint's."""
+Effort = Literal["closed", "blocks", "distill"]
+"""What is trained once matrices are solved for."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,23 @@ class Refine:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """How all factors, bases among them, are trained towards what the original predicts: AdamW, with cosine decay."""
+
+    __pydantic_config__ = STRICT
+    tokens: Tokens = 2_000_000
+    """Train on so many tokens of the calibration's text, of which nothing is held out but `calibration.held_out`."""
+    lr: Rate | None = None
+    """The highest learning rate, as a part of each tensor's size (root mean square); without, 0.08 / √width."""
+    batch_size: Count = 8
+    """Blocks of text per step."""
+
+    def steps(self, length: int) -> int:
+        """How many steps that is, of blocks of so many tokens."""
+        return -(-self.tokens // (self.batch_size * length))
+
+
+@dataclass(frozen=True)
 class Precision:
     """How the matrices of all blocks, or their factors, are stored at the end: in few bits, rounded by GPTQ."""
 
@@ -143,9 +163,22 @@ class Recipe:
     max_shard_size: ShardSize = "5GB"
     """The size of the largest weight file (KB, MB, GB or TB)."""
     calibration: Calibration = field(default_factory=Calibration)
+    effort: Effort = "closed"
+    """What is trained then: nothing (`closed`), each block (`blocks`), or after that the whole model (`distill`)."""
     refine: Refine | None = None
+    distill: Distill | None = None
     quantize: Precision | None = None
     evaluation: EvaluationSettings | None = None
+
+    def __post_init__(self) -> None:
+        """Set `refine` and `distill` where the effort has them. Raise `LayershareError` for those that it has not."""
+        for name, kind, efforts in (("refine", Refine, ("blocks", "distill")), ("distill", Distill, ("distill",))):
+            if self.effort in efforts:
+                object.__setattr__(self, name, getattr(self, name) or kind())
+            elif getattr(self, name) is not None:
+                raise LayershareError(
+                    f"The recipe has '{name}', but its effort is '{self.effort}'; set effort={efforts[0]}."
+                )
 
     def to_yaml(self) -> str:
         """The recipe with all its values, as copied into every output."""

@@ -34,6 +34,7 @@ from layershare.progress import Announce, Clock, Progress, silent
 from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import (
+    REFINED,
     REFITTED,
     RESULTS,
     CalibrationText,
@@ -45,7 +46,7 @@ from layershare.report.results import (
     shapes,
 )
 from layershare.solve.write import write_model
-from layershare.steps import Context, as_integers, measuring_held_out, nearest, own_plan, refined, refitted
+from layershare.steps import Context, as_integers, distilled, measuring_held_out, nearest, own_plan, refined, refitted
 from layershare.store import make_folder, write_json
 from layershare.trials import try_plans
 
@@ -74,7 +75,7 @@ def run(
     if is_finished(out, recipe.to_yaml()):
         return _finished(recipe, out, model)
     job = prepare(recipe, model)
-    tokenizer, calibration, held_out, evaluator = _texts(job, model, tokenizer, text)
+    tokenizer, calibration, held_out, training, evaluator = _texts(job, model, tokenizer, text)
     stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
     require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
 
@@ -88,7 +89,8 @@ def run(
             weights = Weights.of(model)
         weights.require_sound()
         show(job)
-        context = Context(job, work, weights, model, tokenizer, calibration, held_out, evaluator, Clock(announce))
+        clock = Clock(announce)
+        context = Context(job, work, weights, model, tokenizer, calibration, held_out, training, evaluator, clock)
         results = _carry_out(context)
         if pages:
             write_pages(context.staging, out.name)
@@ -113,14 +115,14 @@ def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> Resul
 
 def _texts(
     job: Job, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, text: Source | None
-) -> tuple[PreTrainedTokenizerBase | None, Text | None, Text | None, Evaluator | None]:
-    """The tokenizer, what to calibrate on, to try choices and to measure on, each as far as the run needs it."""
+) -> tuple[PreTrainedTokenizerBase | None, Text | None, Text | None, Text | None, Evaluator | None]:
+    """The tokenizer, what to calibrate on, to try choices, to train and to measure on, each as far as it is needed."""
     recipe, config = job.recipe, job.config
     if tokenizer is None and model is None:
         tokenizer = read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     elif tokenizer is None and model is not None and (job.calibrated or recipe.evaluation is not None):
         tokenizer = tokenizer_of(model)
-    calibration = held_out = evaluator = None
+    calibration = held_out = training = evaluator = None
     if job.calibrated:
         assert tokenizer is not None
         if job.holds_out:
@@ -129,13 +131,20 @@ def _texts(
             calibration = load_calibration(recipe.calibration, tokenizer, config, text)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
+    if recipe.distill is not None:
+        from layershare.healing.within import training_text  # the Trainer takes seconds to import
+
+        assert tokenizer is not None
+        assert calibration is not None
+        assert held_out is not None
+        training = training_text(recipe, tokenizer, config, text, calibration, held_out)
     if recipe.evaluation is not None:
         assert tokenizer is not None
         evaluator = load_evaluator(recipe.evaluation, tokenizer, config)
         tested = evaluator.text
         if calibration is not None and tested is not None and calibration.text_sha256 == tested.text_sha256:
             warnings.warn("The model is measured on the very text that it is compressed for.", stacklevel=3)
-    return tokenizer, calibration, held_out, evaluator
+    return tokenizer, calibration, held_out, training, evaluator
 
 
 def _carry_out(run: Context) -> Results:
@@ -152,11 +161,15 @@ def _carry_out(run: Context) -> Results:
     fitted = refits(chosen.plan, chosen.method, recipe.refit)
     if fitted:
         factored, fitted = refitted(run, chosen, factored, held_out)
-    plan, trained = chosen.plan, None
+    plan, trained, taught = chosen.plan, None, None
+    label = REFITTED if fitted else chosen.label
     if recipe.refine is not None:
         assert held_out is not None
-        label = REFITTED if fitted else chosen.label
         factored, trained = refined(run, recipe.refine, factored, label, fitted, held_out)
+        label = REFINED if trained.kept else label
+    if recipe.distill is not None:
+        assert held_out is not None
+        factored, taught = distilled(run, recipe.distill, factored, label, held_out)
     if quantized(plan.edits):
         factored = as_integers(run, plan, factored, held_out)
     source = recipe.model if run.model is None else source_of(run.model)
@@ -186,6 +199,7 @@ def _carry_out(run: Context) -> Results:
         refit=fitted,
         refit_ridge=REFIT_RIDGE,
         refine=trained,
+        distill=taught,
         groups={name: Solved.of(facts) for name, facts in factored.facts().items()},
         shapes=shapes(job.spec),
         held_out=compared,

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -27,13 +29,13 @@ from layershare.plan.evidence import Evidence
 from layershare.plan.layout import composed_tensors, compositions
 from layershare.plan.method import Method
 from layershare.plan.plan import Plan
-from layershare.progress import Clock, Progress, no_progress, part
-from layershare.recipe import Refine
-from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, Refined, RefinedBlock
+from layershare.progress import Clock, Progress, no_progress, part, say_nothing
+from layershare.recipe import Distill, Refine
+from layershare.report.results import DISTILLED, OWN, QUANTIZED, REFINED, REFITTED, Distilled, Refined, RefinedBlock
 from layershare.solve.apply import INTEGERS, UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
 from layershare.solve.quantize import quantize_factors
-from layershare.solve.refine import refine_blocks
+from layershare.solve.refine import refine_blocks, require_factors
 from layershare.solve.two_streams import refit_to_original
 from layershare.solve.write import write_model
 from layershare.store import Store, write_atomically
@@ -53,6 +55,7 @@ class Context:
     tokenizer: PreTrainedTokenizerBase | None
     calibration: Text | None
     held_out: Text | None
+    training: Text | None
     evaluator: Evaluator | None
     clock: Clock
 
@@ -206,30 +209,82 @@ def refined(
     return trained if kept else factored, Refined(options, kept, noted)
 
 
+def distilled(
+    run: Context, options: Distill, factored: Factored, label: str, held_out: HeldOut
+) -> tuple[Factored, Distilled]:
+    """A solution, `label` its own on the held-out text, with all its factors distilled, and what became of them.
+
+    It is left as it was where that takes it away from the original on the held-out text.
+    """
+    # The Trainer takes seconds to import.
+    from layershare.healing.training import best, train
+    from layershare.healing.within import distillation
+
+    job, recipe = run.job, run.job.recipe
+    require_factors(factored.plan.edits)
+    composed = compositions(job.spec, factored.plan.edits)
+    assert run.training is not None
+    assert run.tokenizer is not None
+    with run.clock.step("distill") as progress:
+        before = held_out.divergence(label, lambda: factored, no_progress)
+        trained = factored.branch()
+        settings = {**asdict(options), "label": label, "text": run.training.identity}
+        store = Store(run.work / DISTILLED, {**factored.identity, "distill": settings})
+        if DISTILLED not in store:
+            with in_floats(run, factored) as folder:
+                what = "deltas" if all(each.whole for each in composed) else "factors"
+                place = (run.training, len(held_out.text.tokens), run.tokenizer, run.model)
+                healing = distillation(recipe, folder, what, *place)
+                teacher = healing.load_teacher(folder, no_progress)
+                work = run.work / f"training-{healing.fingerprint[:16]}"
+                found = train(healing, teacher, work, progress, say_nothing)
+            state = found.model.state_dict()
+            tensors = {
+                name: state[name].to(dtype)
+                for each in composed
+                for name, (_, dtype) in composed_tensors(job.spec, each).items()
+            }
+            store.write(DISTILLED, tensors, {"steps": healing.steps, "best": best(found.log)["step"]})
+            shutil.rmtree(work)
+        trained.take(store, DISTILLED)
+        after = held_out.divergence(DISTILLED, lambda: trained, no_progress)
+    kept, facts = after < before, store.facts(DISTILLED)
+    tokens = facts["steps"] * options.batch_size * run.training.tokens.shape[1]
+    return trained if kept else factored, Distilled(options, kept, tokens, **facts)
+
+
+@contextmanager
+def in_floats(run: Context, factored: Factored) -> Iterator[Path]:
+    """A folder of a solution as it is now, to be loaded, for the duration."""
+    folder = run.work / "floats"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_model(factored, run.job.recipe, None, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
 def as_integers(run: Context, plan: Plan, factored: Factored, held_out: HeldOut | None) -> Factored:
     """A solution in floats with its matrices stored as the plan says, rounded by GPTQ on the calibration text."""
-    job, recipe, floats = run.job, run.job.recipe, run.work / "floats"
+    job, recipe = run.job, run.job.recipe
     assert run.calibration is not None
     composed = [each for each in compositions(job.spec, plan.edits) if any(x.storage for x in each.factors)]
     stored = {each.names: each for each in composed}
     with run.clock.step("quantize") as progress:
-        for folder in (floats, run.work / INTEGERS):
-            shutil.rmtree(folder, ignore_errors=True)
-        floats.mkdir()
-        write_model(factored, recipe, None, floats)
+        shutil.rmtree(run.work / INTEGERS, ignore_errors=True)
         place: dict[str, Any] = {"device_map": device_of(recipe.device), "trust_remote_code": recipe.trust_remote_code}
-        model = load(floats, dtype=torch.float32, **place)  # half precision multiplies slowly on many CPUs
-        quantize_factors(
-            model,
-            compositions(job.spec, factored.plan.edits),
-            lambda each: stored.get(each.names),
-            job.spec.tensors[job.spec.weight_name(job.spec.linears[0])][1],
-            tokens=run.calibration.tokens,
-            batch_size=recipe.calibration.batch_size,
-            progress=progress,
-            scratch=run.scratch,
-        )
-        shutil.rmtree(floats)
+        with in_floats(run, factored) as folder:
+            model = load(folder, dtype=torch.float32, **place)  # half precision multiplies slowly on many CPUs
+            quantize_factors(
+                model,
+                compositions(job.spec, factored.plan.edits),
+                lambda each: stored.get(each.names),
+                job.spec.tensors[job.spec.weight_name(job.spec.linears[0])][1],
+                tokens=run.calibration.tokens,
+                batch_size=recipe.calibration.batch_size,
+                progress=progress,
+                scratch=run.scratch,
+            )
         tensors, names = model.state_dict(), [name for each in composed for name in composed_tensors(job.spec, each)]
         done = factored.branch()
         done.store_as(plan, Store(run.work / INTEGERS, factored.identity), {name: tensors[name] for name in names})

@@ -60,6 +60,7 @@ def make_run(
         "refit": False,
         "refit_ridge": 1e-6,
         "refine": None,
+        "distill": None,
         "groups": {
             Share(tuple(Place(*place) for place in edit["places"]), edit["rank"], edit["side"]).id: {
                 "error": 0.01 * edit["rank"],

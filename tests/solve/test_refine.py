@@ -35,7 +35,8 @@ SOME = {"epochs": 2, "lr": 1e-2, "batch_size": 4}
 def recipe_for(folder: Path, **changes) -> Recipe:
     text = {"text": str(folder.parent / "text.txt"), "blocks": 8, "length": 64, "batch_size": 2}
     values = {"model": str(folder), "method": "basis-sharing", "keep": 0.5, "of": "targets", "calibration": text}
-    return make_recipe(values | changes)
+    effort = "closed" if changes.get("refine") is None else "blocks"
+    return make_recipe({**values, "effort": effort, **changes})
 
 
 @torch.no_grad()
@@ -127,6 +128,7 @@ def test_other_families_in_half_precision(family, tokenizer, words, tmp_path):
         text=words,
         blocks=8,
         length=32,
+        effort="blocks",
         refine={**SOME, "norms": True},
         folder=tmp_path / "out",
     )
@@ -208,7 +210,7 @@ def test_the_method_delta_is_refined(folder, tmp_path):
     noted = results.blocks
     assert noted
     assert all(facts.error < 0.95 * facts.start for facts in noted.values())
-    run(replace(recipe, refine=None), tmp_path / "plain")
+    run(replace(recipe, effort="closed", refine=None), tmp_path / "plain")
     names = changed(*(AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("plain", "out")))
     assert {name.split(".")[-2] for name in names} == {"down", "up"}
 
@@ -243,7 +245,7 @@ def test_deltas_are_refined_and_anchors_stay(with_norms, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"method": "svd", "keep": 1}, {"method": "mlp-drop", "keep": 0.8}])
 def test_a_plan_that_shares_nothing_is_refused(changes, folder, tmp_path):
-    with pytest.raises(LayershareError, match="no block has factors to refine"):
+    with pytest.raises(LayershareError, match="there are no factors to train; set effort=closed"):
         run(recipe_for(folder, refine={}, **changes), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 

@@ -89,6 +89,12 @@ class Text:
 
         return part(self.tokens[:count]), part(self.tokens[count:])
 
+    def with_last(self, start: int, count: int) -> "Text":
+        """The same blocks, so many of them, from `start` on, moved to the end."""
+        tokens = self.tokens
+        moved = torch.cat([tokens[:start], tokens[start + count :], tokens[start : start + count]])
+        return replace(self, tokens=moved, tokens_sha256=_sha256(moved))
+
     def require_within(self, vocabulary: int) -> None:
         """Raise `LayershareError` if there is a token that a model of so many tokens does not know."""
         require_known(int(self.tokens.max()), vocabulary)

@@ -11,6 +11,7 @@ from layershare.cli.options import (
     Changes,
     Device,
     Dtype,
+    Efforts,
     Json,
     KeepSize,
     Length,
@@ -19,7 +20,6 @@ from layershare.cli.options import (
     Of,
     Options,
     Out,
-    Refines,
     StatsFolder,
     TextName,
     Trust,
@@ -59,7 +59,7 @@ def compress(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan (edited by hand, say).")
     ] = None,
-    refine: Refines = False,
+    effort: Efforts = Recipe.effort,
     test: Annotated[
         str | None, text_option("--eval", help="Measure the result on the held-out part of a text.")
     ] = None,
@@ -82,7 +82,7 @@ def compress(
         "device": device,
         "trust_remote_code": trust,
         "calibration": given(text=text, blocks=blocks, length=length, stats=stats and str(stats)),
-        "refine": {} if refine else None,
+        "effort": effort,
         "evaluation": None if test is None else {"text": test},
     }
     _carry_out(recipe_of(values, option, changes, bits), output)
@@ -102,7 +102,7 @@ def plan(
     text: TextName = Calibration.text,
     blocks: Blocks = None,
     length: Length = None,
-    refine: Refines = False,
+    effort: Efforts = Recipe.effort,
     dtype: Dtype = Recipe.dtype,
     device: Device = Recipe.device,
     changes: Changes = None,
@@ -127,7 +127,7 @@ def plan(
         "device": device,
         "trust_remote_code": trust,
         "calibration": given(text=text, blocks=blocks, length=length),
-        "refine": {} if refine else None,
+        "effort": effort,
     }
     recipe = recipe_of(values, option, changes, bits)
     job = prepare(recipe)

@@ -111,8 +111,15 @@ StatsFolder = Annotated[
     Path | None,
     typer.Option("--stats", metavar="FOLDER", help="Folder that keeps measured statistics for further runs."),
 ]
-Refines = Annotated[
-    bool, typer.Option("--refine", help="Then train each block towards the original's (--set refine.epochs=10).")
+Efforts = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        metavar="NAME",
+        autocompletion=choices(Recipe, "effort"),
+        help="Train what is solved: closed (not at all), blocks (each towards the original's) or distill (blocks, then "
+        "the whole model).",
+    ),
 ]
 Original = Annotated[str | None, typer.Option("--original", metavar="MODEL", help="Compare with this model.")]
 ResultFile = Annotated[Path | None, file_option("Write the results (JSON) to this file.")]

@@ -195,22 +195,13 @@ def prepare_healing(
         vocabulary=config.vocab_size,
     )
     available = len(blocks.tokens) - options.held_out
-    if available < healing.batch_size:
-        raise LayershareError(
-            f"The text '{blocks.source}' has {len(blocks.tokens)} blocks of {length} tokens, too few for "
-            f"{options.held_out} held out and a batch of {healing.batch_size}; give a longer text or a smaller "
-            "batch_size or text.length."
-        )
     if options.tokens is not None:
         steps = -(-options.tokens // (healing.batch_size * length))
     else:
         steps = max(1, int((options.epochs or 1) * available) // healing.batch_size)
-    seen = steps * healing.batch_size
-    if seen > max(MOST_EPOCHS * available, healing.batch_size) or seen > MOST_BLOCKS:
-        raise LayershareError(
-            f"The training would see {seen:,} blocks of text, of which there are {available:,}; lower text.tokens or "
-            "text.epochs."
-        )
+    require_blocks(
+        blocks, options.held_out, healing.batch_size, steps, ("", "text.length", "text.tokens or text.epochs")
+    )
     evaluator = None
     if healing.evaluation is not None:
         evaluator = load_evaluator(healing.evaluation, tokenizer, config)
@@ -225,6 +216,25 @@ def prepare_healing(
             "processes; change batch_size or micro_batch."
         )
     return HealJob(healing, folder, device, config, tokenizer, master, blocks, evaluator, steps, micro, processes)
+
+
+def require_blocks(text: Text, held_out: int, batch_size: int, steps: int, keys: tuple[str, str, str]) -> None:
+    """Raise `LayershareError` for a text that is too short to train on, or that would be gone through too often.
+
+    `keys`: before `batch_size`, that of the blocks' length, and what says how long the training is.
+    """
+    available, (section, length, tokens) = len(text.tokens) - held_out, keys
+    if available < batch_size:
+        raise LayershareError(
+            f"The text '{text.source}' has {len(text.tokens)} blocks of {text.tokens.shape[1]} tokens, too few for "
+            f"{held_out} held out and a batch of {batch_size}; give a longer text or a smaller {section}batch_size or "
+            f"{length}."
+        )
+    seen = steps * batch_size
+    if seen > max(MOST_EPOCHS * available, batch_size) or seen > MOST_BLOCKS:
+        raise LayershareError(
+            f"The training would see {seen:,} blocks of text, of which there are {available:,}; lower {tokens}."
+        )
 
 
 def _require_replaceable(config: PreTrainedConfig, master: PreTrainedConfig, what: str) -> None:

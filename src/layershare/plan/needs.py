@@ -46,6 +46,7 @@ def estimate_needs(
     kinds: Collection[Statistic],
     streams: int = 0,
     epochs: int = 0,
+    distills: int = 0,
     searches: bool = False,
     runs: int = 0,
     held_out: int = 0,
@@ -55,14 +56,16 @@ def estimate_needs(
 ) -> Needs:
     """Estimate the needs of a run that measures `kinds` on `blocks` × `length` tokens, `batch_size` at a time.
 
-    It refits to so many `streams` of text and refines in so many `epochs` (0: not at all) and, if the method searches,
-    runs the model on so many blocks then. It compares its plan with those of so many `rivals` on `held_out` blocks.
-    It may store matrices as integers at the end (`quantizes`), after it has planned which, of so many `bits`.
+    It refits to so many `streams` of text, refines in so many `epochs` and distills so many tokens (0: not at all) and,
+    if the method searches, runs the model on so many blocks then. It compares its plan with those of so many `rivals`
+    on `held_out` blocks. It may store matrices as integers at the end (`quantizes`), after it has planned which, of so
+    many `bits`.
 
     Memory is the largest of calibration and refit (a block, its Grams, a batch), of solving the largest group or delta
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
     gradients need, of twice the model for methods that search (the model and what they try in its place), and of
-    refining a block: it and the original's, its factors four times over in float32, and the activations of a batch.
+    refining a block: it and the original's, its factors four times over in float32, and the activations of a batch; and
+    of distilling: both models, AdamW's two moments, and the gradients or the activations of a batch in all blocks.
     Without a plan yet, every target is taken to be solved for itself, at full size.
     """
     stack = f"{spec.base_prefix}{spec.blocks}."
@@ -88,6 +91,7 @@ def estimate_needs(
         kinds=kinds,
         streams=streams,
         epochs=epochs,
+        distills=distills,
         runs=runs,
         rivals=rivals,
         quantizes=quantizes,
@@ -122,10 +126,19 @@ def estimate_needs(
     if quantizes:  # the whole of what is in floats, in float32, and a block's inputs
         steps.append(4 * after.all.parameters + 4 * max(grams) + batch)
     logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
+    if held_out and (
+        rivals or streams or epochs
+    ):  # two models' logits of one block of text, and their log-probabilities
+        steps.append(max(block) + batch + held_out * length * width * itemsize + 2 * logits)
     if "gradients" in kinds:
         # What the way back needs of a block: all that it has computed, and gradients of the same size.
         steps.append(max(block) + max(outer) + 3 * batch + batch_size * logits)
         states += (spec.n_layers + 2) * entering
+    moments = 8 * after.targets.parameters if distills else 0
+    if distills:
+        widths = sum(linear.d_in + linear.d_out for linear in spec.linears) + 4 * spec.n_layers * width
+        passing = batch_size * length * 4 * widths + 2 * batch_size * logits
+        steps.append(4 * after.all.parameters + model + moments + max(moments // 2, passing))
     if "fisher" in kinds:
         steps.append(model + spec.n_layers * activations + logits)
     if searches:
@@ -139,8 +152,8 @@ def estimate_needs(
             for kind, size in (("inputs", sum(grams)), ("gradients", sum(outer)), ("blocks", pooled))
             if kind in kinds
         ),
-        # Of the rivals, one at a time; what is quantized is there in floats before.
-        output=(2 + (rivals > 0)) * after.all.bytes + quantizes * model + states,
+        # Of the rivals, one at a time; what is quantized or distilled is there in floats before; three checkpoints.
+        output=(2 + (rivals > 0)) * after.all.bytes + (quantizes or distills > 0) * model + states + 9 * moments // 2,
         states=states,
         work=work,
     )

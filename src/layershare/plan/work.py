@@ -24,6 +24,8 @@ _WIDEST = 1024
 _FEW = 64
 _REFIT = {1: 2, 2: 5}
 """Passes of a refit, by its streams of text: with two, both blocks run up to every site, and through."""
+_MEASURED = 11
+"""How often held-out text is measured while a model is distilled."""
 _SCALES = 500
 """Multiplications that finding the scales takes as long as, for each number."""
 _ENOUGH = 0.08
@@ -74,6 +76,7 @@ def count_work(
     streams: int,
     epochs: int,
     runs: int,
+    distills: int = 0,
     held_out: int = 0,
     rivals: int = 0,
     quantizes: bool = False,
@@ -82,9 +85,10 @@ def count_work(
     """The work of a run, without evaluation, of which nothing is done yet.
 
     It takes `blocks` × `length` tokens through the model for its statistics (`kinds`), to refit to so many `streams`,
-    to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. On `held_out` × `length` tokens, which
-    refit and refinement take, too, it measures its plan, those of its `rivals`, which it solves for that, the refit and
-    the refinement. It may store matrices as integers (`quantizes`), after it has planned which, of so many `bits`.
+    to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. It distills so many tokens. On
+    `held_out` × `length` tokens, which refit and training take, too, it measures its plan, those of its `rivals`, which
+    it solves for that, the refit and what is trained. It may store matrices as integers (`quantizes`), after it has
+    planned which, of so many `bits`.
     Without a plan, every matrix counts as solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length
@@ -104,10 +108,15 @@ def count_work(
         width = max(linear.d_in for linear in spec.linears if linear.role in ("q", "qkv"))
         turned = 2 * spec.n_layers * width**3 + width * sum(linear.parameters for linear in spec.linears)
         return Work(2 * tokens * forward, 2 * tokens * spec.n_layers * width**2, turned, 2 * spec.n_layers * width**3)
-    compared = (rivals + 2 + (epochs > 0)) * held_out * length * (forward + 2 * spec.head_multiplications)
+    compared = (
+        (rivals + 2 + (epochs > 0) + (distills > 0)) * held_out * length * (forward + 2 * spec.head_multiplications)
+    )
     if streams:
         passes += _REFIT[streams] * (blocks + held_out) / blocks
         single += streams * grams
+    taught = 0
+    if distills:  # the original forwards, the other one forwards and backwards; held-out text, every tenth of the way
+        taught = (4 * distills + _MEASURED * held_out * length) * whole
     if epochs:
         passes += 2 + 3 * epochs  # original, compressed; forward and backward, which is twice a forward
         passes += (3 + epochs) * held_out / blocks  # the same of the former, and every epoch's error
@@ -115,6 +124,7 @@ def count_work(
         int(tokens * passes) * forward
         + head
         + compared
+        + taught
         + runs * length * whole
         + (3 * tokens * whole if "fisher" in kinds else 0)
     )

@@ -21,7 +21,7 @@ from layershare.evaluate.speed import Rate
 from layershare.foreign import read_mapping, reading
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes
-from layershare.recipe import Refine
+from layershare.recipe import Distill, Refine
 from layershare.store import as_json, written_with
 from layershare.values import Flag, Number, Scheme, Whole, Word, checked
 
@@ -97,6 +97,7 @@ class TrainingText(CalibrationText):
 OWN = "own"
 REFITTED = "refitted"
 REFINED = "refined"
+DISTILLED = "distilled"
 QUANTIZED = "quantized"
 """What is compared on held-out text beside a method's rivals, which are called by their names."""
 
@@ -157,6 +158,20 @@ class Refined:
     settings: Refine
     kept: Flag
     blocks: dict[Word, RefinedBlock]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How all factors were distilled: `tokens` in so many `steps`, of which those up to the `best` were taken.
+
+    The checkpoint is distilled if it was `kept`; it was not if that took it away from the original on held-out text.
+    """
+
+    settings: Distill
+    kept: Flag
+    tokens: Whole
+    steps: Whole
+    best: Whole
 
 
 @dataclass(frozen=True)
@@ -260,6 +275,7 @@ class Results(Environment, Listed):
     refit: Flag
     refit_ridge: Number
     refine: Refined | None
+    distill: Distilled | None
     groups: dict[Word, Solved]
     shapes: dict[Word, list[tuple[_Count, _Count] | None]]
     held_out: HeldOutText | None = written_with("held_out")

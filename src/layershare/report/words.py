@@ -5,7 +5,7 @@ from collections import Counter
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Quantize, Slice, in_floats
-from layershare.report.results import OWN, QUANTIZED, REFINED, REFITTED, HeldOutText, Speed
+from layershare.report.results import OWN, REFITTED, HeldOutText, Speed
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -178,7 +178,7 @@ def calibration(run: Run) -> str:
 
 def compared(text: HeldOutText) -> str:
     """What was found on held-out text before the result was written: every candidate's divergence."""
-    names = {OWN: "its own plan", REFITTED: "fitted again", REFINED: "refined", QUANTIZED: "quantized"}
+    names = {OWN: "its own plan", REFITTED: "fitted again"}
     expected = {} if text.expected is None else {OWN: f" ({text.expected:.2g} expected)"}
     found = ", ".join(f"{names.get(x, x)} {kl:.3g}{expected.get(x, '')}" for x, kl in text.kl.items())
     return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layershare.calibrate.backward import Head
-from layershare.calibrate.drivers.calls import with_hidden_output
+from layershare.calibrate.drivers.calls import hidden_output, with_hidden_output
 from layershare.calibrate.text import Text
 from layershare.errors import LayershareError
 from layershare.formulas.divergence import divergence
@@ -23,7 +24,7 @@ class HeldOut:
     """Measures compressed models on the held-out text, each once: what was found survives in `store`, by label.
 
     The text passes through one block after another. Memory holds one block, the hidden states that the original's last
-    block puts out, the output head and the logits of one batch.
+    block puts out, the output head and the logits of one block of text.
     """
 
     def __init__(self, store: Store, evidence: Evidence) -> None:
@@ -64,11 +65,12 @@ class HeldOut:
                 for batch in range(len(batches)):
                     args, kwargs = stream.call(batch)
                     tokens, output = batches.rows(batches.tokens, batch), block(*args, **kwargs)
-                    ours = head.logits(tokens, output)
                     wanted = batches.rows(states, batch).to(self._evidence.weights.device)
-                    theirs = head.logits(tokens, with_hidden_output(output, wanted))
-                    for both in zip(ours, theirs, strict=True):  # float32 for one block of text at a time
-                        p, q = (torch.log_softmax(logits[:-1].float(), -1) for logits in both)
+                    for row in range(len(tokens)):  # logits of one block of text at a time
+                        q, p = (
+                            _log_probabilities(head, tokens[row, None], with_hidden_output(output, leaving[row, None]))
+                            for leaving in (wanted, hidden_output(output))
+                        )
                         total += divergence(q, p)
                         predicted += len(p)
             break  # or the stream would run the last block, too, which is no longer as it was
@@ -86,3 +88,8 @@ class HeldOut:
         for _ in stream:
             stream.run()
         return stream.outputs, Head(self._evidence.weights)
+
+
+def _log_probabilities(head: Head, tokens: Tensor, output: Any) -> Tensor:
+    """log p(next token) [length − 1, vocabulary] of `tokens` [1, length], given what the last block returns."""
+    return torch.log_softmax(head.logits(tokens, output)[0, :-1].float(), dim=-1)

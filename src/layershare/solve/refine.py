@@ -35,10 +35,10 @@ _EPS = 1e-12
 """Of AdamW: gradients of a relative error are far smaller than those of a loss."""
 
 
-def require_refinable(edits: tuple[Edit, ...]) -> None:
+def require_factors(edits: tuple[Edit, ...]) -> None:
     """Raise `LayershareError` if nothing in a plan has factors."""
     if not sharing(edits):
-        raise LayershareError("The plan shares no weights, so no block has factors to refine; leave out refine.")
+        raise LayershareError("The plan shares no weights, so there are no factors to train; set effort=closed.")
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def refine_blocks(
     the held-out text at the `start` and at the end (`error`), and the `epoch` that was kept.
     """
     spec = factored.spec
-    require_refinable(factored.plan.edits)
+    require_factors(factored.plan.edits)
     targets, inputs = (evidence.stream(evidence.text, evidence.held_out) for _ in range(2))
     facts = {}
     for (layer, block), (_, same) in zip(targets, inputs, strict=True):
