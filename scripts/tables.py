@@ -2,7 +2,8 @@
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
 `peers MODEL`, `repair MODEL`, `distilled`, `first`, `tasks MODEL`, `expected`, `cost`, `heal MODEL`,
-`sharing PART MODEL`, `speed`, `bytes MODEL`, `measured METHOD`, or, from the code, `recipe KIND` or `options`.
+`sharing PART MODEL`, `speed`, `serving ENGINE`, `bytes MODEL`, `measured METHOD`, or, from the code, `recipe KIND` or
+`options`.
 """
 
 import json
@@ -19,6 +20,7 @@ from benchmarks.methods.tables import machine, markdown, measured_method, model_
 from benchmarks.peers.tables import peers_page
 from benchmarks.repair.tables import distilled_page
 from benchmarks.results import Results
+from benchmarks.serving.tables import serving_page
 from benchmarks.sharing.tables import sharing_map, sharing_plans, sharing_ways
 from benchmarks.tasks.tables import tasks_page
 from scripts.method_matrix import matrix
@@ -27,7 +29,7 @@ from scripts.recipe_tables import options_page, recipe_page
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "quantizing")),
+    *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "quantizing", "serving")),
 )
 BENCHMARKS = ROOT / "benchmarks"
 METHODS, FORMS, AUTO, PEERS, REPAIR, FIRST, TASKS, HEAL, SHARING, BYTES = (
@@ -103,6 +105,8 @@ def table(name: str) -> str:
         return SHARED[part](SHARING, model)
     if kind == "speed":
         return speed_page(BENCHMARKS / "heal" / "speed.json")
+    if kind == "serving":
+        return serving_page(Results(BENCHMARKS / "serving" / "results.jsonl"), which)
     if kind == "bytes":
         return bytes_page(BYTES, which)
     if kind == "measured":

@@ -1,4 +1,4 @@
-"""Benches of zero-shot tasks, of what runs take and of distillation, and which experiments matrices name."""
+"""Benches of zero-shot tasks, what runs take, distillation and serving, and which experiments matrices name."""
 
 import json
 import subprocess
@@ -13,7 +13,10 @@ from benchmarks.heal.run import experiments as heal_experiments
 from benchmarks.peers.run import experiments as peers_experiments
 from benchmarks.repair.tables import distilled_page
 from benchmarks.results import Results
+from benchmarks.serving.run import measure as measure_serving
+from benchmarks.serving.tables import serving_page
 from benchmarks.tasks.tables import tasks_page
+from layershare.evaluate.speed import Workload
 from layershare.healing.settings import Healing
 from layershare.job import prepare
 from layershare.recipe import make_as, make_recipe
@@ -113,3 +116,20 @@ def test_what_a_run_takes_is_measured_in_a_fresh_process(tmp_path, tokenizer, wo
     assert {"calibrate", "plan", "solve", "compare", "refit", "write"} <= found["peaks"].keys()
     assert set(found["seconds"]) <= set(found["peaks"])
     assert found["held_out"]["kl"]["own"] > 0
+
+
+def test_serving_speed_is_measured_and_told(tmp_path, tokenizer):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    results = Results(tmp_path / "results.jsonl")
+    assert serving_page(results, "transformers").startswith("Not measured yet")
+    workload = Workload(batches=(1, 2), prompt=4, new=2, rounds=1)
+    recipe = {"model": str(tmp_path / "dense"), "method": "svd", "keep": 0.5, "of": "targets"}
+    found = measure_serving(recipe, tmp_path / "small", "transformers", workload)
+    assert 0.4 < found["multiplications"] < 0.55
+    results.put("transformers/svd-0.5", {"experiment": {"keep": 0.5}, **found})
+    header, _, line = serving_page(results, "transformers").splitlines()[:3]
+    phases = ["prefill, batch 1", "decode, batch 1", "prefill, batch 2", "decode, batch 2"]
+    assert header == f"|  | kept | multiplications | {' | '.join(phases)} | memory |"
+    assert line.startswith("| svd | 50% | ")
+    assert serving_page(results, "vllm").startswith("Not measured yet")

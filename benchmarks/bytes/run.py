@@ -83,9 +83,10 @@ def precision_of(given: int | list[int] | Values) -> Values:
     return {"bits": bits, "basis_bits": basis_bits}
 
 
-def measure_planned(model: str, row: Values, keep: float, options: Values, label: str, place: Place) -> None:
+def measure_planned(model: str, row: Values, keep: float, planned: Values, label: str, place: Place) -> None:
     """Measure one model at one size in bytes, of which bits are planned, if it has no result yet."""
-    how, name = {"recipe": recipe_of(model, row, keep, options)}, f"{model}/{label}-{keep}"
+    recipe = recipe_of(model, row, keep, planned["options"]) | planned.get("settings", {})
+    how, name = {"recipe": recipe}, f"{model}/{label}-{keep}"
     if place.finished(name, how):
         return
     out = str(place.work / name)
@@ -93,7 +94,8 @@ def measure_planned(model: str, row: Values, keep: float, options: Values, label
     kept = done.after.targets.parameters / done.before.targets.parameters
     edits = [edit for edit in Plan.from_file(Path(out) / "plan.json").edits if isinstance(edit, Quantize)]
     taken = sorted({bits for edit in edits for bits in (edit.bits, edit.basis_bits)})
-    put(name, how, {"keep": kept, "planned": taken, "bytes": done.after.targets.bytes}, out, row, place)
+    found = {"keep": kept, "label": planned.get("label", ""), "planned": taken, "bytes": done.after.targets.bytes}
+    put(name, how, found, out, row, place)
 
 
 def put(name: str, how: Values, found: Values, out: str, row: Values, place: Place) -> None:
@@ -118,8 +120,8 @@ def main() -> None:
         for keep, precisions in refined["keeps"].items() if model in refined["models"] else ():
             measure(model, row, keep, precisions, place, "refined", **refined["settings"])
         for label, planned in matrix["planned"].items():
-            for keep in planned["keeps"]:
-                measure_planned(model, row, keep, planned["options"], label, place)
+            for keep in planned["keeps"] if model in planned.get("models", [model]) else ():
+                measure_planned(model, row, keep, planned, label, place)
 
 
 if __name__ == "__main__":

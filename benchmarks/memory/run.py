@@ -110,8 +110,7 @@ def make_model(folder: Path, layers: int) -> None:
         max_position_embeddings=2 * LENGTH,
         tie_word_embeddings=True,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
 
 

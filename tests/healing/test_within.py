@@ -18,7 +18,7 @@ from tests.families import tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
 
 REFINE = {"epochs": 2, "batch_size": 4}
-DISTILL = {"tokens": 8192, "batch_size": 4, "lr": 0.02}
+DISTILL = {"tokens": 2048, "batch_size": 4, "lr": 0.02}
 
 
 def recipe_for(folder: Path, **changes) -> Recipe:
@@ -43,27 +43,33 @@ def changed(one: Path, other: Path) -> set[str]:
     return {name for name in ours if not torch.equal(ours[name], theirs[name])}
 
 
-def test_all_factors_become_better_and_nothing_else_changes(folder, tmp_path):
-    results = run(recipe_for(folder), tmp_path / "out")
-    noted, found = results.distill, results.held_out
-    assert noted is not None
-    assert found is not None
-    assert noted.kept
-    assert found.kl["distilled"] < found.kl["refined"]
-    assert (noted.steps, noted.tokens) == (32, 8192)
-    assert 0 < noted.best <= 32
-    run(recipe_for(folder, effort="blocks", distill=None), tmp_path / "refined")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer, words) -> Path:
+    """A folder with a tiny model, a text, and it refined, and distilled in memory."""
+    place = tmp_path_factory.mktemp("within")
+    tiny_model("llama").save_pretrained(place / "dense")
+    tokenizer.save_pretrained(place / "dense")
+    (place / "text.txt").write_text("\n".join(words))
+    run(recipe_for(place / "dense", effort="blocks", distill=None), place / "refined")
+    run(recipe_for(place / "dense"), place / "memory", model=tiny_model("llama"), tokenizer=tokenizer)
+    return place
+
+
+def test_all_factors_become_better_and_nothing_else_changes(place):
+    results = json.loads((place / "memory" / "results.json").read_text())
+    noted, found = results["distill"], results["held_out"]["kl"]
+    assert noted["kept"]
+    assert found["distilled"] < found["refined"]
+    assert (noted["settings"], noted["steps"], noted["tokens"]) == (DISTILL, 8, 2048)
+    assert 0 < noted["best"] <= 8
+    model = AutoModelForCausalLM.from_pretrained(place / "memory")
     composed = [(name, module) for name, module in model.named_modules() if isinstance(module, ComposedLinear)]
     factors = {f"{name}.{child}.weight" for name, module in composed for child, _ in module.named_children()}
-    assert changed(tmp_path / "refined", tmp_path / "out") == factors
-    written = json.loads((tmp_path / "out" / "results.json").read_text())["distill"]
-    assert written["settings"] == DISTILL
+    assert changed(place / "refined", place / "memory") == factors
 
 
-def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, tokenizer):
-    recipe = recipe_for(folder)
-    run(recipe, tmp_path / "memory", model=tiny_model("llama"), tokenizer=tokenizer)
+def test_from_disk_and_resumed_give_the_same_bytes(place, tmp_path):
+    recipe = recipe_for(place / "dense")
 
     def stop(step: str):
         def progress(done: int, total: int) -> None:
@@ -76,20 +82,19 @@ def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, t
         run(recipe, tmp_path / "stopped", announce=stop)
     assert [*(tmp_path / "stopped" / ".run").glob("training-*/checkpoint-*")]
     run(recipe, tmp_path / "stopped")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "stopped")]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (place / "memory", tmp_path / "stopped")]
     assert weights[0] == weights[1]
     assert not (tmp_path / "stopped" / ".run").exists()
 
 
-def test_what_does_not_help_is_not_kept(folder, tmp_path):
+def test_what_does_not_help_is_not_kept(place, tmp_path):
     """A rate that wrecks the model."""
-    results = run(recipe_for(folder, distill={**DISTILL, "lr": 3.0}), tmp_path / "wild")
+    results = run(recipe_for(place / "dense", distill={**DISTILL, "lr": 3.0}), tmp_path / "wild")
     assert results.distill is not None
     assert not results.distill.kept
     assert results.held_out is not None
     assert results.held_out.kl["distilled"] > results.held_out.kl["refined"]
-    run(recipe_for(folder, effort="blocks", distill=None), tmp_path / "refined")
-    assert not changed(tmp_path / "refined", tmp_path / "wild")
+    assert not changed(place / "refined", tmp_path / "wild")
 
 
 def test_held_out_blocks_are_not_trained_on(folder, tokenizer):
@@ -125,7 +130,7 @@ def test_other_methods(method, options, tokenizer, words, tmp_path):
     )
     assert small.dtype == torch.float32
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["distill"]["steps"] == 64
+    assert found["distill"]["steps"] == 16
     kl = found["held_out"]["kl"]
     before = min(kl[label] for label in ("own", "refitted", "refined") if label in kl)
     assert found["distill"]["kept"] == (kl["distilled"] < before)
