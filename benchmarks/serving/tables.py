@@ -22,7 +22,7 @@ def serving_page(every: Results, engine: str) -> str:
     header = ["", "kept", "multiplications", *phases, "memory"]
     note = (
         f"{first['engine']}, {first['dtype']} on {first['device']}: prompts of {first['prompt']} tokens and "
-        f"{first['new']} new ones, medians of {first['rounds']} rounds; tokens per second of the original, in the order of the "
-        f"columns: {', '.join(original)}"
+        f"{first['new']} new ones, medians of {first['rounds']} rounds; tokens per second of the original, in "
+        f"the order of the columns: {', '.join(original)}"
     )
     return f"{markdown(header, rows)}\n\n{note}; {machine(first)}"
