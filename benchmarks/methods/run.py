@@ -111,19 +111,25 @@ def asked_place(description: str | None, results: Results) -> Place:
 
 
 def experiments(matrix: Values, model: str, methods: list[str], place: Place) -> list[Experiment]:
-    """All experiments on one model, size by size: of these methods, or of what the matrix has in their place."""
+    """All experiments on one model, size by size: of these methods, or of what the matrix has in their place.
+
+    A model may have `methods` and `keeps` of its own, some of those.
+    """
     row = matrix["models"][model]
     folder = resolve(place.paths.get(model, model))
     spec = describe(read_config(folder))
     with TemporaryDirectory() as scratch:
         fingerprint = Weights.open(folder, Path(scratch), dtype="auto", device="cpu").fingerprint
     found = []
-    for keep in matrix["keeps"]:
+    for keep in row.get("keeps", matrix["keeps"]):
         first, *further = row["tests"]
         tasks = row.get("tasks")
         if tasks and keep in tasks["keeps"] and tasks["data"] in place.paths:
             first = {**first, "tasks": tasks["names"], "tasks_data": tasks["data"], "limit": tasks["limit"]}
-        for method, settings in matrix.get("methods", {name: {"method": name} for name in methods}).items():
+        every = matrix.get("methods", {name: {"method": name} for name in methods})
+        for method, settings in every.items():
+            if method not in row.get("methods", every):
+                continue
             recipe = {
                 "model": model,
                 **settings,
