@@ -81,7 +81,8 @@ def train(
             found = stack.enter_context(gates(model, original, healing.replace))
             trainer.add_callback(ReplacementCallback(found, healing.seed))
         every = healing.evaluate_every or max(1, job.steps // 10)
-        watch = Watch(trainer, job.held_out, every, job.micro, progress, say)
+        nearest_to = original if healing.loss.kind == "distill" else None
+        watch = Watch(trainer, job.held_out, every, job.micro, progress, say, nearest_to)
         trainer.add_callback(watch)
         checkpoint = last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -102,7 +103,7 @@ def _no_denormals() -> Iterator[None]:
 
 
 def _whole(job: HealJob, trainer: HealTrainer, student: Any) -> Any:
-    """The model as it was when its held-out loss was least, out of what accelerate wrapped it in.
+    """The model as it was best on held-out blocks, out of what accelerate wrapped it in.
 
     Where it was sharded, or never better than at first, it is loaded anew.
     """

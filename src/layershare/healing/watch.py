@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from layershare.errors import LayershareError
-from layershare.healing.distill import cross_entropy
+from layershare.healing.distill import cross_entropy, kl_divergence
 from layershare.healing.trainer import WHOLE, HealTrainer
 from layershare.model.modes import evaluating
 from layershare.progress import Progress, Say
@@ -21,13 +21,23 @@ _TIMED = 5
 
 
 class Watch(TrainerCallback):
-    """Reports progress, tells how it goes, keeps what is best on held-out blocks, and marks whole checkpoints."""
+    """Reports progress, tells how it goes, keeps what is best on held-out blocks, and marks whole checkpoints.
+
+    Best is what is nearest to the `teacher` there, if one is given, and what predicts the text best otherwise.
+    """
 
     def __init__(
-        self, trainer: HealTrainer, held_out: Tensor, every: int, rows: int, progress: Progress, say: Say
+        self,
+        trainer: HealTrainer,
+        held_out: Tensor,
+        every: int,
+        rows: int,
+        progress: Progress,
+        say: Say,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         self.trainer, self.held_out, self.every, self.rows = trainer, held_out, every, rows
-        self.progress, self.say = progress, say
+        self.progress, self.say, self.teacher = progress, say, teacher
         self._clock: list[float] = []
         size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
         self.tokens = size * held_out.shape[1]
@@ -70,8 +80,12 @@ class Watch(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
     def _measure(self, state: Any) -> None:
+        place: Any = self.held_out, self.rows, self.trainer.args.device
+        further: dict[str, float] = {}
         with self.trainer.accelerator.autocast():
-            nll = held_out_loss(self.trainer.model_wrapped, self.held_out, self.rows, self.trainer.args.device)
+            nll = held_out_loss(self.trainer.model_wrapped, *place)
+            if self.teacher is not None:
+                further["held_out_kl"] = held_out_divergence(self.trainer.model_wrapped, self.teacher, *place)
         if not math.isfinite(nll):
             if state.global_step == 0:
                 raise LayershareError(
@@ -80,7 +94,8 @@ class Watch(TrainerCallback):
                 )
             raise self.trainer.diverged(f"after step {state.global_step}")
         perplexity, length = math.exp(min(nll, 700)), self.held_out.shape[1]
-        state.log_history.append({"held_out_loss": nll, "held_out_perplexity": perplexity, "step": state.global_step})
+        measured = {"held_out_loss": nll, "held_out_perplexity": perplexity, **further}
+        state.log_history.append({**measured, "step": state.global_step})
         if 0 < best(state.log_history)["step"] == state.global_step:
             self.trainer.keep_as_best()
         self.say(
@@ -89,8 +104,9 @@ class Watch(TrainerCallback):
 
 
 def best(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entry of a log with the least held-out loss, the first one of several."""
-    return min((entry for entry in log if "held_out_loss" in entry), key=lambda entry: entry["held_out_loss"])
+    """The entry of a log with the least held-out divergence, or else loss, the first one of several."""
+    measured = [entry for entry in log if "held_out_loss" in entry]
+    return min(measured, key=lambda entry: entry.get("held_out_kl", entry["held_out_loss"]))
 
 
 @torch.no_grad()
@@ -99,6 +115,17 @@ def held_out_loss(model: Any, tokens: Tensor, rows: int, device: torch.device) -
     with evaluating(model):
         sums = [
             len(batch) * cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
+            for batch in tokens.to(device).split(rows)
+        ]
+    return float(torch.stack(sums).double().sum()) / len(tokens)
+
+
+@torch.no_grad()
+def held_out_divergence(model: Any, teacher: PreTrainedModel, tokens: Tensor, rows: int, device: torch.device) -> float:
+    """Mean KL(teacher ‖ model), in nats per token, of blocks [n, length], so many at once."""
+    with evaluating(model):
+        sums = [
+            len(batch) * kl_divergence(*(each(input_ids=batch, use_cache=False).logits for each in (model, teacher)))
             for batch in tokens.to(device).split(rows)
         ]
     return float(torch.stack(sums).double().sum()) / len(tokens)
