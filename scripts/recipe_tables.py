@@ -12,6 +12,10 @@ Schema = dict[str, Any]
 KINDS = {"compression": Recipe, "healing": Healing}
 
 
+BY_EFFORT = ("refine", "distill")
+"""Sections of settings that are filled in where a recipe's effort has them."""
+
+
 def recipe_page(name: str) -> str:
     """Every key of a kind of recipe: one table for the recipe itself and one for each of its sections."""
     return "\n\n".join(_tables(adapter(KINDS[name]).json_schema()))
@@ -31,6 +35,8 @@ def _tables(schema: Schema) -> list[str]:
     for key, value in schema["properties"].items():
         if (section := _section(value, named)) is not None:
             without = "\n\nWithout this section it is not done." if value.get("default", 0) is None else ""
+            if key in BY_EFFORT:
+                without = "\n\nWhether it is done, `effort` says: these are its settings then."
             tables.append(f"### `{key}`\n\n{section['description']}{without}\n\n{_table(section, named)}")
     return tables
 

@@ -68,8 +68,16 @@ def test_every_field_says_what_it_means_and_refuses_values_of_other_kinds(kind):
         (Recipe, {"refine": {"lr": math.inf}}, "'refine.lr' in the recipe: Input should be a finite number"),
         (Recipe, {"refine": {"lr": 1e38}}, r"Input should be at most 1e\+30"),
         (Recipe, {"refine": True}, "should be a mapping of keys to values"),
-        (Recipe, {"refine": {}}, "has 'refine', but its effort is 'closed'; set effort=blocks"),
-        (Recipe, {"effort": "blocks", "distill": {}}, "has 'distill', but its effort is 'blocks'; set effort=distill"),
+        (
+            Recipe,
+            {"refine": {}},
+            r"has 'refine', but its effort is 'closed'; leave it out \(refine=null\), or set effort=blocks",
+        ),
+        (
+            Recipe,
+            {"effort": "blocks", "distill": {}},
+            r"'distill', but its effort is 'blocks'; leave it out \(distill=null\), or set effort=distill",
+        ),
         (Recipe, {"effort": "much"}, "'effort' in the recipe: Input should be 'closed', 'blocks' or 'distill'"),
         (Recipe, {"calibration": {"seed": True}}, "'calibration.seed' in the recipe: Input should be a whole number"),
         (Recipe, {"calibration": {"blocks": 10**12}}, "at most 1,000,000,000"),

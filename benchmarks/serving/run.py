@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     matrix = yaml.safe_load((HERE / "matrix.yaml").read_text(encoding="utf-8"))
     dense, workload = options.work / "dense", Workload(**matrix["workload"])
-    if not dense.exists():
+    if not (dense / "tokenizer_config.json").exists():  # written last
         make_model(dense, **matrix["shape"])
     for label, settings in matrix["methods"].items():
         for keep in matrix["keeps"]:

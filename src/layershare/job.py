@@ -167,13 +167,25 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         plan = plan_with(spec, name, method, recipe.keep, recipe.of, stored=stored)
     else:
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of, stored))
+    if recipe.refine is not None:
+        require_trainable(recipe, method, plan)
     if plan is not None:
         method.units(spec, plan.edits)
         if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
             raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
-        if recipe.refine is not None:
-            require_factors(plan.edits)
     return Job(recipe, spec, computed, method, name, plan, config)
+
+
+def require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> None:
+    """Raise `LayershareError` for an effort where no factors are, or that would train some of them alone."""
+    if plan is not None:
+        require_factors(plan.edits)
+        if recipe.distill is not None and {Share, Delta} <= {type(edit) for edit in plan.edits}:
+            raise LayershareError(
+                "The plan has deltas beside shared factors, which are not distilled together; set effort=blocks."
+            )
+    elif not {Share, Delta} & {*method.solves}:
+        raise LayershareError(f"'{recipe.method}' makes no factors that could be trained; set effort=closed.")
 
 
 def _stored(recipe: Recipe, spec: Spec) -> tuple[Quantize, ...]:

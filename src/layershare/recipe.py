@@ -109,7 +109,8 @@ class Distill:
     tokens: Tokens = 2_000_000
     """Train on so many tokens of the calibration's text, of which nothing is held out but `calibration.held_out`."""
     lr: Rate | None = None
-    """The highest learning rate, as a part of each tensor's size (root mean square); without, 0.08 / √width."""
+    """The highest learning rate, as a part of each tensor's size (root mean square); without, 0.13 · removed / √width,
+    where `removed` is the part of the targets' parameters that is gone."""
     batch_size: Count = 8
     """Blocks of text per step."""
 
@@ -177,7 +178,8 @@ class Recipe:
                 object.__setattr__(self, name, getattr(self, name) or kind())
             elif getattr(self, name) is not None:
                 raise LayershareError(
-                    f"The recipe has '{name}', but its effort is '{self.effort}'; set effort={efforts[0]}."
+                    f"The recipe has '{name}', but its effort is '{self.effort}'; leave it out ({name}=null), or set "
+                    f"effort={efforts[0]}."
                 )
 
     def to_yaml(self) -> str:

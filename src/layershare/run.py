@@ -1,4 +1,4 @@
-"""One run: calibrate, plan, solve, refit, refine, write, measure, publish. Killed anywhere, the same call continues."""
+"""One run: calibrate, plan, solve, refit, train, quantize, write, measure, publish. Killed, the same call continues."""
 
 import shutil
 import warnings

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +36,7 @@ from layershare.report.results import DISTILLED, OWN, QUANTIZED, REFINED, REFITT
 from layershare.solve.apply import INTEGERS, UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
 from layershare.solve.quantize import quantize_factors
-from layershare.solve.refine import refine_blocks, require_factors
+from layershare.solve.refine import refine_blocks
 from layershare.solve.two_streams import refit_to_original
 from layershare.solve.write import write_model
 from layershare.store import Store, write_atomically
@@ -214,15 +215,15 @@ def distilled(
 ) -> tuple[Factored, Distilled]:
     """A solution, `label` its own on the held-out text, with all its factors distilled, and what became of them.
 
-    It is left as it was where that takes it away from the original on the held-out text.
+    It is left as it was where that takes it away from the original on the held-out text, or diverges.
     """
     # The Trainer takes seconds to import.
+    from layershare.healing.trainer import Diverged
     from layershare.healing.training import best, train
     from layershare.healing.within import distillation
 
-    job, recipe = run.job, run.job.recipe
-    require_factors(factored.plan.edits)
-    composed = compositions(job.spec, factored.plan.edits)
+    job, plan = run.job, factored.plan
+    composed = compositions(job.spec, plan.edits)
     assert run.training is not None
     assert run.tokenizer is not None
     with run.clock.step("distill") as progress:
@@ -233,19 +234,26 @@ def distilled(
         if DISTILLED not in store:
             with in_floats(run, factored) as folder:
                 what = "deltas" if all(each.whole for each in composed) else "factors"
+                removed = 1 - plan.after.targets.parameters / plan.before.targets.parameters
                 place = (run.training, len(held_out.text.tokens), run.tokenizer, run.model)
-                healing = distillation(recipe, folder, what, *place)
+                healing = distillation(job.recipe, folder, what, removed, *place)
                 teacher = healing.load_teacher(folder, no_progress)
                 work = run.work / f"training-{healing.fingerprint[:16]}"
-                found = train(healing, teacher, work, progress, say_nothing)
-            state = found.model.state_dict()
+                facts = {"steps": healing.steps, "lr": healing.healing.optimizer.lr, "best": 0}
+                state = {}
+                try:
+                    found = train(healing, teacher, work, progress, say_nothing)
+                    facts["best"], state = best(found.log)["step"], found.model.state_dict()
+                except Diverged:
+                    warnings.warn("Distilling diverged and is left out; set a smaller distill.lr.", stacklevel=2)
             tensors = {
                 name: state[name].to(dtype)
                 for each in composed
                 for name, (_, dtype) in composed_tensors(job.spec, each).items()
+                if name in state
             }
-            store.write(DISTILLED, tensors, {"steps": healing.steps, "best": best(found.log)["step"]})
-            shutil.rmtree(work)
+            store.write(DISTILLED, tensors, facts)
+            shutil.rmtree(work, ignore_errors=True)
         trained.take(store, DISTILLED)
         after = held_out.divergence(DISTILLED, lambda: trained, no_progress)
     kept, facts = after < before, store.facts(DISTILLED)

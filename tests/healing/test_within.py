@@ -96,6 +96,27 @@ def test_what_does_not_help_is_not_kept(place, tmp_path):
     assert not changed(place / "refined", tmp_path / "wild")
 
 
+@pytest.mark.filterwarnings("ignore:Distilling diverged and is left out; set a smaller distill.lr")
+def test_what_diverges_is_not_kept(place, tmp_path):
+    results = run(recipe_for(place / "dense", distill={**DISTILL, "lr": 1e30}), tmp_path / "wild")
+    assert results.distill is not None
+    assert (results.distill.kept, results.distill.best) == (False, 0)
+    assert not changed(place / "refined", tmp_path / "wild")
+
+
+def test_steps_grow_with_what_is_removed(place, tmp_path):
+    model = tiny_model("llama")
+    rates, before = [], torch.get_rng_state()
+    for keep in (0.8, 0.6):
+        recipe = recipe_for(place / "dense", keep=keep, distill={"tokens": 256, "batch_size": 4})
+        noted = run(recipe, tmp_path / str(keep)).distill
+        assert noted is not None
+        rates.append(noted.lr)
+    assert rates[0] == pytest.approx(0.13 * 0.2 / model.config.hidden_size**0.5, rel=0.05)
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.05)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_held_out_blocks_are_not_trained_on(folder, tokenizer):
     recipe = recipe_for(folder)
     config = tiny_model("llama").config
@@ -148,6 +169,7 @@ def test_what_was_distilled_is_quantized(folder, tmp_path):
         ({"distill": {"batch_size": 1000}}, r"too few .* a smaller distill\.batch_size or calibration\.length"),
         ({"distill": {"tokens": 10**11}}, r"would see .* blocks of text, .*; lower distill\.tokens"),
         ({"method": "svd", "keep": 1}, "there are no factors to train; set effort=closed"),
+        ({"method": "shortgpt"}, "'shortgpt' makes no factors that could be trained; set effort=closed"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_computed(changes, said, folder, tmp_path):

@@ -90,7 +90,7 @@ class Text:
         return part(self.tokens[:count]), part(self.tokens[count:])
 
     def with_last(self, start: int, count: int) -> "Text":
-        """The same blocks, so many of them, from `start` on, moved to the end."""
+        """The same blocks, with `count` of them, from `start` on, moved to the end."""
         tokens = self.tokens
         moved = torch.cat([tokens[:start], tokens[start + count :], tokens[start : start + count]])
         return replace(self, tokens=moved, tokens_sha256=_sha256(moved))

@@ -1,13 +1,16 @@
 """One training: the model, its teacher and the Trainer together, from the last checkpoint on."""
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from layershare.errors import LayershareError
 from layershare.healing.arguments import arguments
@@ -56,6 +59,21 @@ class Trained:
         return best(self.log)["held_out_loss"]
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave random numbers and transformers' log level as they were, which the Trainer sets."""
+    verbosity, ours = logging.get_verbosity(), random.getstate()
+    theirs = numpy.random.get_state()  # noqa: NPY002  # it is the global generator that is seeded
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(ours)
+        numpy.random.set_state(theirs)  # noqa: NPY002
+        logging.set_verbosity(verbosity)
+
+
+@_undisturbed()
 def train(
     job: HealJob, teacher: PreTrainedModel | StoredLogits | None, folder: Path, progress: Progress, say: Say
 ) -> Trained:

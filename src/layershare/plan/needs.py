@@ -65,7 +65,7 @@ def estimate_needs(
     in float64 (`benchmarks/memory` measures both), of the whole model with the activations of one block of text, which
     gradients need, of twice the model for methods that search (the model and what they try in its place), and of
     refining a block: it and the original's, its factors four times over in float32, and the activations of a batch; and
-    of distilling: both models, AdamW's two moments, and the gradients or the activations of a batch in all blocks.
+    of distilling: both models, gradients, AdamW's two moments, and the activations of a batch in all blocks.
     Without a plan yet, every target is taken to be solved for itself, at full size.
     """
     stack = f"{spec.base_prefix}{spec.blocks}."
@@ -126,9 +126,7 @@ def estimate_needs(
     if quantizes:  # the whole of what is in floats, in float32, and a block's inputs
         steps.append(4 * after.all.parameters + 4 * max(grams) + batch)
     logits = 3 * length * spec.head_multiplications // width * 4  # as they are, in float32, and their gradient
-    if held_out and (
-        rivals or streams or epochs
-    ):  # two models' logits of one block of text, and their log-probabilities
+    if held_out:  # two models' logits of one block of text, and their log-probabilities
         steps.append(max(block) + batch + held_out * length * width * itemsize + 2 * logits)
     if "gradients" in kinds:
         # What the way back needs of a block: all that it has computed, and gradients of the same size.
@@ -138,7 +136,7 @@ def estimate_needs(
     if distills:
         widths = sum(linear.d_in + linear.d_out for linear in spec.linears) + 4 * spec.n_layers * width
         passing = batch_size * length * 4 * widths + 2 * batch_size * logits
-        steps.append(4 * after.all.parameters + model + moments + max(moments // 2, passing))
+        steps.append(4 * after.all.parameters + model + 3 * moments // 2 + passing)
     if "fisher" in kinds:
         steps.append(model + spec.n_layers * activations + logits)
     if searches:

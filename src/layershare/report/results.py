@@ -162,15 +162,17 @@ class Refined:
 
 @dataclass(frozen=True)
 class Distilled:
-    """How all factors were distilled: `tokens` in so many `steps`, of which those up to the `best` were taken.
+    """How all factors were distilled: `tokens` in so many `steps` of `lr`, of which those up to the `best` were taken.
 
-    The checkpoint is distilled if it was `kept`; it was not if that took it away from the original on held-out text.
+    The checkpoint is distilled if it was `kept`; it was not if that took it away from the original on held-out text, or
+    diverged.
     """
 
     settings: Distill
     kept: Flag
     tokens: Whole
     steps: Whole
+    lr: Number
     best: Whole
 
 
