@@ -5,15 +5,11 @@ from typing import Any
 
 from layershare.healing.settings import Healing
 from layershare.methods import METHODS
-from layershare.recipe import Recipe
+from layershare.recipe import BY_EFFORT, Recipe
 from layershare.values import MOST, adapter
 
 Schema = dict[str, Any]
 KINDS = {"compression": Recipe, "healing": Healing}
-
-
-BY_EFFORT = ("refine", "distill")
-"""Sections of settings that are filled in where a recipe's effort has them."""
 
 
 def recipe_page(name: str) -> str:

@@ -120,19 +120,16 @@ def experiments(matrix: Values, model: str, methods: list[str], place: Place) ->
     spec = describe(read_config(folder))
     with TemporaryDirectory() as scratch:
         fingerprint = Weights.open(folder, Path(scratch), dtype="auto", device="cpu").fingerprint
-    found = []
+    found, every = [], matrix.get("methods", {name: {"method": name} for name in methods})
     for keep in row.get("keeps", matrix["keeps"]):
         first, *further = row["tests"]
         tasks = row.get("tasks")
         if tasks and keep in tasks["keeps"] and tasks["data"] in place.paths:
             first = {**first, "tasks": tasks["names"], "tasks_data": tasks["data"], "limit": tasks["limit"]}
-        every = matrix.get("methods", {name: {"method": name} for name in methods})
-        for method, settings in every.items():
-            if method not in row.get("methods", every):
-                continue
+        for method in row.get("methods", every):
             recipe = {
                 "model": model,
-                **settings,
+                **every[method],
                 "keep": budget(spec, keep),
                 "of": "all",
                 "calibration": row["calibration"],

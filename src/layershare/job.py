@@ -168,7 +168,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
     else:
         method.require(spec, allowed(spec, parse_keep(recipe.keep), recipe.of, stored))
     if recipe.refine is not None:
-        require_trainable(recipe, method, plan)
+        _require_trainable(recipe, method, plan)
     if plan is not None:
         method.units(spec, plan.edits)
         if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
@@ -176,7 +176,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
     return Job(recipe, spec, computed, method, name, plan, config)
 
 
-def require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> None:
+def _require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> None:
     """Raise `LayershareError` for an effort where no factors are, or that would train some of them alone."""
     if plan is not None:
         require_factors(plan.edits)
@@ -184,8 +184,12 @@ def require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> None
             raise LayershareError(
                 "The plan has deltas beside shared factors, which are not distilled together; set effort=blocks."
             )
-    elif not {Share, Delta} & {*method.solves}:
+    elif not _makes_factors(method):
         raise LayershareError(f"'{recipe.method}' makes no factors that could be trained; set effort=closed.")
+
+
+def _makes_factors(method: Method) -> bool:
+    return not {Share, Delta}.isdisjoint(method.solves)
 
 
 def _stored(recipe: Recipe, spec: Spec) -> tuple[Quantize, ...]:
@@ -204,7 +208,7 @@ def _require_storable(recipe: Recipe, method: Method) -> None:
         raise LayershareError("A plan says itself what is quantized; leave quantize out, or add edits to the plan.")
     if method.offered_bits:
         raise LayershareError("Bits are planned already (options.bits); leave quantize out.")
-    if not {Share, Delta} & {*method.solves}:
+    if not _makes_factors(method):
         raise LayershareError(
             f"'{recipe.method}' removes parts of the model; compress first, and quantize the result with `layershare "
             "quantize`."

@@ -119,6 +119,13 @@ class Distill:
         return -(-self.tokens // (self.batch_size * length))
 
 
+BY_EFFORT: dict[str, tuple[type, tuple[Effort, ...]]] = {
+    "refine": (Refine, ("blocks", "distill")),
+    "distill": (Distill, ("distill",)),
+}
+"""A recipe's sections of what is trained: how, and the efforts that have it."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """How the matrices of all blocks, or their factors, are stored at the end: in few bits, rounded by GPTQ."""
@@ -173,7 +180,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Set `refine` and `distill` where the effort has them. Raise `LayershareError` for those that it has not."""
-        for name, kind, efforts in (("refine", Refine, ("blocks", "distill")), ("distill", Distill, ("distill",))):
+        for name, (kind, efforts) in BY_EFFORT.items():
             if self.effort in efforts:
                 object.__setattr__(self, name, getattr(self, name) or kind())
             elif getattr(self, name) is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import calibrate
@@ -217,6 +218,27 @@ def distilled(
 
     It is left as it was where that takes it away from the original on the held-out text, or diverges.
     """
+    assert run.training is not None
+    with run.clock.step("distill") as progress:
+        before = held_out.divergence(label, lambda: factored, no_progress)
+        trained = factored.branch()
+        settings = {**asdict(options), "label": label, "text": run.training.identity}
+        store = Store(run.work / DISTILLED, {**factored.identity, "distill": settings})
+        if DISTILLED not in store:
+            store.write(DISTILLED, *_distil(run, factored, run.training, held_out, progress))
+            for done in run.work.glob("training-*"):
+                shutil.rmtree(done)
+        trained.take(store, DISTILLED)
+        after = held_out.divergence(DISTILLED, lambda: trained, no_progress)
+    kept, facts = after < before, store.facts(DISTILLED)
+    tokens = facts["steps"] * options.batch_size * run.training.tokens.shape[1]
+    return trained if kept else factored, Distilled(options, kept, tokens, **facts)
+
+
+def _distil(
+    run: Context, factored: Factored, text: Text, held_out: HeldOut, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The factors of a solution, distilled, by full names, with steps, rate and best step; none where that diverged."""
     # The Trainer takes seconds to import.
     from layershare.healing.trainer import Diverged
     from layershare.healing.training import best, train
@@ -224,41 +246,22 @@ def distilled(
 
     job, plan = run.job, factored.plan
     composed = compositions(job.spec, plan.edits)
-    assert run.training is not None
+    what = "deltas" if all(each.whole for each in composed) else "factors"
+    removed = 1 - plan.after.targets.parameters / plan.before.targets.parameters
     assert run.tokenizer is not None
-    with run.clock.step("distill") as progress:
-        before = held_out.divergence(label, lambda: factored, no_progress)
-        trained = factored.branch()
-        settings = {**asdict(options), "label": label, "text": run.training.identity}
-        store = Store(run.work / DISTILLED, {**factored.identity, "distill": settings})
-        if DISTILLED not in store:
-            with in_floats(run, factored) as folder:
-                what = "deltas" if all(each.whole for each in composed) else "factors"
-                removed = 1 - plan.after.targets.parameters / plan.before.targets.parameters
-                place = (run.training, len(held_out.text.tokens), run.tokenizer, run.model)
-                healing = distillation(job.recipe, folder, what, removed, *place)
-                teacher = healing.load_teacher(folder, no_progress)
-                work = run.work / f"training-{healing.fingerprint[:16]}"
-                facts = {"steps": healing.steps, "lr": healing.healing.optimizer.lr, "best": 0}
-                state = {}
-                try:
-                    found = train(healing, teacher, work, progress, say_nothing)
-                    facts["best"], state = best(found.log)["step"], found.model.state_dict()
-                except Diverged:
-                    warnings.warn("Distilling diverged and is left out; set a smaller distill.lr.", stacklevel=2)
-            tensors = {
-                name: state[name].to(dtype)
-                for each in composed
-                for name, (_, dtype) in composed_tensors(job.spec, each).items()
-                if name in state
-            }
-            store.write(DISTILLED, tensors, facts)
-            shutil.rmtree(work, ignore_errors=True)
-        trained.take(store, DISTILLED)
-        after = held_out.divergence(DISTILLED, lambda: trained, no_progress)
-    kept, facts = after < before, store.facts(DISTILLED)
-    tokens = facts["steps"] * options.batch_size * run.training.tokens.shape[1]
-    return trained if kept else factored, Distilled(options, kept, tokens, **facts)
+    with in_floats(run, factored) as folder:
+        place = text, len(held_out.text.tokens), run.tokenizer, run.model
+        healing = distillation(job.recipe, folder, what, removed, *place)
+        work = run.work / f"training-{healing.fingerprint[:16]}"
+        facts = {"steps": healing.steps, "lr": healing.healing.optimizer.lr, "best": 0}
+        try:
+            found = train(healing, healing.load_teacher(folder, no_progress), work, progress, say_nothing)
+        except Diverged:
+            warnings.warn("Distilling diverged and is left out; set a smaller distill.lr.", stacklevel=3)
+            return {}, facts
+    state = found.model.state_dict()
+    made = {name: dtype for each in composed for name, (_, dtype) in composed_tensors(job.spec, each).items()}
+    return {name: state[name].to(dtype) for name, dtype in made.items()}, {**facts, "best": best(found.log)["step"]}
 
 
 @contextmanager

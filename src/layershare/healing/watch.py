@@ -80,12 +80,11 @@ class Watch(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
     def _measure(self, state: Any) -> None:
-        place: Any = self.held_out, self.rows, self.trainer.args.device
-        further: dict[str, float] = {}
         with self.trainer.accelerator.autocast():
-            nll = held_out_loss(self.trainer.model_wrapped, *place)
-            if self.teacher is not None:
-                further["held_out_kl"] = held_out_divergence(self.trainer.model_wrapped, self.teacher, *place)
+            losses = held_out_losses(
+                self.trainer.model_wrapped, self.teacher, self.held_out, self.rows, self.trainer.args.device
+            )
+        nll = losses[0]
         if not math.isfinite(nll):
             if state.global_step == 0:
                 raise LayershareError(
@@ -94,8 +93,8 @@ class Watch(TrainerCallback):
                 )
             raise self.trainer.diverged(f"after step {state.global_step}")
         perplexity, length = math.exp(min(nll, 700)), self.held_out.shape[1]
-        measured = {"held_out_loss": nll, "held_out_perplexity": perplexity, **further}
-        state.log_history.append({**measured, "step": state.global_step})
+        measured = dict(zip(("held_out_loss", "held_out_kl"), losses, strict=False))
+        state.log_history.append({**measured, "held_out_perplexity": perplexity, "step": state.global_step})
         if 0 < best(state.log_history)["step"] == state.global_step:
             self.trainer.keep_as_best()
         self.say(
@@ -109,23 +108,22 @@ def best(log: list[dict[str, Any]]) -> dict[str, Any]:
     return min(measured, key=lambda entry: entry.get("held_out_kl", entry["held_out_loss"]))
 
 
-@torch.no_grad()
 def held_out_loss(model: Any, tokens: Tensor, rows: int, device: torch.device) -> float:
     """Mean negative log-likelihood, in nats per token, of blocks [n, length], so many at once."""
-    with evaluating(model):
-        sums = [
-            len(batch) * cross_entropy(model(input_ids=batch, use_cache=False).logits, batch)
-            for batch in tokens.to(device).split(rows)
-        ]
-    return float(torch.stack(sums).double().sum()) / len(tokens)
+    return held_out_losses(model, None, tokens, rows, device)[0]
 
 
 @torch.no_grad()
-def held_out_divergence(model: Any, teacher: PreTrainedModel, tokens: Tensor, rows: int, device: torch.device) -> float:
-    """Mean KL(teacher ‖ model), in nats per token, of blocks [n, length], so many at once."""
+def held_out_losses(
+    model: Any, teacher: PreTrainedModel | None, tokens: Tensor, rows: int, device: torch.device
+) -> list[float]:
+    """The same, and mean KL(teacher ‖ model) if there is a teacher."""
+    sums = []
     with evaluating(model):
-        sums = [
-            len(batch) * kl_divergence(*(each(input_ids=batch, use_cache=False).logits for each in (model, teacher)))
-            for batch in tokens.to(device).split(rows)
-        ]
-    return float(torch.stack(sums).double().sum()) / len(tokens)
+        for batch in tokens.to(device).split(rows):
+            ours = model(input_ids=batch, use_cache=False).logits
+            losses = [cross_entropy(ours, batch)]
+            if teacher is not None:
+                losses.append(kl_divergence(ours, teacher(input_ids=batch, use_cache=False).logits))
+            sums.append(len(batch) * torch.stack(losses))
+    return (torch.stack(sums).double().sum(0) / len(tokens)).tolist()

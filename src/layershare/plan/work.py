@@ -115,8 +115,8 @@ def count_work(
         passes += _REFIT[streams] * (blocks + held_out) / blocks
         single += streams * grams
     taught = 0
-    if distills:  # the original forwards, the other one forwards and backwards; on held-out text three times forwards
-        taught = (4 * distills + 3 * _MEASURED * held_out * length) * whole
+    if distills:  # the original forwards, the other one forwards and backwards; on held-out text both forwards
+        taught = (4 * distills + 2 * _MEASURED * held_out * length) * whole
     if epochs:
         passes += 2 + 3 * epochs  # original, compressed; forward and backward, which is twice a forward
         passes += (3 + epochs) * held_out / blocks  # the same of the former, and every epoch's error
