@@ -1,4 +1,6 @@
-"""Write the tables of README.md and docs/ anew from the results in benchmarks/ (`--check`: fail if that changes them).
+"""Write the tables and charts of README.md and docs/ anew from the results in benchmarks/.
+
+With `--check`, fail if that changes them.
 
 A table stands between two comments that name it: `demo`, `matrix`, `results MODEL`, `forms MODEL`, `auto MODEL`,
 `peers MODEL`, `repair MODEL`, `distilled`, `first`, `tasks MODEL`, `expected`, `cost`, `heal MODEL`,
@@ -12,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bytes.tables import bytes_page
+from benchmarks.bytes.tables import bytes_chart, bytes_page
 from benchmarks.cost.tables import cost_page
 from benchmarks.expected.tables import expected_page
 from benchmarks.heal.tables import heal_page, speed_page
@@ -29,13 +31,15 @@ from scripts.recipe_tables import options_page, recipe_page
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "quantizing", "serving")),
+    *(f"docs/{page}.md" for page in ("methods", "results", "papers", "recipe", "sharing", "bytes", "serving")),
 )
 BENCHMARKS = ROOT / "benchmarks"
 METHODS, FORMS, AUTO, PEERS, REPAIR, FIRST, TASKS, HEAL, SHARING, BYTES = (
     Results(BENCHMARKS / name / "results.jsonl")
     for name in ("methods", "forms", "auto", "peers", "repair", "first", "tasks", "heal", "sharing", "bytes")
 )
+CHARTED = ("sample", "books-llama-11m", "SmolLM2-135M")
+"""The models that docs/bytes-MODEL.svg are of."""
 SHARED = {"map": sharing_map, "ways": sharing_ways, "plans": sharing_plans}
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
@@ -125,13 +129,15 @@ def written(text: str) -> str:
 
 def main() -> None:
     """Write, or check."""
-    for page in PAGES:
-        old = (ROOT / page).read_text(encoding="utf-8")
-        new = written(old)
+    charts = {f"docs/bytes-{model}.svg": bytes_chart(BYTES, model) for model in CHARTED}
+    for file in (*PAGES, *charts):
+        place = ROOT / file
+        old = place.read_text(encoding="utf-8") if place.exists() else ""
+        new = charts.get(file) or written(old)
         if "--check" not in sys.argv:
-            (ROOT / page).write_text(new, encoding="utf-8")
+            place.write_text(new, encoding="utf-8")
         elif new != old:
-            sys.exit(f"{page} is not what `make tables` writes.")
+            sys.exit(f"{file} is not what `make tables` writes.")
 
 
 if __name__ == "__main__":

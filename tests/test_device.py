@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig
 
 from layershare import device
-from layershare.device import dtype_of, precision_of
+from layershare.device import dtype_of, precision_of, training_device
+from layershare.errors import LayershareError
 from layershare.recipe import make_recipe
 from layershare.run import run
 from tests.families import tiny_model
@@ -27,6 +28,13 @@ def test_halves_are_widened_where_they_are_slow(monkeypatch, fast, wanted, place
     expected = "float32" if place == "cpu" and not fast else "bfloat16"
     assert precision_of("auto", place) == expected
     assert (precision_of("float32", place), precision_of("bfloat16", place)) == ("float32", "bfloat16")
+
+
+def test_another_device_than_the_first_is_not_trained_on(monkeypatch):
+    monkeypatch.setattr(device, "device_of", lambda name: name)
+    assert [training_device(each) for each in ("cpu", "cuda", "cuda:0")] == ["cpu", "cuda", "cuda:0"]
+    with pytest.raises(LayershareError, match="not on 'cuda:1': set CUDA_VISIBLE_DEVICES=1 and device=cuda"):
+        training_device("cuda:1")
 
 
 @pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")

@@ -1,10 +1,22 @@
-"""The table of bytes, for docs/quantizing.md."""
+"""The tables and charts of bytes, for docs/bytes.md."""
 
 from typing import Any
 
+from plotly import graph_objects as go
+
 from benchmarks.methods.tables import added, machine, markdown, require_same
 from benchmarks.results import Results
+from layershare.report.figures import PALETTE
+from layershare.report.svg import draw
 
+_ATTRIBUTES = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="9" fill="#808080" width="620"'
+_STYLE = "<style>.rule{stroke:#8080804d}.line{fill:none;stroke-width:1.5}</style>"
+_LINES = BITS, NUMBERS, FEW, BOTH = (
+    "fewer bits",
+    "fewer numbers",
+    "fewer numbers of 4 bits",
+    "ranks and bits planned together",
+)
 UNMEASURED = "Not measured yet; `python -m benchmarks.bytes.run` does it."
 
 
@@ -42,6 +54,38 @@ def bytes_page(results: Results, model: str) -> str:
         "32); nearest: rounded without a text. Bold: nothing that is as small or smaller is better"
     )
     return f"{markdown(header, rows)}\n\n{note}; {machine(found[0])}"
+
+
+def bytes_chart(results: Results, model: str) -> str:
+    """How far a model gets from the original by the bits for each of its numbers, as SVG: a line for each way."""
+    found = [each for name, each in results.read().items() if name.startswith(f"{model}/")]
+    most, figure = max(each["bytes"] for each in found), go.Figure()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        if (line := _line(row)) is not None:
+            lines.setdefault(line, []).append((16 * row["bytes"] / most, row["evaluation"]["kl"]))
+    for name, colour in zip(_LINES, PALETTE, strict=False):
+        if name not in lines:
+            continue
+        x, y = zip(*sorted(lines[name]), strict=True)
+        figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour})
+    figure.update_xaxes(title="bits for each number of the original")
+    figure.update_yaxes(type="log")
+    attributes = (
+        '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="9" fill="#808080" width="620" '
+    )
+    return draw(figure, 480).replace("<svg ", attributes, 1).replace(">", f">{_STYLE}", 1) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str | None:
+    """The line that a result is on; `None` if on none."""
+    if "planned" in row:
+        return BOTH if row["keep"] < 1 else None
+    if row.get("label") or {"scheme", "rounding"} & row.keys() or row["bits"] != row["basis_bits"]:
+        return None
+    if row["keep"] == 1:
+        return BITS
+    return {16: NUMBERS, 4: FEW}.get(row["bits"])
 
 
 def _model(row: dict[str, Any]) -> str:

@@ -25,6 +25,21 @@ def device_of(name: str) -> str:
     return kind if kind == "cpu" else name
 
 
+def training_device(name: str) -> str:
+    """The device of that name, as `device_of`, to train on. Raises `LayershareError` for any but the first of its kind.
+
+    transformers trains on the first one that the process sees.
+    """
+    device = device_of(name)
+    kind, _, number = device.partition(":")
+    if number not in ("", "0"):
+        raise LayershareError(
+            f"Training runs on the first device that it sees, not on '{device}': set CUDA_VISIBLE_DEVICES={number} "
+            f"and device={kind}."
+        )
+    return device
+
+
 def dtype_of(wanted: str, device: str, config: PreTrainedConfig) -> str:
     """The type in which a model is run; `auto`: that of its weights.
 

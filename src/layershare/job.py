@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from layershare.calibrate.stats import Statistic, Stats
 from layershare.calibrate.text import Source, Text, block_length, load_text
-from layershare.device import device_of, dtype_of
+from layershare.device import device_of, dtype_of, training_device
 from layershare.errors import LayershareError
 from layershare.folders import require_folder
 from layershare.methods import make_method, plan_with
@@ -177,7 +177,14 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
 
 
 def _require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> None:
-    """Raise `LayershareError` for an effort where no factors are, or that would train some of them alone."""
+    """Raise `LayershareError` for an effort where no factors are, or where some or all of them could not train."""
+    if method.starts_at_zero:
+        raise LayershareError(
+            "Steps are parts of what they change, and with init=random all deltas are zero: set effort=closed and "
+            "train with `layershare heal`, or init=svd."
+        )
+    if recipe.distill is not None:
+        training_device(recipe.device)
     if plan is not None:
         require_factors(plan.edits)
         if recipe.distill is not None and {Share, Delta} <= {type(edit) for edit in plan.edits}:

@@ -26,14 +26,16 @@ from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
 from layershare.model.source import read_config, read_tokenizer, tokenizer_of
 from layershare.model.weights import Weights
-from layershare.plan.edits import quantized
+from layershare.plan.edits import quantized, sharing
 from layershare.plan.evidence import Evidence
 from layershare.plan.needs import estimate_needs
 from layershare.plan.plan import Plan
-from layershare.progress import Announce, Clock, Progress, silent
+from layershare.progress import Announce, Clock, Progress, no_progress, silent
 from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import (
+    DISTILLED,
+    QUANTIZED,
     REFINED,
     REFITTED,
     RESULTS,
@@ -163,15 +165,22 @@ def _carry_out(run: Context) -> Results:
         factored, fitted = refitted(run, chosen, factored, held_out)
     plan, trained, taught = chosen.plan, None, None
     label = REFITTED if fitted else chosen.label
-    if recipe.refine is not None:
+    trains = bool(sharing(plan.edits))
+    if recipe.effort != "closed" and not trains:
+        warnings.warn("The plan leaves no factors that could be trained: it is carried out without.", stacklevel=3)
+    if recipe.refine is not None and trains:
         assert held_out is not None
         factored, trained = refined(run, recipe.refine, factored, label, fitted, held_out)
         label = REFINED if trained.kept else label
-    if recipe.distill is not None:
+    if recipe.distill is not None and trains:
         assert held_out is not None
         factored, taught = distilled(run, recipe.distill, factored, label, held_out)
+        label = DISTILLED if taught.kept else label
     if quantized(plan.edits):
-        factored = as_integers(run, plan, factored, held_out)
+        with clock.step("quantize") as progress:
+            factored = as_integers(run, chosen, factored, label, progress)
+            if held_out is not None:
+                held_out.divergence(QUANTIZED, lambda: factored, no_progress)
     source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):

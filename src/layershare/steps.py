@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -24,7 +24,7 @@ from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Evaluator
 from layershare.job import Job
-from layershare.methods import plan_with
+from layershare.methods import name_of, plan_with
 from layershare.model.hub import load
 from layershare.model.weights import Weights
 from layershare.plan.evidence import Evidence
@@ -33,7 +33,16 @@ from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.progress import Clock, Progress, no_progress, part, say_nothing
 from layershare.recipe import Distill, Refine
-from layershare.report.results import DISTILLED, OWN, QUANTIZED, REFINED, REFITTED, Distilled, Refined, RefinedBlock
+from layershare.report.results import (
+    AS_INTEGERS,
+    DISTILLED,
+    OWN,
+    REFINED,
+    REFITTED,
+    Distilled,
+    Refined,
+    RefinedBlock,
+)
 from layershare.solve.apply import INTEGERS, UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
 from layershare.solve.quantize import quantize_factors
@@ -41,6 +50,9 @@ from layershare.solve.refine import refine_blocks
 from layershare.solve.two_streams import refit_to_original
 from layershare.solve.write import write_model
 from layershare.store import Store, write_atomically
+
+HOPELESS = 2.0
+"""A rival is not solved that predicts to lose more than so many times what is predicted of the method's own plan."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +138,12 @@ def own_plan(run: Context) -> Candidate:
     if run.job.plan is not None:
         return Candidate(OWN, run.job.method, run.job.plan)
     with run.clock.step("plan") as progress:
-        return _planned(run, OWN, run.job.name, run.job.method, replace(evidence, progress=progress))
+        return _planned(run, OWN, run.job.method, replace(evidence, progress=progress))
 
 
-def _planned(run: Context, label: str, name: str, method: Method, evidence: Evidence) -> Candidate:
+def _planned(run: Context, label: str, method: Method, evidence: Evidence) -> Candidate:
     """The plan of a method, kept in the work folder, so that a search is not repeated. Raises as `plan_with`."""
+    name = name_of(method)
     digest = hashlib.sha256(json.dumps(run.identity(name, method), sort_keys=True).encode()).hexdigest()
     path = run.work / f"plan-{digest[:16]}.json"
     if path.is_file():
@@ -149,26 +162,44 @@ def measuring_held_out(run: Context, own: Factored) -> HeldOut | None:
 def nearest(run: Context, own: Candidate, factored: Factored, held_out: HeldOut) -> tuple[Candidate, Factored]:
     """Of the method's own plan and its rivals' the one whose solution is nearest to the original on held-out text.
 
-    That is the one of least KL divergence; `factored` is the solution of its own. Those that are not taken are deleted.
+    That is the one of least KL divergence, as integers where bits are planned; `factored` is the solution of its own.
+    Those that are not taken are deleted.
     """
     rivals = own.method.rivals()
     with run.clock.step("compare") as progress:
         parts = iter([part(progress, i, 1 + 3 * len(rivals)) for i in range(1 + 3 * len(rivals))])
-        best, least = own, held_out.divergence(OWN, lambda: factored, next(parts))
-        for name, method in rivals.items():
+        best, least, loser = own, _as_stored(run, own, lambda: factored, held_out, next(parts)), own
+        for label, method in rivals.items():
             planning, solving, measuring = islice(parts, 3)
             try:
-                rival = _planned(run, name, name, method, replace(run.evidence, progress=planning))
+                rival = _planned(run, label, method, replace(run.evidence, progress=planning))
             except LayershareError:  # it has no plan of this size
                 continue
-            if rival.plan.edits == own.plan.edits:
+            if rival.plan.edits == own.plan.edits or _hopeless(rival.plan, own.plan):
                 continue
-            kl = held_out.divergence(name, partial(rival.solved, run, solving), measuring)
+            kl = _as_stored(run, rival, partial(rival.solved, run, solving), held_out, measuring)
             loser = rival
             if kl < least:
                 best, least, loser = rival, kl, best
             shutil.rmtree(loser.folder(run) / UNITS, ignore_errors=True)
+            shutil.rmtree(run.work / INTEGERS / loser.label, ignore_errors=True)
     return best, factored if best is own else best.solved(run)
+
+
+def _hopeless(rival: Plan, own: Plan) -> bool:
+    losses = rival.predicted_loss, own.predicted_loss
+    return losses[0] is not None and losses[1] is not None and losses[0] > HOPELESS * losses[1]
+
+
+def _as_stored(
+    run: Context, candidate: Candidate, made: Callable[[], Factored], held_out: HeldOut, progress: Progress
+) -> float:
+    """The divergence from the original of what a candidate would store; `made` gives its solution."""
+    if not candidate.method.offered_bits:
+        return held_out.divergence(candidate.label, made, progress)
+    rounding, measuring = (part(progress, i, 2) for i in range(2))
+    label = f"{candidate.label}{AS_INTEGERS}"
+    return held_out.divergence(label, lambda: as_integers(run, candidate, made(), candidate.label, rounding), measuring)
 
 
 def refitted(run: Context, chosen: Candidate, factored: Factored, held_out: HeldOut | None) -> tuple[Factored, bool]:
@@ -275,33 +306,40 @@ def in_floats(run: Context, factored: Factored) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def as_integers(run: Context, plan: Plan, factored: Factored, held_out: HeldOut | None) -> Factored:
-    """A solution in floats with its matrices stored as the plan says, rounded by GPTQ on the calibration text."""
+def as_integers(run: Context, chosen: Candidate, factored: Factored, label: str, progress: Progress) -> Factored:
+    """A solution in floats, `label` its own, with its matrices stored as the candidate's plan says.
+
+    They are rounded by GPTQ on the calibration text.
+    """
+    store = Store(run.work / INTEGERS / label, {**factored.identity, "of": label, "stored": asdict(chosen.plan)})
+    if INTEGERS not in store:
+        store.write(INTEGERS, _rounded(run, chosen.plan, factored, progress))
+    done = factored.branch()
+    done.store_as(chosen.plan, store)
+    return done
+
+
+def _rounded(run: Context, plan: Plan, factored: Factored, progress: Progress) -> dict[str, Tensor]:
+    """The tensors of a solution in floats that its plan stores as integers, as these, by full names."""
     job, recipe = run.job, run.job.recipe
     assert run.calibration is not None
     composed = [each for each in compositions(job.spec, plan.edits) if any(x.storage for x in each.factors)]
     stored = {each.names: each for each in composed}
-    with run.clock.step("quantize") as progress:
-        shutil.rmtree(run.work / INTEGERS, ignore_errors=True)
-        place: dict[str, Any] = {"device_map": device_of(recipe.device), "trust_remote_code": recipe.trust_remote_code}
-        with in_floats(run, factored) as folder:
-            model = load(folder, dtype=torch.float32, **place)  # half precision multiplies slowly on many CPUs
-            quantize_factors(
-                model,
-                compositions(job.spec, factored.plan.edits),
-                lambda each: stored.get(each.names),
-                job.spec.tensors[job.spec.weight_name(job.spec.linears[0])][1],
-                tokens=run.calibration.tokens,
-                batch_size=recipe.calibration.batch_size,
-                progress=progress,
-                scratch=run.scratch,
-            )
-        tensors, names = model.state_dict(), [name for each in composed for name in composed_tensors(job.spec, each)]
-        done = factored.branch()
-        done.store_as(plan, Store(run.work / INTEGERS, factored.identity), {name: tensors[name] for name in names})
-        if held_out is not None:
-            held_out.divergence(QUANTIZED, lambda: done, no_progress)
-    return done
+    place: dict[str, Any] = {"device_map": device_of(recipe.device), "trust_remote_code": recipe.trust_remote_code}
+    with in_floats(run, factored) as folder:
+        model = load(folder, dtype=torch.float32, **place)  # half precision multiplies slowly on many CPUs
+        quantize_factors(
+            model,
+            compositions(job.spec, factored.plan.edits),
+            lambda each: stored.get(each.names),
+            job.spec.tensors[job.spec.weight_name(job.spec.linears[0])][1],
+            tokens=run.calibration.tokens,
+            batch_size=recipe.calibration.batch_size,
+            progress=progress,
+            scratch=run.scratch,
+        )
+    tensors, names = model.state_dict(), [name for each in composed for name in composed_tensors(job.spec, each)]
+    return {name: tensors[name] for name in names}
 
 
 def _fit_again(run: Context, method: Method, factored: Factored, progress: Progress) -> None:

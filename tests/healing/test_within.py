@@ -170,6 +170,10 @@ def test_what_was_distilled_is_quantized(folder, tmp_path):
         ({"distill": {"tokens": 10**11}}, r"would see .* blocks of text, .*; lower distill\.tokens"),
         ({"method": "svd", "keep": 1}, "there are no factors to train; set effort=closed"),
         ({"method": "shortgpt"}, "'shortgpt' makes no factors that could be trained; set effort=closed"),
+        (
+            {"method": "delta", "keep": 0.9, "options": {"init": "random", "protect": 1}},
+            "all deltas are zero: set effort=closed",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_computed(changes, said, folder, tmp_path):

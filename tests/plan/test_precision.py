@@ -141,6 +141,16 @@ def test_a_prediction_counts_what_is_cut_and_what_is_rounded(evidence):
     assert plan.predicted_loss == pytest.approx(cut + rounded, rel=1e-9)
 
 
+def test_without_ranks_whole_matrices_have_bits(evidence):
+    """As many bytes as asked for at most, and more loss predicted than where ranks are chosen, too."""
+    alone, both = planned(evidence, 0.25, ranks=False), planned(evidence, 0.25)
+    assert {type(edit) for edit in alone.edits} == {Quantize}
+    assert alone.after.targets.bytes <= 0.25 * alone.before.targets.bytes
+    assert alone.predicted_loss is not None
+    assert both.predicted_loss is not None
+    assert alone.predicted_loss >= both.predicted_loss
+
+
 def test_the_table_of_a_plan_has_a_column_of_bits(evidence):
     plan = planned(evidence, 0.15)
     edits = (Quantize((Place("q", 0), Place("q", 2)), 3, 4), Quantize((Place("q", 1),), 6, 6))
@@ -158,6 +168,7 @@ def test_the_table_of_a_plan_has_a_column_of_bits(evidence):
         ({"bits": "4,"}, "targets", "a list of whole numbers"),
         ({"bits": [4], "shared": ["gate"]}, "targets", "leave joint and shared out"),
         ({"bits": [4], "joint": ["gate+up"]}, "targets", "leave joint and shared out"),
+        ({"ranks": False}, "targets", "there are only bits to choose"),
         ({"bits": [4]}, "multiplications", "Fewer bits do not save multiplications"),
     ],
 )

@@ -57,6 +57,32 @@ def test_the_nearest_plan_is_kept_and_its_options_are_told(multiple, rival, fold
     assert not (tmp_path / "small" / ".run").exists()
 
 
+def test_a_plan_of_bits_is_compared_as_integers_with_bits_alone(folder, words, tmp_path):
+    """What is compared is what is written; ranks alone are far from what bits lose here, so nobody solves them."""
+    results = compressed(folder, words, tmp_path / "small", keep=0.2, options={"bits": "2,3,8"}, refit=False)
+    found, chosen = results["held_out"]["kl"], results["held_out"]["chosen"]
+    assert found.keys() == {"own as integers", "bits as integers", "quantized"}
+    assert found["quantized"] == found[f"{chosen} as integers"]
+    assert found["quantized"] == min(found.values())
+    assert results["options"]["ranks"] == (chosen == "own")
+    said = f"its own plan as integers {found['own as integers']:.3g}"
+    assert said in card(Run.read(tmp_path / "small", "small"))
+    assert said in page([Run.read(tmp_path / "small", "small")])
+
+
+def test_where_bits_alone_are_better_nothing_is_left_to_train(folder, words, tmp_path, monkeypatch):
+    """A planner of two bits and ranks against one that has eight bits: said, and finished."""
+    monkeypatch.setattr(Auto, "rivals", lambda self: {"bits": Auto(bits=(2, 8), ranks=False)})
+    options = {"bits": [2]}
+    with pytest.warns(UserWarning, match="leaves no factors that could be trained"):
+        results = compressed(folder, words, tmp_path / "small", keep=0.5, options=options, effort="blocks")
+    assert results["held_out"]["chosen"] == "bits"
+    assert results["held_out"]["kl"]["bits as integers"] < results["held_out"]["kl"]["own as integers"]
+    assert results["refine"] is None
+    edits = json.loads((tmp_path / "small" / "plan.json").read_text())["edits"]
+    assert {edit["kind"] for edit in edits} == {"quantize"}
+
+
 @pytest.mark.parametrize("refit", ["auto", True])
 def test_a_refit_is_kept_where_it_helps_or_where_it_is_asked_for(refit, folder, words, tmp_path):
     # Two blocks to fit on: few enough that it may well overfit.

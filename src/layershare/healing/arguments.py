@@ -73,7 +73,7 @@ def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes:
     with warnings.catch_warnings():
         # Newer versions of transformers have another name for it, older ones do not know that.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-        return TrainingArguments(
+        made = TrainingArguments(
             str(folder),
             max_steps=steps,
             per_device_train_batch_size=micro,
@@ -105,3 +105,5 @@ def arguments(healing: Healing, folder: Path, steps: int, micro: int, processes:
             log_level_replica="error",
             seed=healing.seed,
         )
+    made._n_gpu = min(made.n_gpu, 1)  # or one process would train on every GPU that it sees, in threads
+    return made

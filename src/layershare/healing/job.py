@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.text import Source, Text, block_length, load_text
-from layershare.device import device_of, precision_of
+from layershare.device import precision_of, training_device
 from layershare.errors import LayershareError, how_to_install, short
 from layershare.evaluate.evaluator import Evaluator, load_evaluator
 from layershare.healing.arguments import require_known, require_optimizer
@@ -158,7 +158,7 @@ def prepare_healing(
     folder = folder or Path(resolve(healing.model))
     if not folder.is_dir():
         raise LayershareError(f"There is no folder '{healing.model}'; heal a model that is on this machine.")
-    device, trust = device_of(healing.device), healing.trust_remote_code
+    device, trust = training_device(healing.device), healing.trust_remote_code
     healing = replace(healing, precision=precision_of(healing.precision, device))
     config = read_config(folder, trust_remote_code=trust)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust)

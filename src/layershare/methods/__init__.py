@@ -75,6 +75,11 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
         raise LayershareError(f"Option '{'.'.join(path)}' of {name}: {said}.") from error
 
 
+def name_of(method: Method) -> str:
+    """The name under which a method is registered."""
+    return next(name for name, kind in METHODS.items() if kind is type(method))
+
+
 def plan_with(
     spec: Spec,
     name: str,

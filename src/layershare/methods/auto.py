@@ -21,7 +21,8 @@ each block, as its code does, made SmolLM2-135M worse at 20 % removed; shrinking
 Weighing output errors of q and k alike (`plain`) was worse on all of our models, too.
 
 With `bits` to choose from, a matrix may also be stored as integers, whole or as factors. What that costs is measured
-(`precision`), and sizes are bytes: ranks and bits are one choice, at one price.
+(`precision`), and sizes are bytes: ranks and bits are one choice, at one price. The plans beside it are those of bits
+alone and of ranks alone then, as far as what they predict leaves them a chance.
 
 Every ingredient is an option. Without `two_sided` the loss of a matrix is its relative error ‖X(W − Ŵ)‖² / ‖XW‖², and
 no gradients are measured.
@@ -80,6 +81,8 @@ class Auto(LowRank):
     """The same of Grams of gradients."""
     bits: Wholes = ()
     """Bits of a number to choose from beside the model's own, such as 2,3,4,6: `keep` counts bytes then."""
+    ranks: Flag = True
+    """Choose ranks, too; without it, only the bits of whole matrices are chosen."""
     compare: Flag = True
     """Solve other plans, too, and keep the one that is nearest to the original on text that is held out."""
 
@@ -103,9 +106,11 @@ class Auto(LowRank):
         return True
 
     def rivals(self) -> dict[str, Method]:
-        """`svd-llm` and `basis-sharing`, with bases of the same form."""
-        if not self.compare or self.bits:
+        """`svd-llm` and `basis-sharing`, with bases of the same form; of ranks and bits, either of them alone."""
+        if not self.compare:
             return {}
+        if self.bits:
+            return {"bits": replace(self, ranks=False), "ranks": replace(self, bits=())} if self.ranks else {}
         form: Any = {"pivot": self.pivot, "multiple": self.multiple}
         return {"svd-llm": SvdLlm(**form), "basis-sharing": BasisSharing(**form)}
 
@@ -113,6 +118,8 @@ class Auto(LowRank):
         """Raise `LayershareError` for bits that do not exist and roles that cannot share a basis."""
         for bits in self.bits:
             Storage(bits)
+        if not self.ranks and not self.bits:
+            raise LayershareError("Without ranks there are only bits to choose; give bits, or leave ranks out.")
         if self.bits and (self.joint or self.shared):
             raise LayershareError("bits are planned for matrices on their own: leave joint and shared out, or bits.")
         if self.bits and budget.of == "multiplications":
@@ -226,7 +233,8 @@ class Auto(LowRank):
     def _curve(self, spec: Spec, group: Group, evidence: Evidence) -> Curve:
         """Predicted loss and parameters of a group by rank."""
         tails, cost = self._tails(group, evidence), group_cost(spec, group)
-        ranks = [k for k in range(self.multiple, len(tails) - 1, self.multiple) if cost.size(k) < cost.whole]
+        possible = range(self.multiple, len(tails) - 1, self.multiple) if self.ranks else ()
+        ranks = [k for k in possible if cost.size(k) < cost.whole]
         sizes = torch.tensor([*(cost.size(k) for k in ranks), cost.whole], dtype=torch.float64)
         curve = Curve(group, [*map(Form, ranks), Form()], torch.cat([tails[ranks], tails.new_zeros(1)]), sizes)
         return self._with_integers(spec, curve, ranks, tails, evidence) if self.bits else curve

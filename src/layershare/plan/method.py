@@ -72,6 +72,11 @@ class Method(ABC):
         return ()
 
     @property
+    def starts_at_zero(self) -> bool:
+        """Whether what it leaves to be trained is zero."""
+        return False
+
+    @property
     def reads_text(self) -> bool:
         """Whether it needs a text for its plan or its solution."""
         return bool(self.uses) or self.searches

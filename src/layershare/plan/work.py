@@ -88,7 +88,7 @@ def count_work(
     to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. It distills so many tokens. On
     `held_out` × `length` tokens, which refit and training take, too, it measures its plan, those of its `rivals`, which
     it solves for that, the refit and what is trained. It may store matrices as integers (`quantizes`), after it has
-    planned which, of so many `bits`.
+    planned which, of so many `bits`; it compares integers then, and its rivals hardly have a solution of their own.
     Without a plan, every matrix counts as solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length
@@ -151,13 +151,13 @@ def count_work(
             double += max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)
             if streams:
                 double += edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
-    columns = 0
+    columns, rounds = 0, 1 + (rivals if bits else 0)
     if quantizes:
-        model += 3 * tokens * forward  # to where first and second factors read, and through
-        single += 2 * grams
+        model += rounds * 3 * tokens * forward  # to where first and second factors read, and through
+        single += rounds * 2 * grams
     for linear in spec.linears if quantizes else ():
         d_in, d_out = linear.d_in, linear.d_out
-        times = 1 + (bits if plan is None else 0)
+        times = rounds + (bits if plan is None else 0)
         columns += times * d_in
         double += times * _rounding(d_out, d_in)
         if plan is None:
@@ -165,7 +165,8 @@ def count_work(
                 columns += d_in
                 double += _rounding(rank, d_in - rank) + _rounding(d_out, rank)
                 eigen += min(d_in, d_out) ** 3
-    return Work(model, single, (1 + rivals) * double, (1 + rivals) * eigen, columns)
+    solved = 1 if bits else 1 + rivals
+    return Work(model, single, solved * double, solved * eigen, columns)
 
 
 def _rounding(rows: int, columns: int) -> int:

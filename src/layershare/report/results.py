@@ -99,7 +99,9 @@ REFITTED = "refitted"
 REFINED = "refined"
 DISTILLED = "distilled"
 QUANTIZED = "quantized"
-"""What is compared on held-out text beside a method's rivals, which are called by their names."""
+"""What is compared on held-out text beside a method's rivals, which have labels of their own."""
+AS_INTEGERS = " as integers"
+"""Follows the label of a plan of bits as it is compared: in integers, before any refit."""
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,9 @@ class Factored:
             self._places.update(dict.fromkeys(store.names(unit), (store, unit)))
         return unit in store
 
-    def store_as(self, plan: Plan, store: Store, tensors: dict[str, Tensor]) -> None:
-        """Become a plan that stores the same as integers, which are in these tensors, and are kept in a store."""
+    def store_as(self, plan: Plan, store: Store) -> None:
+        """Become a plan that stores the same as integers, which are in a store."""
         self.plan, self._origins = plan, origins(self.spec, plan.edits)
-        store.write(INTEGERS, tensors)
         self.take(store, INTEGERS)
 
     def replaces(self, name: str) -> bool:

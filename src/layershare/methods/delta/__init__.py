@@ -87,6 +87,11 @@ class DeltaLlm(Method):
         return frozenset({"inputs"}) if self.weighted else frozenset()
 
     @property
+    def starts_at_zero(self) -> bool:
+        """All deltas are, where they are not fitted."""
+        return self.init == "random"
+
+    @property
     def adaptive(self) -> bool:
         """Whether anchors are chosen by measurement."""
         return self.layout == "measured"
