@@ -42,11 +42,13 @@ def bytes_page(results: Results, model: str) -> str:
             _bits(each),
             f"{each['bytes'] / 1e6:.2f} MB",
             f"{16 * each['bytes'] / most:.2f}",
+            f"{each['keep']:.0%}",
             f"{mark}{loss:+.4f}{mark}",
             f"{quality['kl']:.4f}",
         ]
         rows.insert(0, row)
-    header = ["model", "bits", "matrices", "bits for each number of the original", "log of perplexity", "KL (nats)"]
+    size = ["matrices", "bits for each number of the original", "multiplications"]
+    header = ["model", "bits", *size, "log of perplexity", "KL (nats)"]
     text, made = found[0]["evaluation"]["text"], found[0]["experiment"]["recipe"]["calibration"]
     note = (
         f"{model}: {text['source']}, {text['blocks']} blocks of {text['length']} tokens; compressed and quantized by "
