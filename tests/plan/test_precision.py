@@ -141,6 +141,16 @@ def test_a_prediction_counts_what_is_cut_and_what_is_rounded(evidence):
     assert plan.predicted_loss == pytest.approx(cut + rounded, rel=1e-9)
 
 
+def test_what_is_measured_of_integers_is_kept_with_the_statistics(evidence, monkeypatch):
+    """Another size is planned without measuring again, the same as by who measures; of other bits nothing is known."""
+    fresh = Evidence(evidence.spec, evidence.opened, evidence.measured)
+    expected = planned(evidence, 0.2)
+    monkeypatch.setattr("layershare.methods.auto.measured", None)
+    assert planned(fresh, 0.2) == expected
+    with pytest.raises(TypeError):
+        plan_with(fresh.spec, "auto", Auto(bits=(3, 5)), 0.2, "targets", fresh)
+
+
 def test_without_ranks_whole_matrices_have_bits(evidence):
     """As many bytes as asked for at most, and more loss predicted than where ranks are chosen, too."""
     alone, both = planned(evidence, 0.25, ranks=False), planned(evidence, 0.25)

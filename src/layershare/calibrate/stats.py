@@ -3,8 +3,9 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,16 @@ class Stats:
     def write_trial(self, keep: float, predicted: float, kl: float) -> None:
         """Note what a plan of this size was predicted to lose and what it lost, in nats per token."""
         self._store.write(f"{_TRIAL}{keep}", {}, {"predicted": predicted, "kl": kl})
+
+    @contextmanager
+    def derived(self) -> Iterator[Store]:
+        """What this version has computed from the statistics and the weights, for one process at a time: others wait.
+
+        Raises `LayershareError` if the folder cannot be written to.
+        """
+        folder = self._store.folder / "derived"
+        with only_one(folder, wait=True):
+            yield Store(folder, {**self._store.identity, "layershare": version("layershare")})
 
     def write(self, kind: Statistic, layer: int, measure: Measure) -> None:
         """Finish a layer's statistics of a kind and store them. Raises `LayershareError` as `Measure.finish` does."""

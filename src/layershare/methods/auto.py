@@ -284,7 +284,7 @@ class Auto(LowRank):
             return measured(weight, gram, self.bits, factors, group.side, self.pivot, loss)
 
         key = ("integers", place, self.bits, self.pivot, self.two_sided, self.shrink_inputs, self.shrink_gradients)
-        return Noise.of(self.bits, ranks, evidence.once((*key, place.role in self.plain), compute))
+        return Noise.of(self.bits, ranks, evidence.lasting((*key, place.role in self.plain), compute))
 
     def _tails(self, group: Group, evidence: Evidence) -> Tensor:
         """Rank, from 0 to the full one -> the predicted rise of the loss per token, or the relative error."""

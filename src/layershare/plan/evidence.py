@@ -1,5 +1,6 @@
 """What a method may look at when it plans and solves: weights, measured statistics, and the text itself."""
 
+import hashlib
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -127,3 +128,18 @@ class Evidence:
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
+
+    def lasting(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The same, kept with the statistics, so that a later run, or a resumed one, finds it there.
+
+        `key` must print the same in every process. Raises `LayershareError` as `Stats.derived`.
+        """
+
+        def found() -> Tensor:
+            unit = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+            with self.stats.derived() as store:
+                if unit not in store:
+                    store.write(unit, {"value": compute()})
+                return store.read(unit, "value").clone()
+
+        return self.once(key, found)
