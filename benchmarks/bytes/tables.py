@@ -70,19 +70,17 @@ def bytes_chart(results: Results, model: str) -> str:
         if name not in lines:
             continue
         x, y = zip(*sorted(lines[name]), strict=True)
-        figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour})
+        figure.add_scatter(x=x, y=y, name=name, mode="lines+markers", line={"color": colour})
     figure.update_xaxes(title="bits for each number of the original")
     figure.update_yaxes(type="log")
-    attributes = (
-        '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="9" fill="#808080" width="620" '
-    )
-    return draw(figure, 480).replace("<svg ", attributes, 1).replace(">", f">{_STYLE}", 1) + "\n"
+    return draw(figure, 480).replace("<svg ", f"<svg {_ATTRIBUTES} ", 1).replace(">", f">{_STYLE}", 1) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str | None:
     """The line that a result is on; `None` if on none."""
-    if "planned" in row:
-        return BOTH if row["keep"] < 1 else None
+    if "planned" in row:  # fitted again, as compressing does by itself
+        fitted = row["experiment"]["recipe"].get("refit") is not False
+        return BOTH if fitted and row["keep"] < 1 else None
     if row.get("label") or {"scheme", "rounding"} & row.keys() or row["bits"] != row["basis_bits"]:
         return None
     if row["keep"] == 1:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.peers.driver import Factors, factors_in
 
+TOGETHER = 2048
+"""Tokens of a batch: of twice as many its hooks and SmolLM2-135M's activations do not fit into 24 GB."""
 SEARCHED = 8
 """Sequences of 512 tokens that ranks are searched on. It leaves out the first 256 tokens of each, so it needs longer
 ones than our blocks, and at least 8."""
@@ -38,7 +40,8 @@ def compress(model: PreTrainedModel, tokens: Tensor, keep: float, *, search: str
         },
     )
     searched = tokens[: 2 * SEARCHED].reshape(SEARCHED, 1, -1)
-    calibration, searching = ([{"input_ids": each} for each in part] for part in (tokens.split(8), searched))
+    batches = tokens.split(max(1, TOGETHER // tokens.shape[1]))
+    calibration, searching = ([{"input_ids": each} for each in part] for part in (batches, searched))
     names = ["norm", "patch_embed", "head", "downsample", "decoder.project_", "dt_proj"]  # its config's name_omit
     factorizer.factorize_and_search(model, calibration, searching, None, "ours", names)
     factorized = import_module("compression.factorization._interface").SeqSVD

@@ -34,8 +34,8 @@ def training_device(name: str) -> str:
     kind, _, number = device.partition(":")
     if number not in ("", "0"):
         raise LayershareError(
-            f"Training runs on the first device that it sees, not on '{device}': set CUDA_VISIBLE_DEVICES={number} "
-            f"and device={kind}."
+            f"Training runs on the first device that it sees, not on '{device}': set device={kind}, and let it see "
+            f"that one alone (CUDA_VISIBLE_DEVICES={number}, for NVIDIA's)."
         )
     return device
 

@@ -71,8 +71,12 @@ class Job:
 
     @property
     def compares(self) -> bool:
-        """Whether the method's plan is compared with others on held-out text."""
-        return self.plan is None and bool(self.method.rivals())
+        """Whether the method's plan is compared with others on held-out text.
+
+        One of bits is not where the recipe insists on a refit or on training, which bits alone leave nothing for.
+        """
+        insists = self.recipe.refit is True or self.recipe.effort != "closed"
+        return self.plan is None and bool(self.method.rivals()) and not (self.method.offered_bits and insists)
 
     @property
     def holds_out(self) -> bool:
@@ -180,7 +184,7 @@ def _require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> Non
     """Raise `LayershareError` for an effort where no factors are, or where some or all of them could not train."""
     if method.starts_at_zero:
         raise LayershareError(
-            "Steps are parts of what they change, and with init=random all deltas are zero: set effort=closed and "
+            "Steps are relative to each tensor's size, and with init=random all deltas are zero: set effort=closed and "
             "train with `layershare heal`, or init=svd."
         )
     if recipe.distill is not None:

@@ -35,6 +35,7 @@ from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import (
     DISTILLED,
+    OWN,
     QUANTIZED,
     REFINED,
     REFITTED,
@@ -158,29 +159,34 @@ def _carry_out(run: Context) -> Results:
     with clock.step("solve") as progress:
         factored = chosen.solved(run, progress)
     held_out = measuring_held_out(run, factored)
-    if held_out is not None and job.compares:
-        chosen, factored = nearest(run, chosen, factored, held_out)
-    fitted = refits(chosen.plan, chosen.method, recipe.refit)
+    # Bits alone leave nothing to fit again, so a plan of ranks and bits is fitted before it is compared with them.
+    last = bool(job.method.offered_bits)
+    if held_out is not None and job.compares and not last:
+        chosen, factored = nearest(run, own, factored, OWN, held_out)
+    label, fitted = chosen.label, refits(chosen.plan, chosen.method, recipe.refit)
     if fitted:
         factored, fitted = refitted(run, chosen, factored, held_out)
-    plan, trained, taught = chosen.plan, None, None
-    label = REFITTED if fitted else chosen.label
-    trains = bool(sharing(plan.edits))
+        label = REFITTED if fitted else label
+    if held_out is not None and job.compares and last:
+        chosen, factored = nearest(run, own, factored, label, held_out)
+        if chosen is not own:
+            label, fitted = chosen.label, False
+    plan, trained, taught, trains = chosen.plan, None, None, bool(sharing(chosen.plan.edits))
     if recipe.effort != "closed" and not trains:
-        warnings.warn("The plan leaves no factors that could be trained: it is carried out without.", stacklevel=3)
+        warnings.warn("The plan leaves no factors that could be trained, so nothing is.", stacklevel=3)
     if recipe.refine is not None and trains:
         assert held_out is not None
-        factored, trained = refined(run, recipe.refine, factored, label, fitted, held_out)
+        factored, trained = refined(run, recipe.refine, chosen, factored, label, fitted, held_out)
         label = REFINED if trained.kept else label
     if recipe.distill is not None and trains:
         assert held_out is not None
-        factored, taught = distilled(run, recipe.distill, factored, label, held_out)
+        factored, taught = distilled(run, recipe.distill, chosen, factored, label, held_out)
         label = DISTILLED if taught.kept else label
     if quantized(plan.edits):
         with clock.step("quantize") as progress:
             factored = as_integers(run, chosen, factored, label, progress)
             if held_out is not None:
-                held_out.divergence(QUANTIZED, lambda: factored, no_progress)
+                held_out.divergence(label if last else QUANTIZED, lambda: factored, no_progress)
     source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):

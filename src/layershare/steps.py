@@ -33,16 +33,7 @@ from layershare.plan.method import Method
 from layershare.plan.plan import Plan
 from layershare.progress import Clock, Progress, no_progress, part, say_nothing
 from layershare.recipe import Distill, Refine
-from layershare.report.results import (
-    AS_INTEGERS,
-    DISTILLED,
-    OWN,
-    REFINED,
-    REFITTED,
-    Distilled,
-    Refined,
-    RefinedBlock,
-)
+from layershare.report.results import DISTILLED, OWN, REFINED, REFITTED, Distilled, Refined, RefinedBlock
 from layershare.solve.apply import INTEGERS, UNITS, Factored, refit_coefficients
 from layershare.solve.held_out import HeldOut
 from layershare.solve.quantize import quantize_factors
@@ -50,9 +41,6 @@ from layershare.solve.refine import refine_blocks
 from layershare.solve.two_streams import refit_to_original
 from layershare.solve.write import write_model
 from layershare.store import Store, write_atomically
-
-HOPELESS = 2.0
-"""A rival is not solved that predicts to lose more than so many times what is predicted of the method's own plan."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +80,7 @@ class Context:
             "options": asdict(method),
             **({"text": self.calibration.identity} if self.calibration is not None else {}),
             **({"held_out": self.held_out.identity} if self.held_out is not None else {}),
+            **({"training": self.training.identity} if self.training is not None else {}),
         }
 
     @cached_property
@@ -159,47 +148,50 @@ def measuring_held_out(run: Context, own: Factored) -> HeldOut | None:
     return None if run.held_out is None else HeldOut(Store(run.work / "held-out", own.identity), run.evidence)
 
 
-def nearest(run: Context, own: Candidate, factored: Factored, held_out: HeldOut) -> tuple[Candidate, Factored]:
+def nearest(
+    run: Context, own: Candidate, factored: Factored, label: str, held_out: HeldOut
+) -> tuple[Candidate, Factored]:
     """Of the method's own plan and its rivals' the one whose solution is nearest to the original on held-out text.
 
-    That is the one of least KL divergence, as integers where bits are planned; `factored` is the solution of its own.
-    Those that are not taken are deleted.
+    That is the one of least KL divergence; `factored` is the solution of its own, which has that label. Those that are
+    not taken are deleted.
     """
     rivals = own.method.rivals()
     with run.clock.step("compare") as progress:
         parts = iter([part(progress, i, 1 + 3 * len(rivals)) for i in range(1 + 3 * len(rivals))])
-        best, least, loser = own, _as_stored(run, own, lambda: factored, held_out, next(parts)), own
-        for label, method in rivals.items():
+        best, least = own, divergence(run, own, lambda: factored, label, held_out, next(parts))
+        for name, method in rivals.items():
             planning, solving, measuring = islice(parts, 3)
             try:
-                rival = _planned(run, label, method, replace(run.evidence, progress=planning))
+                rival = _planned(run, name, method, replace(run.evidence, progress=planning))
             except LayershareError:  # it has no plan of this size
                 continue
-            if rival.plan.edits == own.plan.edits or _hopeless(rival.plan, own.plan):
+            if rival.plan.edits == own.plan.edits:
                 continue
-            kl = _as_stored(run, rival, partial(rival.solved, run, solving), held_out, measuring)
-            loser = rival
+            kl = divergence(run, rival, partial(rival.solved, run, solving), name, held_out, measuring)
+            loser = best if kl < least else rival
             if kl < least:
-                best, least, loser = rival, kl, best
+                best, least = rival, kl
             shutil.rmtree(loser.folder(run) / UNITS, ignore_errors=True)
-            shutil.rmtree(run.work / INTEGERS / loser.label, ignore_errors=True)
     return best, factored if best is own else best.solved(run)
 
 
-def _hopeless(rival: Plan, own: Plan) -> bool:
-    losses = rival.predicted_loss, own.predicted_loss
-    return losses[0] is not None and losses[1] is not None and losses[0] > HOPELESS * losses[1]
-
-
-def _as_stored(
-    run: Context, candidate: Candidate, made: Callable[[], Factored], held_out: HeldOut, progress: Progress
+def divergence(
+    run: Context,
+    candidate: Candidate,
+    made: Callable[[], Factored],
+    label: str,
+    held_out: HeldOut,
+    progress: Progress = no_progress,
 ) -> float:
-    """The divergence from the original of what a candidate would store; `made` gives its solution."""
+    """How far from the original a solution of a candidate is, which `made` gives and which has this label.
+
+    Where the method plans bits, it is measured as it would be stored, in integers.
+    """
     if not candidate.method.offered_bits:
-        return held_out.divergence(candidate.label, made, progress)
+        return held_out.divergence(label, made, progress)
     rounding, measuring = (part(progress, i, 2) for i in range(2))
-    label = f"{candidate.label}{AS_INTEGERS}"
-    return held_out.divergence(label, lambda: as_integers(run, candidate, made(), candidate.label, rounding), measuring)
+    return held_out.divergence(label, lambda: as_integers(run, candidate, made(), label, rounding), measuring)
 
 
 def refitted(run: Context, chosen: Candidate, factored: Factored, held_out: HeldOut | None) -> tuple[Factored, bool]:
@@ -213,16 +205,16 @@ def refitted(run: Context, chosen: Candidate, factored: Factored, held_out: Held
         if held_out is None or run.job.recipe.refit is True or not run.job.method.follows_original:
             _fit_again(run, chosen.method, fitted, progress)
             return fitted, True
-        before = held_out.divergence(chosen.label, lambda: factored, no_progress)
+        before = divergence(run, chosen, lambda: factored, chosen.label, held_out)
         if held_out.found.get(REFITTED, -math.inf) >= before:
             return factored, False
         _fit_again(run, chosen.method, fitted, part(progress, 0, 2))
-        after = held_out.divergence(REFITTED, lambda: fitted, part(progress, 1, 2))
+        after = divergence(run, chosen, lambda: fitted, REFITTED, held_out, part(progress, 1, 2))
         return (fitted, True) if after < before else (factored, False)
 
 
 def refined(
-    run: Context, options: Refine, factored: Factored, label: str, fitted: bool, held_out: HeldOut
+    run: Context, options: Refine, chosen: Candidate, factored: Factored, label: str, fitted: bool, held_out: HeldOut
 ) -> tuple[Factored, Refined]:
     """A solution, `label` its own on the held-out text, with its blocks refined, and what became of them.
 
@@ -231,19 +223,19 @@ def refined(
     """
     recipe = run.job.recipe
     with run.clock.step("refine") as progress:
-        before = held_out.divergence(label, lambda: factored, no_progress)
+        before = divergence(run, chosen, lambda: factored, label, held_out)
         trained, seed = factored.branch(), recipe.calibration.seed
         settings = {**asdict(options), "seed": seed, "rows": recipe.calibration.batch_size, "refit": fitted}
         store = Store(run.work / "refine", {**factored.identity, "refine": settings})
         blocks = refine_blocks(trained, store, replace(run.evidence, progress=progress), options, seed)
-        after = held_out.divergence(REFINED, lambda: trained, no_progress)
+        after = divergence(run, chosen, lambda: trained, REFINED, held_out)
     kept = after < before
     noted = {layer: RefinedBlock(**facts) for layer, facts in blocks.items()}
     return trained if kept else factored, Refined(options, kept, noted)
 
 
 def distilled(
-    run: Context, options: Distill, factored: Factored, label: str, held_out: HeldOut
+    run: Context, options: Distill, chosen: Candidate, factored: Factored, label: str, held_out: HeldOut
 ) -> tuple[Factored, Distilled]:
     """A solution, `label` its own on the held-out text, with all its factors distilled, and what became of them.
 
@@ -251,7 +243,7 @@ def distilled(
     """
     assert run.training is not None
     with run.clock.step("distill") as progress:
-        before = held_out.divergence(label, lambda: factored, no_progress)
+        before = divergence(run, chosen, lambda: factored, label, held_out)
         trained = factored.branch()
         settings = {**asdict(options), "label": label, "text": run.training.identity}
         store = Store(run.work / DISTILLED, {**factored.identity, "distill": settings})
@@ -260,7 +252,7 @@ def distilled(
             for done in run.work.glob("training-*"):
                 shutil.rmtree(done)
         trained.take(store, DISTILLED)
-        after = held_out.divergence(DISTILLED, lambda: trained, no_progress)
+        after = divergence(run, chosen, lambda: trained, DISTILLED, held_out)
     kept, facts = after < before, store.facts(DISTILLED)
     tokens = facts["steps"] * options.batch_size * run.training.tokens.shape[1]
     return trained if kept else factored, Distilled(options, kept, tokens, **facts)

@@ -142,13 +142,23 @@ def test_a_prediction_counts_what_is_cut_and_what_is_rounded(evidence):
 
 
 def test_what_is_measured_of_integers_is_kept_with_the_statistics(evidence, monkeypatch):
-    """Another size is planned without measuring again, the same as by who measures; of other bits nothing is known."""
+    """Another size or fewer bits are planned without measuring again, as by who measures; of other bits not."""
     fresh = Evidence(evidence.spec, evidence.opened, evidence.measured)
     expected = planned(evidence, 0.2)
-    monkeypatch.setattr("layershare.methods.auto.measured", None)
+    monkeypatch.setattr("layershare.methods.auto.dense_noise", None)
+    monkeypatch.setattr("layershare.methods.auto.factors_noise", None)
     assert planned(fresh, 0.2) == expected
+    assert planned(fresh, 0.2, bits=(3, 8)).edits != expected.edits
     with pytest.raises(TypeError):
-        plan_with(fresh.spec, "auto", Auto(bits=(3, 5)), 0.2, "targets", fresh)
+        planned(fresh, 0.2, bits=(3, 5))
+
+
+def test_where_nothing_can_be_kept_it_is_measured_again(evidence, monkeypatch):
+    """Statistics in a folder that is only read."""
+    expected = planned(evidence, 0.2)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("layershare.calibrate.stats.only_one", None)
+    assert planned(Evidence(evidence.spec, evidence.opened, evidence.measured), 0.2) == expected
 
 
 def test_without_ranks_whole_matrices_have_bits(evidence):

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershare.evaluate.divergence import evaluate
 from layershare.job import load_and_hold_out
@@ -57,30 +57,43 @@ def test_the_nearest_plan_is_kept_and_its_options_are_told(multiple, rival, fold
     assert not (tmp_path / "small" / ".run").exists()
 
 
-def test_a_plan_of_bits_is_compared_as_integers_with_bits_alone(folder, words, tmp_path):
-    """What is compared is what is written; ranks alone are far from what bits lose here, so nobody solves them."""
-    results = compressed(folder, words, tmp_path / "small", keep=0.2, options={"bits": "2,3,8"}, refit=False)
+@pytest.mark.parametrize("refit", [False, "auto"])
+def test_a_plan_of_bits_is_compared_in_integers_with_bits_alone(refit, folder, words, tmp_path):
+    """What is compared is what is written, after the refit, which bits alone cannot have."""
+    results = compressed(folder, words, tmp_path / "small", keep=0.2, options={"bits": "2,3,8"}, refit=refit)
     found, chosen = results["held_out"]["kl"], results["held_out"]["chosen"]
-    assert found.keys() == {"own as integers", "bits as integers", "quantized"}
-    assert found["quantized"] == found[f"{chosen} as integers"]
-    assert found["quantized"] == min(found.values())
+    assert found.keys() == {"own", "bits alone"} | ({"refitted"} if refit else set())
+    taken = "refitted" if results["refit"] else chosen
+    assert found[taken] == min(found.values())
     assert results["options"]["ranks"] == (chosen == "own")
-    said = f"its own plan as integers {found['own as integers']:.3g}"
+    said = f"its own plan {found['own']:.3g}"
     assert said in card(Run.read(tmp_path / "small", "small"))
-    assert said in page([Run.read(tmp_path / "small", "small")])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _, held_out = load_and_hold_out(Calibration(**CALIBRATION), tokenizer, model.config, words)
+    assert evaluate(load(tmp_path / "small"), held_out, model).kl == pytest.approx(found[taken], rel=1e-3)
 
 
-def test_where_bits_alone_are_better_nothing_is_left_to_train(folder, words, tmp_path, monkeypatch):
-    """A planner of two bits and ranks against one that has eight bits: said, and finished."""
-    monkeypatch.setattr(Auto, "rivals", lambda self: {"bits": Auto(bits=(2, 8), ranks=False)})
+def test_bits_alone_are_taken_where_they_are_better(folder, words, tmp_path, monkeypatch):
+    """A planner of two bits and ranks against one that has eight bits; not where training is asked for."""
+    monkeypatch.setattr(Auto, "rivals", lambda self: {"bits alone": Auto(bits=(2, 8), ranks=False)})
     options = {"bits": [2]}
-    with pytest.warns(UserWarning, match="leaves no factors that could be trained"):
-        results = compressed(folder, words, tmp_path / "small", keep=0.5, options=options, effort="blocks")
-    assert results["held_out"]["chosen"] == "bits"
-    assert results["held_out"]["kl"]["bits as integers"] < results["held_out"]["kl"]["own as integers"]
-    assert results["refine"] is None
+    results = compressed(folder, words, tmp_path / "small", keep=0.5, options=options)
+    assert results["held_out"]["chosen"] == "bits alone"
+    assert results["held_out"]["kl"]["bits alone"] < results["held_out"]["kl"]["own"]
+    assert results["refit"] is False
     edits = json.loads((tmp_path / "small" / "plan.json").read_text())["edits"]
     assert {edit["kind"] for edit in edits} == {"quantize"}
+    trained = compressed(folder, words, tmp_path / "trained", keep=0.5, options=options, effort="blocks")
+    assert "bits alone" not in trained["held_out"]["kl"]
+
+
+def test_where_a_plan_leaves_no_factors_nothing_is_trained(folder, words, tmp_path):
+    options = {"bits": [8], "ranks": False}
+    with pytest.warns(UserWarning, match="no factors that could be trained, so nothing is"):
+        results = compressed(folder, words, tmp_path / "small", keep=0.6, options=options, effort="blocks")
+    assert results["refine"] is None
+    assert results["held_out"]["kl"].keys() == {"own"}
 
 
 @pytest.mark.parametrize("refit", ["auto", True])

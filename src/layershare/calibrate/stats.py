@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -123,15 +124,19 @@ class Stats:
         """Note what a plan of this size was predicted to lose and what it lost, in nats per token."""
         self._store.write(f"{_TRIAL}{keep}", {}, {"predicted": predicted, "kl": kl})
 
-    @contextmanager
-    def derived(self) -> Iterator[Store]:
-        """What this version has computed from the statistics and the weights, for one process at a time: others wait.
+    def derived(self, layer: int, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What this version computes from a layer's statistics and weights under a name, kept beside them.
 
-        Raises `LayershareError` if the folder cannot be written to.
+        One process computes at a time, and others wait for it. Nothing is kept in a folder that cannot be written to.
         """
-        folder = self._store.folder / "derived"
+        if not os.access(self._store.folder, os.W_OK):
+            return compute()
+        folder = self._store.folder / "derived" / f"{layer:03d}"
         with only_one(folder, wait=True):
-            yield Store(folder, {**self._store.identity, "layershare": version("layershare")})
+            store = Store(folder, {**self._store.identity, "layershare": version("layershare")})
+            if name not in store:
+                store.write(name, {"value": compute()})
+            return store.read(name, "value").clone()
 
     def write(self, kind: Statistic, layer: int, measure: Measure) -> None:
         """Finish a layer's statistics of a kind and store them. Raises `LayershareError` as `Measure.finish` does."""

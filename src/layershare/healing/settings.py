@@ -222,7 +222,7 @@ class Healing:
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     """Of adapters, dropout, replacement and search."""
     device: Word = "auto"
-    """`cpu`, `cuda`, `cuda:1` …; `auto` for the accelerator if there is one."""
+    """`cpu`, `cuda` …; `auto` for the accelerator if there is one. Of several, the first that the process sees."""
     trust_remote_code: Flag = False
     """Run the Python code that comes with a model whose class transformers does not have."""
     max_shard_size: ShardSize = "5GB"

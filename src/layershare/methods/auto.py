@@ -21,15 +21,16 @@ each block, as its code does, made SmolLM2-135M worse at 20 % removed; shrinking
 Weighing output errors of q and k alike (`plain`) was worse on all of our models, too.
 
 With `bits` to choose from, a matrix may also be stored as integers, whole or as factors. What that costs is measured
-(`precision`), and sizes are bytes: ranks and bits are one choice, at one price. The plans beside it are those of bits
-alone and of ranks alone then, as far as what they predict leaves them a chance.
+(`precision`), and sizes are bytes: ranks and bits are one choice, at one price. The plan beside it is one of bits alone
+then, and what is measured are integers.
 
 Every ingredient is an option. Without `two_sided` the loss of a matrix is its relative error ‖X(W − Ŵ)‖² / ‖XW‖², and
 no gradients are measured.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import combinations
 from typing import Annotated, Any, ClassVar
 
@@ -50,7 +51,7 @@ from layershare.plan.budget import Budget
 from layershare.plan.edits import Edit, Place, Quantize, Share, quantized
 from layershare.plan.evidence import Evidence
 from layershare.plan.method import Method
-from layershare.plan.precision import Noise, bytes_of_factors, measured, offered, probed_ranks
+from layershare.plan.precision import Noise, bytes_of_factors, dense_noise, factors_noise, offered, probed_ranks
 from layershare.plan.ranks import Group, group_cost, in_order, private_groups
 from layershare.plan.search import Curve, Form, Window, choose, frontier
 from layershare.values import Flag, Names, Number, Wholes
@@ -106,11 +107,14 @@ class Auto(LowRank):
         return True
 
     def rivals(self) -> dict[str, Method]:
-        """`svd-llm` and `basis-sharing`, with bases of the same form; of ranks and bits, either of them alone."""
+        """`svd-llm` and `basis-sharing`, with bases of the same form; of ranks and bits, bits alone.
+
+        (Ranks alone lost several times as much as bits, at every size that was measured: docs/bytes.md.)
+        """
         if not self.compare:
             return {}
         if self.bits:
-            return {"bits": replace(self, ranks=False), "ranks": replace(self, bits=())} if self.ranks else {}
+            return {"bits alone": replace(self, ranks=False)} if self.ranks else {}
         form: Any = {"pivot": self.pivot, "multiple": self.multiple}
         return {"svd-llm": SvdLlm(**form), "basis-sharing": BasisSharing(**form)}
 
@@ -164,7 +168,8 @@ class Auto(LowRank):
         try:
             choices = choose(families, length, budget.parameters)
         except ValueError as error:
-            raise LayershareError("keep leaves less than rank 1 for every matrix; keep more.") from error
+            least = "rank 1" if self.ranks else f"{min(self.bits)} bits"
+            raise LayershareError(f"keep leaves less than {least} for every matrix; keep more.") from error
         shares = [x.curve.group.share(x.form.rank) for x in choices if x.form.rank is not None]
         stored: dict[tuple[int, int], list[Place]] = {}
         for each in choices:
@@ -267,12 +272,14 @@ class Auto(LowRank):
         return Curve(group, [form(entry) for entry in best.tolist()], lost[best], taken[best])
 
     def _noise(self, place: Place, evidence: Evidence) -> Noise:
-        """What a matrix loses as integers."""
+        """What a matrix loses as integers, whole and, where ranks are chosen, as factors."""
         linear = evidence.spec.linear(*place)
         (group,) = private_groups([linear], self.pivot)
-        ranks = probed_ranks(linear)
+        ranks = probed_ranks(linear) if self.ranks else ()
+        about = (place, self.two_sided, self.shrink_inputs, self.shrink_gradients, place.role in self.plain)
 
-        def compute() -> Tensor:
+        @cache
+        def known() -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Callable[[Tensor], float]]:
             weight, gram = evidence.weight(linear), self.metric(evidence, linear)
             seen, roots = self.weighed(evidence, [linear], [weight])
             scale = 0.5 / evidence.stats.tokens if roots else 1 / (energy(weight, gram) or 1.0)
@@ -280,11 +287,23 @@ class Auto(LowRank):
             def loss(error: Tensor) -> float:
                 return scale * energy(seen_through(error, roots[0]) if roots else error, gram)
 
-            factors = [self.weighed_factors(group.share(rank), seen, roots, [gram]) for rank in ranks]
-            return measured(weight, gram, self.bits, factors, group.side, self.pivot, loss)
+            return weight, gram, seen, roots, loss
 
-        key = ("integers", place, self.bits, self.pivot, self.two_sided, self.shrink_inputs, self.shrink_gradients)
-        return Noise.of(self.bits, ranks, evidence.lasting((*key, place.role in self.plain), compute))
+        def of_dense(bits: int) -> Tensor:
+            weight, gram, _, _, loss = known()
+            return dense_noise(weight, gram, bits, loss)
+
+        def of_factors(rank: int) -> Tensor:
+            weight, gram, seen, roots, loss = known()
+            factors = self.weighed_factors(group.share(rank), seen, roots, [gram])
+            return factors_noise(weight, gram, factors, group.side, self.pivot, loss)
+
+        def kept(key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+            return evidence.lasting(place.layer, (*key, *about), compute)
+
+        dense = [kept(("bits", bits), partial(of_dense, bits)) for bits in self.bits]
+        pairs = [kept(("rank", rank, self.pivot), partial(of_factors, rank)) for rank in ranks]
+        return Noise(self.bits, torch.stack(dense), ranks, torch.stack(pairs, 1) if pairs else torch.empty(2, 0))
 
     def _tails(self, group: Group, evidence: Evidence) -> Tensor:
         """Rank, from 0 to the full one -> the predicted rise of the loss per token, or the relative error."""

@@ -129,17 +129,10 @@ class Evidence:
             self._known[key] = compute()
         return self._known[key]
 
-    def lasting(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """The same, kept with the statistics, so that a later run, or a resumed one, finds it there.
+    def lasting(self, layer: int, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The same of a layer, kept with the statistics, so that a later run, or a resumed one, finds it there.
 
-        `key` must print the same in every process. Raises `LayershareError` as `Stats.derived`.
+        `key` must print the same in every process.
         """
-
-        def found() -> Tensor:
-            unit = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-            with self.stats.derived() as store:
-                if unit not in store:
-                    store.write(unit, {"value": compute()})
-                return store.read(unit, "value").clone()
-
-        return self.once(key, found)
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        return self.once((layer, key), lambda: self.stats.derived(layer, name, compute))

@@ -33,12 +33,6 @@ class Noise:
     factors: Tensor
     """2 × ranks: of the one that meets the input first, and of the second one; with `PROBED` bits."""
 
-    @classmethod
-    def of(cls, bits: tuple[int, ...], ranks: tuple[int, ...], numbers: Tensor) -> "Noise":
-        """Of all `numbers` in one row, as `measured` tells them."""
-        dense, factors = numbers.split([len(bits), 2 * len(ranks)])
-        return cls(bits, dense, ranks, factors.unflatten(0, (2, -1)))
-
     def of_dense(self, bits: int) -> float:
         """What the matrix itself loses."""
         return float(self.dense[self.bits.index(bits)])
@@ -57,24 +51,20 @@ def probed_ranks(linear: Linear) -> tuple[int, ...]:
     return tuple(dict.fromkeys(max(1, int(part * full)) for part in PARTS))
 
 
-def measured(
-    weight: Tensor,
-    gram: Tensor,
-    bits: Sequence[int],
-    factors: Sequence[Factors],
-    side: Side,
-    pivot: bool,
-    loss: Callable[[Tensor], float],
-) -> Tensor:
-    """What a weight (d_in × d_out) loses as integers by its own bits, and what its factors at some ranks do.
+def dense_noise(weight: Tensor, gram: Tensor, bits: int, loss: Callable[[Tensor], float]) -> Tensor:
+    """What a weight (d_in × d_out) loses with so many bits, as a number in float64.
 
-    `gram`: of its inputs; `loss`: of an error of the weight. In one row: the dense losses, those of the first factors,
-    those of the second ones.
+    `gram`: of its inputs; `loss`: of an error of the weight.
     """
-    dtype = weight.dtype
-    dense = [loss(weight.double() - as_stored(weight.T, gram, Numbers(each), dtype).T) for each in bits]
-    pairs = [tuple(_added(weight, gram, each, side, pivot, loss)) for each in factors]
-    return torch.tensor([*dense, *(first for first, _ in pairs), *(second for _, second in pairs)], dtype=torch.float64)
+    error = weight.double() - as_stored(weight.T, gram, Numbers(bits), weight.dtype).T
+    return torch.tensor(loss(error), dtype=torch.float64)
+
+
+def factors_noise(
+    weight: Tensor, gram: Tensor, factors: Factors, side: Side, pivot: bool, loss: Callable[[Tensor], float]
+) -> Tensor:
+    """What two factors of a weight lose beside with `PROBED` bits: the one that meets the input, and the second one."""
+    return torch.tensor([*_added(weight, gram, factors, side, pivot, loss)], dtype=torch.float64)
 
 
 def _added(

@@ -88,7 +88,7 @@ def count_work(
     to refine in so many `epochs`, and while it plans, `runs` × `length` tokens. It distills so many tokens. On
     `held_out` × `length` tokens, which refit and training take, too, it measures its plan, those of its `rivals`, which
     it solves for that, the refit and what is trained. It may store matrices as integers (`quantizes`), after it has
-    planned which, of so many `bits`; it compares integers then, and its rivals hardly have a solution of their own.
+    planned which, of so many `bits`; what it compares is rounded to integers then, and a rival is little else.
     Without a plan, every matrix counts as solved at its full rank, if the method solves anything.
     """
     tokens = blocks * length

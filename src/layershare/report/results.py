@@ -99,9 +99,8 @@ REFITTED = "refitted"
 REFINED = "refined"
 DISTILLED = "distilled"
 QUANTIZED = "quantized"
-"""What is compared on held-out text beside a method's rivals, which have labels of their own."""
-AS_INTEGERS = " as integers"
-"""Follows the label of a plan of bits as it is compared: in integers, before any refit."""
+"""What is compared on held-out text beside a method's rivals, which have labels of their own: where the method plans
+bits, all of them in integers; else what the recipe stores as integers is `QUANTIZED`, and all others are in floats."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import Counter
 from layershare.calibrate.text import Blocks
 from layershare.evaluate.tasks import Score
 from layershare.plan.edits import Drop, Merge, Quantize, Slice, in_floats
-from layershare.report.results import AS_INTEGERS, OWN, REFITTED, HeldOutText, Speed
+from layershare.report.results import OWN, REFITTED, HeldOutText, Speed
 from layershare.report.runs import Run, in_layers
 from layershare.units import count, count_of, duration, percent, size
 
@@ -178,10 +178,8 @@ def calibration(run: Run) -> str:
 
 def compared(text: HeldOutText) -> str:
     """What was found on held-out text before the result was written: every candidate's divergence."""
-    stored = f"{OWN}{AS_INTEGERS}"
-    names = {OWN: "its own plan", stored: f"its own plan{AS_INTEGERS}", REFITTED: "fitted again"}
-    predicted = stored if stored in text.kl else OWN
-    expected = {} if text.expected is None else {predicted: f" ({text.expected:.2g} expected)"}
+    names = {OWN: "its own plan", REFITTED: "fitted again"}
+    expected = {} if text.expected is None else {OWN: f" ({text.expected:.2g} expected)"}
     found = ", ".join(f"{names.get(x, x)} {kl:.3g}{expected.get(x, '')}" for x, kl in text.kl.items())
     return f"On {text.blocks:,} held-out blocks of {text.length:,} tokens, KL from the original: {found} nats per token"
 
