@@ -151,7 +151,9 @@ def count_work(
             double += max(d_in, d_out) * side * (side + edit.rank) + d_in**2 * d_out * bool(kinds)
             if streams:
                 double += edit.rank * (d_in * (d_in + edit.rank + d_out) + edit.rank * d_out)
-    columns, rounds = 0, 1 + (rivals if bits else 0)
+    columns, rounds = 0, 1
+    if bits:  # all that is compared
+        rounds += rivals + (streams == 2) + (epochs > 0) + (distills > 0)
     if quantizes:
         model += rounds * 3 * tokens * forward  # to where first and second factors read, and through
         single += rounds * 2 * grams
