@@ -38,8 +38,6 @@ METHODS, FORMS, AUTO, PEERS, REPAIR, FIRST, TASKS, HEAL, SHARING, BYTES = (
     Results(BENCHMARKS / name / "results.jsonl")
     for name in ("methods", "forms", "auto", "peers", "repair", "first", "tasks", "heal", "sharing", "bytes")
 )
-CHARTED = ("sample", "books-llama-11m", "SmolLM2-135M")
-"""The models that docs/bytes-MODEL.svg are of."""
 SHARED = {"map": sharing_map, "ways": sharing_ways, "plans": sharing_plans}
 GENERATED = re.compile(r"(<!-- (?P<name>.+?): made by `make tables` -->\n).*?(<!-- end of (?P=name) -->)", re.DOTALL)
 
@@ -129,7 +127,8 @@ def written(text: str) -> str:
 
 def main() -> None:
     """Write, or check."""
-    charts = {f"docs/bytes-{model}.svg": bytes_chart(BYTES, model) for model in CHARTED}
+    models = {name.partition("/")[0] for name in BYTES.read()}
+    charts = {f"docs/bytes-{model}.svg": bytes_chart(BYTES, model) for model in sorted(models)}
     for file in (*PAGES, *charts):
         place = ROOT / file
         old = place.read_text(encoding="utf-8") if place.exists() else ""

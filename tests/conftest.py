@@ -95,6 +95,7 @@ def run(monkeypatch, capfd):
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["layershare", *arguments])
+        capfd.readouterr()  # what the test itself has printed
         with pytest.raises(SystemExit) as end:
             main()
         captured = capfd.readouterr()

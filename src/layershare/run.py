@@ -20,7 +20,7 @@ from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
 from layershare.foreign import reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
-from layershare.job import Job, load_and_hold_out, load_calibration, load_with_spare, open_weights, prepare, refits
+from layershare.job import Job, load_and_hold_out, load_calibration, load_with_spare, open_weights, prepare
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
@@ -35,7 +35,6 @@ from layershare.recipe import Recipe
 from layershare.report.page import write_pages
 from layershare.report.results import (
     DISTILLED,
-    OWN,
     QUANTIZED,
     REFINED,
     REFITTED,
@@ -49,7 +48,7 @@ from layershare.report.results import (
     shapes,
 )
 from layershare.solve.write import write_model
-from layershare.steps import Context, as_integers, distilled, measuring_held_out, nearest, own_plan, refined, refitted
+from layershare.steps import Context, as_integers, distilled, measuring_held_out, own_plan, refined, settled
 from layershare.store import make_folder, write_json
 from layershare.trials import try_plans
 
@@ -155,23 +154,13 @@ def _carry_out(run: Context) -> Results:
     job, recipe, clock = run.job, run.job.recipe, run.clock
     shutil.rmtree(run.staging, ignore_errors=True)
     run.staging.mkdir()
-    chosen = own = own_plan(run)
+    own = own_plan(run)
     with clock.step("solve") as progress:
-        factored = chosen.solved(run, progress)
+        factored = own.solved(run, progress)
     held_out = measuring_held_out(run, factored)
-    # Bits alone leave nothing to fit again, so a plan of ranks and bits is fitted before it is compared with them.
-    last = bool(job.method.offered_bits)
-    if held_out is not None and job.compares and not last:
-        chosen, factored = nearest(run, own, factored, OWN, held_out)
-    label, fitted = chosen.label, refits(chosen.plan, chosen.method, recipe.refit)
-    if fitted:
-        factored, fitted = refitted(run, chosen, factored, held_out)
-        label = REFITTED if fitted else label
-    if held_out is not None and job.compares and last:
-        chosen, factored = nearest(run, own, factored, label, held_out)
-        if chosen is not own:
-            label, fitted = chosen.label, False
-    plan, trained, taught, trains = chosen.plan, None, None, bool(sharing(chosen.plan.edits))
+    chosen, factored, label = settled(run, own, factored, held_out)
+    plan, fitted, trains = chosen.plan, label == REFITTED, bool(sharing(chosen.plan.edits))
+    trained = taught = None
     if recipe.effort != "closed" and not trains:
         warnings.warn("The plan leaves no factors that could be trained, so nothing is.", stacklevel=3)
     if recipe.refine is not None and trains:
@@ -186,7 +175,8 @@ def _carry_out(run: Context) -> Results:
         with clock.step("quantize") as progress:
             factored = as_integers(run, chosen, factored, label, progress)
             if held_out is not None:
-                held_out.divergence(label if last else QUANTIZED, lambda: factored, no_progress)
+                stored = label if job.method.offered_bits else QUANTIZED
+                held_out.divergence(stored, lambda: factored, no_progress)
     source = recipe.model if run.model is None else source_of(run.model)
     beside = None if source is None else files_of(source)
     with clock.step("write"):

@@ -23,7 +23,7 @@ from layershare.calibrate.text import Text
 from layershare.device import device_of
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Evaluator
-from layershare.job import Job
+from layershare.job import Job, refits
 from layershare.methods import name_of, plan_with
 from layershare.model.hub import load
 from layershare.model.weights import Weights
@@ -146,6 +146,28 @@ def _planned(run: Context, label: str, method: Method, evidence: Evidence) -> Ca
 def measuring_held_out(run: Context, own: Factored) -> HeldOut | None:
     """What measures candidates on the held-out text, if there is one."""
     return None if run.held_out is None else HeldOut(Store(run.work / "held-out", own.identity), run.evidence)
+
+
+def settled(
+    run: Context, own: Candidate, factored: Factored, held_out: HeldOut | None
+) -> tuple[Candidate, Factored, str]:
+    """The candidate that is taken, its solution and the label of that, once rivals are compared and the refit is made.
+
+    `factored` is the solution of the method's own plan. What is nearest to the original is fitted again; but bits alone
+    leave nothing to fit, so a plan of ranks and bits is fitted before it is compared with them.
+    """
+    chosen, label, compares = own, own.label, run.job.compares
+    fits_first = bool(run.job.method.offered_bits)
+    if held_out is not None and compares and not fits_first:
+        chosen, factored = nearest(run, own, factored, label, held_out)
+        label = chosen.label
+    if refits(chosen.plan, chosen.method, run.job.recipe.refit):
+        factored, fitted = refitted(run, chosen, factored, held_out)
+        label = REFITTED if fitted else label
+    if held_out is not None and compares and fits_first:
+        chosen, factored = nearest(run, own, factored, label, held_out)
+        label = label if chosen is own else chosen.label
+    return chosen, factored, label
 
 
 def nearest(

@@ -96,9 +96,9 @@ def test_what_does_not_help_is_not_kept(place, tmp_path):
     assert not changed(place / "refined", tmp_path / "wild")
 
 
-@pytest.mark.filterwarnings("ignore:Distilling diverged and is left out; set a smaller distill.lr")
 def test_what_diverges_is_not_kept(place, tmp_path):
-    results = run(recipe_for(place / "dense", distill={**DISTILL, "lr": 1e30}), tmp_path / "wild")
+    with pytest.warns(UserWarning, match="Distilling diverged and is left out; set a smaller distill.lr"):
+        results = run(recipe_for(place / "dense", distill={**DISTILL, "lr": 1e30}), tmp_path / "wild")
     assert results.distill is not None
     assert (results.distill.kept, results.distill.best) == (False, 0)
     assert not changed(place / "refined", tmp_path / "wild")

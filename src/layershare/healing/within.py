@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.text import Source, Text, block_length, load_text
-from layershare.device import precision_of, training_device
+from layershare.device import device_of, precision_of
 from layershare.healing.job import HealJob, require_blocks
 from layershare.healing.settings import Healing, Loss, Optimizer, Train, TrainingText
 from layershare.model.source import read_config
@@ -64,7 +64,7 @@ def distillation(
     `removed`: which part of the targets' parameters is gone. `text`: from `training_text`, so many blocks of which are
     `held_out`. `teacher`: the original, if it is in memory.
     """
-    options, device = recipe.distill, training_device(recipe.device)
+    options, device = recipe.distill, device_of(recipe.device)
     assert options is not None
     config = read_config(folder, trust_remote_code=recipe.trust_remote_code)
     lr = options.lr or STEP * max(removed, 0.01) / math.sqrt(config.get_text_config().hidden_size)
