@@ -69,19 +69,21 @@ def test_distilled_models_stand_beside_the_closed_form(tmp_path):
     closed, distilled = Results(tmp_path / "closed.jsonl"), Results(tmp_path / "distilled.jsonl")
     assert distilled_page(closed, distilled).startswith("Not measured yet")
     closed.put("tiny/auto-0.4", result(0.4, 20.0))
-    before, after = (result(0.4, value)["evaluations"][0] for value in (15.0, 12.0))
+    before, after = (result(0.4, value)["evaluations"][0] | {"kl": value / 100} for value in (15.0, 12.0))
     recipe = {"keep": 0.4, "refine": {}}
     evaluation = {"before": before, "after": after}
     found = {"experiment": {"recipe": recipe}, "evaluation": evaluation, "tokens": 4096, **PLACE}
     distilled.put("tiny/refined-40/distilled-0", found)
     line = distilled_page(closed, distilled).splitlines()[2]
-    assert line == "| tiny, novels | 40% | +0.6931 | +0.4055 | +0.1823 | 0.26 | 4,096 |"
+    assert line == "| tiny, novels | 40% | +0.6931 | +0.4055 | +0.1823 | 0.26 | 0.1500 | 0.1200 | 4,096 |"
 
 
 def test_a_matrix_may_name_what_a_model_has():
     of_heal = matrix("repair", "distill.yaml")
     named = {model: {each.name for each in heal_experiments(of_heal, model)} for model in of_heal["models"]}
-    assert named["SmolLM2-135M"] == {"SmolLM2-135M/closed-60/compressed", "SmolLM2-135M/closed-60/distilled-0"}
+    trained = {"closed-80": "distilled-less-0", "closed-60": "distilled-0"}
+    made = {name: ("compressed", healing) for name, healing in trained.items()}
+    assert named["SmolLM2-135M"] == {f"SmolLM2-135M/{name}/{each}" for name, those in made.items() for each in those}
     assert len(named["sample"]) == 4
     for each in heal_experiments(of_heal, "sample"):
         make_recipe(each.recipe)

@@ -11,7 +11,7 @@ UNMEASURED = "Not measured yet; `python -m benchmarks.heal.run --matrix benchmar
 
 def distilled_page(closed: Results, distilled: Results) -> str:
     """What each step adds to the logarithm of perplexity, by model and size; `closed`: results of the closed form."""
-    trained = {name: each for name, each in distilled.read().items() if name.endswith("/distilled-0")}
+    trained = {name: each for name, each in distilled.read().items() if "/distilled" in name}
     if not trained:
         return UNMEASURED
     forms, rows = closed.read(), []
@@ -29,8 +29,10 @@ def distilled_page(closed: Results, distilled: Results) -> str:
                 f"{before:+.4f}" if "refine" in recipe else "",
                 f"{after:+.4f}",
                 f"{after / first:.2f}",
+                *(f"{measured[when]['kl']:.4f}" for when in ("before", "after")),
                 f"{each['tokens']:,}",
             ]
         )
-    header = ["model, text", "kept of the targets", "auto", "refined", "distilled", "× auto", "tokens distilled"]
+    header = ["model, text", "kept of the targets", "auto", "refined", "distilled", "× auto"]
+    header += ["KL before", "KL after", "tokens distilled"]
     return f"{markdown(header, rows)}\n\n{machine(next(iter(trained.values())))}"

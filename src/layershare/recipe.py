@@ -109,7 +109,7 @@ class Distill:
     tokens: Tokens = 2_000_000
     """Train on so many tokens of the calibration's text, of which nothing is held out but `calibration.held_out`."""
     lr: Rate | None = None
-    """The highest learning rate, as a part of each tensor's size (root mean square); without, 0.13 · removed / √width,
+    """The highest learning rate, as a part of each tensor's size (root mean square); without, 0.03 · removed / √width,
     where `removed` is the part of the targets' parameters that is gone."""
     batch_size: Count = 8
     """Blocks of text per step."""

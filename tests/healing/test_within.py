@@ -112,7 +112,7 @@ def test_steps_grow_with_what_is_removed(place, tmp_path):
         noted = run(recipe, tmp_path / str(keep)).distill
         assert noted is not None
         rates.append(noted.lr)
-    assert rates[0] == pytest.approx(0.13 * 0.2 / model.config.hidden_size**0.5, rel=0.05)
+    assert rates[0] == pytest.approx(0.03 * 0.2 / model.config.hidden_size**0.5, rel=0.05)
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.05)
     assert torch.equal(torch.get_rng_state(), before)
 

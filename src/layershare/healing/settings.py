@@ -153,7 +153,7 @@ class Optimizer:
     lr: Rate = 1e-4
     """The highest learning rate."""
     relative: Flag = False
-    """The learning rate is a part of the size of each tensor, its root mean square: .001 to .02 for `factors`."""
+    """The learning rate is a part of the size of each tensor, its root mean square: .0003 to .01 for `factors`."""
     schedule: Word = "cosine"
     """As the Hugging Face Trainer calls it (`lr_scheduler_type`)."""
     warmup: UpTo1 = 0.05

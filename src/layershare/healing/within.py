@@ -12,9 +12,12 @@ from layershare.healing.settings import Healing, Loss, Optimizer, Train, Trainin
 from layershare.model.source import read_config
 from layershare.recipe import Recipe
 
-STEP = 0.13
+STEP = 0.03
 """η·√width / removed. Adam's steps should fall with the width, weights fall with its root, so η falls with that, too;
-and what is nearer to the original needs smaller ones (found for widths of 64 to 576 and 10 to 70 % removed)."""
+and what is nearer to the original needs smaller ones. Larger ones first lose what they have to win back (benchmarks/
+repair: widths of 256 and 576); a model of width 64, far from its original, was better with four times as much."""
+BETA2 = 0.95
+"""Of AdamW: gradients shrink tenfold in the first steps, and a longer memory of their squares would hold these back."""
 
 
 def training_text(
@@ -76,7 +79,7 @@ def distillation(
         text=TrainingText(
             recipe.calibration.text, length, options.tokens, held_out=held_out, seed=recipe.calibration.seed
         ),
-        optimizer=Optimizer(lr=lr, relative=True),
+        optimizer=Optimizer(lr=lr, relative=True, beta2=BETA2),
         batch_size=options.batch_size,
         precision=precision_of("auto", device),
         device=device,

@@ -6,9 +6,9 @@ matrix seen through Γ^½ (`formulas/two_sided`: OBD-LLM, arXiv 2604.00821; KFAC
 of the dropped eigenvalues is the predicted rise of the loss per token. So errors of different matrices can be compared:
 the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
 same input can share a basis where that costs less (`plan/search`; with pivoted bases it cost more in every layer of
-our models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each. Up to three adjacent layers
-can share a basis, too, for the roles in `shared`: it has Basis Sharing's directions, while coefficients, and what is
-lost, are those under each layer's own Gram (docs/sharing.md says where that pays).
+our small models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each. Up to three adjacent
+layers can share a basis, too, for the roles in `shared`: it has Basis Sharing's directions, while coefficients, and
+what is lost, are those under each layer's own Gram (docs/sharing.md says where that pays).
 
 The plan is a prediction. So two others are solved beside it and measured on text that is held out (`rivals`), and the
 best is kept: it is never worse there than `svd-llm` or `basis-sharing` of the same size and form. What is solved is
@@ -16,7 +16,7 @@ fitted again to the outputs of the original, matrix by matrix, with the text pas
 and that is kept, too, if it is nearer to the original (the recipe's `refit` turns it on and off).
 
 Where this differs from KFAC-SVD: Γ is the plain mean of gᵀg. Clipping the norms of tokens and leaving out the ends of
-each block, as its code does, made SmolLM2-135M worse at 20 % removed; shrinking Γ changed nothing there and is off.
+each block, as its code does, made SmolLM2-135M worse at 20 % removed; shrinking Γ gains nothing and is off.
 
 Weighing output errors of q and k alike (`plain`) was worse on all of our models, too.
 
@@ -237,9 +237,9 @@ class Auto(LowRank):
 
     def _curve(self, spec: Spec, group: Group, evidence: Evidence) -> Curve:
         """Predicted loss and parameters of a group by rank."""
-        tails, cost = self._tails(group, evidence), group_cost(spec, group)
-        possible = range(self.multiple, len(tails) - 1, self.multiple) if self.ranks else ()
-        ranks = [k for k in possible if cost.size(k) < cost.whole]
+        cost = group_cost(spec, group)
+        tails = self._tails(group, evidence) if self.ranks else torch.zeros(1, dtype=torch.float64)
+        ranks = [k for k in range(self.multiple, len(tails) - 1, self.multiple) if cost.size(k) < cost.whole]
         sizes = torch.tensor([*(cost.size(k) for k in ranks), cost.whole], dtype=torch.float64)
         curve = Curve(group, [*map(Form, ranks), Form()], torch.cat([tails[ranks], tails.new_zeros(1)]), sizes)
         return self._with_integers(spec, curve, ranks, tails, evidence) if self.bits else curve
