@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import layershare as api
-from layershare.disk import writing
+from layershare.disk import still_needed, writing
 from layershare.errors import LayershareError
 from layershare.folders import WORK
 from layershare.run import run
@@ -48,6 +48,14 @@ def test_a_run_that_finds_the_disk_full_goes_on_when_it_is_not(folder, tmp_path)
     assert {"units", "model"} <= stopped
     run(recipe, tmp_path / "out", pages=False)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+def test_what_an_earlier_run_has_left_is_not_asked_of_the_disk_again(tmp_path):
+    assert still_needed(100, tmp_path / "none") == 100
+    (tmp_path / "unit").mkdir()
+    (tmp_path / "unit" / "a").write_bytes(bytes(30))
+    assert still_needed(100, tmp_path) == 70
+    assert still_needed(20, tmp_path) == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system")

@@ -145,6 +145,39 @@ def test_a_finished_run_of_another_model_in_memory_is_not_taken_for_ours(tmp_pat
         layershare.compress(tiny_model("llama", seed=1), **options)
 
 
+def test_a_finished_run_is_not_taken_for_that_of_what_has_changed_since(folder, tmp_path, words):
+    run(recipe_for(folder), tmp_path / "out")
+    text = folder.parent / "text.txt"
+    before = text.read_text()
+    text.write_text("\n".join(reversed(words)))
+    with pytest.raises(LayershareError, match="has changed since the finished run"):
+        run(recipe_for(folder), tmp_path / "out")
+    text.write_text(before)
+    with pytest.warns(UserWarning, match="nothing was done"):
+        run(recipe_for(folder), tmp_path / "out")
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    with pytest.raises(LayershareError, match="a finished run of another model"):
+        run(recipe_for(folder), tmp_path / "out")
+
+
+def test_an_option_that_no_recipe_could_hold_is_refused_before_anything_is_written(folder, tmp_path):
+    recipe = replace(recipe_for(folder), options={"group_size": torch.tensor(2)})
+    with pytest.raises(LayershareError, match="Option 'group_size' of basis-sharing"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_plan_foretells_is_not_told_of_an_edited_one(folder, tmp_path):
+    run(recipe_for(folder, method="auto", options={"compare": False}, refit=False), tmp_path / "out", pages=False)
+    file, spec = tmp_path / "out" / "plan.json", describe(tiny_model("llama"))
+    plan = Plan.read(file, spec)
+    assert plan.predicted_loss is not None
+    first, *others = plan.edits
+    assert isinstance(first, Share)
+    file.write_text(replace(plan, edits=(replace(first, rank=1), *others)).to_json())
+    assert Plan.read(file, spec).predicted_loss is None
+
+
 def test_the_tokenizer_of_a_nameless_model_is_not_guessed(words):
     with pytest.raises(LayershareError, match="its tokenizer is not known"):
         layershare.compress(tiny_model("gpt2"), text=words)  # there is a model 'gpt2' on the hub

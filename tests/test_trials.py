@@ -75,6 +75,13 @@ def test_what_is_expected_follows_the_plans_that_were_tried(predicted, tmp_path)
         assert found / predicted == pytest.approx(2 * 2 ** math.log10(predicted / 0.002))
 
 
+def test_a_trial_leaves_what_others_have_measured_meanwhile(tmp_path):
+    stats, other = Stats(tmp_path, {}), Stats(tmp_path, {})
+    other.write_trial(0.8, 0.002, 0.004)
+    stats.write_trial(0.5, 0.02, 0.08)
+    assert Stats(tmp_path, {}).trials == [(0.002, 0.004), (0.02, 0.08)]
+
+
 def test_without_gradients_or_blocks_to_spare_no_plan_is_tried(folder):
     calibrate_to(settings(folder), ["inputs"])
     assert not [*folder.parent.glob("stats/*/trial-*")]

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layershare.errors import LayershareError
@@ -29,6 +29,16 @@ def require_disk(needs: dict[Path, int]) -> None:
                 f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
                 "free some or name another folder."
             )
+
+
+def still_needed(needed: int, folder: Path) -> int:
+    """What is left of these bytes beside the files that an earlier run has left in a folder."""
+    held = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another process is at work there
+                held += (Path(place) / name).stat().st_size
+    return max(0, needed - held)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import STREAMED, Statistic, calibrate
-from layershare.calibrate.text import Source, Text
+from layershare.calibrate.text import Source, Text, read_documents, text_digest
 from layershare.device import device_of, dtype_of
-from layershare.disk import require_disk, writing
+from layershare.disk import require_disk, still_needed, writing
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Evaluator, Measured, load_evaluator
 from layershare.evaluate.generate import compare_samples
@@ -21,6 +21,7 @@ from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_
 from layershare.foreign import reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
 from layershare.job import Job, load_and_hold_out, load_calibration, load_with_spare, open_weights, prepare
+from layershare.methods import make_method
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import files_of, known_of, located, source_of
@@ -74,12 +75,14 @@ def run(
     out = Path(out)
     if model is None:
         recipe = replace(recipe, model=located(recipe.model))
+    make_method(recipe.method, recipe.options)  # refuses what could not stand in a recipe
     if is_finished(out, recipe.to_yaml()):
-        return _finished(recipe, out, model)
+        return _finished(recipe, out, model, tokenizer)
     job = prepare(recipe, model)
     tokenizer, calibration, held_out, training, evaluator = _texts(job, model, tokenizer, text)
     stats = out if recipe.calibration.stats is None else require_stats_folder(Path(recipe.calibration.stats))
-    require_disk({out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)})
+    needs = {out: job.needs.output, stats: job.needs.stats + (job.needs.output if stats == out else 0)}
+    require_disk({place: still_needed(size, place) for place, size in needs.items()})
 
     with work_folder(out, recipe.to_yaml(), needed=job.needs.output) as work:
         if model is None:
@@ -100,12 +103,23 @@ def run(
         return results
 
 
-def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> Results:
-    """The results of a finished run of this recipe. Raises `LayershareError` if it was of another model or plan."""
+def _finished(
+    recipe: Recipe, out: Path, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Results:
+    """The results of a finished run of this recipe.
+
+    Raises `LayershareError` if it was of another model, plan or text: what is in memory or on this machine may have
+    changed since.
+    """
     with reading(f"The {RESULTS} in '{out}'", AGAIN):
         results = read_as(Results, out / RESULTS)
-    if model is not None and Weights.of(model).fingerprint != results.model_fingerprint:
+    if _fingerprint(recipe, model) not in (None, results.model_fingerprint):
         raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
+    source, calibrated = recipe.calibration.text, results.calibration
+    if calibrated is not None and Path(source).exists():
+        tokenizer = tokenizer or _tokenizer(recipe, model)
+        if text_digest(read_documents(source, "train", tokenizer)[1]) != calibrated.text_sha256:
+            raise LayershareError(f"'{source}' has changed since the finished run in '{out}'; name another folder.")
     if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
         raise LayershareError(
             f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
@@ -115,15 +129,31 @@ def _finished(recipe: Recipe, out: Path, model: PreTrainedModel | None) -> Resul
     return results
 
 
+def _fingerprint(recipe: Recipe, model: PreTrainedModel | None) -> str | None:
+    """That of a model in memory or in a folder; `None` for one of the hub, which may be out of reach."""
+    if model is not None:
+        return Weights.of(model).fingerprint
+    if not Path(recipe.model).is_dir():
+        return None
+    config = read_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    with TemporaryDirectory() as scratch:
+        return open_weights(recipe, config, Path(scratch)).fingerprint
+
+
+def _tokenizer(recipe: Recipe, model: PreTrainedModel | None) -> PreTrainedTokenizerBase:
+    """That of the model."""
+    if model is not None:
+        return tokenizer_of(model)
+    return read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+
+
 def _texts(
     job: Job, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, text: Source | None
 ) -> tuple[PreTrainedTokenizerBase | None, Text | None, Text | None, Text | None, Evaluator | None]:
     """The tokenizer, what to calibrate on, to try choices, to train and to measure on, each as far as it is needed."""
     recipe, config = job.recipe, job.config
-    if tokenizer is None and model is None:
-        tokenizer = read_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    elif tokenizer is None and model is not None and (job.calibrated or recipe.evaluation is not None):
-        tokenizer = tokenizer_of(model)
+    if tokenizer is None and (model is None or job.calibrated or recipe.evaluation is not None):
+        tokenizer = _tokenizer(recipe, model)
     calibration = held_out = training = evaluator = None
     if job.calibrated:
         assert tokenizer is not None
@@ -251,7 +281,7 @@ def calibrate_to(recipe: Recipe, kinds: Collection[Statistic] = STREAMED, announ
         spec, None, blocks=options.blocks, length=length, batch_size=options.batch_size, kinds=frozenset(kinds)
     )
     room = needed.stats + (needed.output if tries else needed.states)
-    require_disk({folder: room})
+    require_disk({folder: still_needed(room, folder)})
     make_folder(folder)
     with writing(folder, needed=room), TemporaryDirectory(prefix="scratch-", dir=folder) as temporary:
         scratch = Path(temporary)

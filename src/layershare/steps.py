@@ -186,11 +186,11 @@ def nearest(
             planning, solving, measuring = islice(parts, 3)
             try:
                 rival = _planned(run, name, method, replace(run.evidence, progress=planning))
-            except LayershareError:  # it has no plan of this size
+                if rival.plan.edits == own.plan.edits:
+                    continue
+                kl = divergence(run, rival, partial(rival.solved, run, solving), name, held_out, measuring)
+            except LayershareError:  # it has no plan of this size, or its solution overflows
                 continue
-            if rival.plan.edits == own.plan.edits:
-                continue
-            kl = divergence(run, rival, partial(rival.solved, run, solving), name, held_out, measuring)
             loser = best if kl < least else rival
             if kl < least:
                 best, least = rival, kl

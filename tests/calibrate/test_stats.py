@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -133,6 +135,20 @@ def test_weights_and_inputs_that_are_not_finite_are_named(text, tmp_path):
         model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e38)
     with pytest.raises(LayershareError, match=r"hidden states of 'layers.1' overflow"):
         calibrate(Weights.of(model), describe(model), text, tmp_path, batch_size=4, kinds={"blocks"})
+
+
+def test_a_folder_that_can_only_be_read_serves_what_is_whole(text, tmp_path, monkeypatch):
+    weights = Weights.of(tiny_model("llama"))
+    spec, files = describe(weights.model), {}
+    for readable in (False, True):
+        if readable:
+            monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may always write
+        stats = calibrate(weights, spec, text, tmp_path, batch_size=6, kinds={"inputs"})
+        assert stats.gram(spec.linears[0]).shape == (32, 32)
+        files[readable] = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert files[True] == files[False]
+    with pytest.raises(LayershareError, match="have no gradients of some layers"):
+        calibrate(weights, spec, text, tmp_path, batch_size=6, kinds={"inputs", "gradients"})
 
 
 def test_a_damaged_manifest_counts_as_no_statistics(text, tmp_path):

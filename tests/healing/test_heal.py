@@ -171,6 +171,11 @@ def test_a_killed_healing_goes_on_to_the_same_bits(small, tmp_path, monkeypatch,
         heal(small, tmp_path / "killed", **changes, seed=1)
 
 
+def test_weights_are_in_files_of_the_size_that_was_asked_for(small, tmp_path):
+    heal(small, tmp_path / "shards", train="norms", max_shard_size="20KB")
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
+
+
 def test_micro_batches_and_checkpointing_change_nothing(small, tmp_path):
     options = {"train": "factors", "loss": {"kind": "both"}}
     heal(small, tmp_path / "whole", **options)

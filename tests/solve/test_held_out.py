@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from layershare.errors import LayershareError
 from layershare.evaluate.divergence import evaluate
 from layershare.job import load_and_hold_out
 from layershare.methods.auto import Auto
+from layershare.methods.basis_sharing import BasisSharing
 from layershare.model.hub import load
 from layershare.recipe import Calibration, make_recipe
 from layershare.report.card import card
@@ -55,6 +57,15 @@ def test_the_nearest_plan_is_kept_and_its_options_are_told(multiple, rival, fold
     assert plan["options"]["multiple"] == 1
     assert all(edit["rank"] % 8 == 0 for edit in plan["edits"]) is False
     assert not (tmp_path / "small" / ".run").exists()
+
+
+def test_a_rival_whose_solution_fails_is_none(folder, words, tmp_path, monkeypatch):
+    def fail(self, *args):
+        raise LayershareError("The logits overflow.")
+
+    monkeypatch.setattr(BasisSharing, "carry_out", fail)
+    results = compressed(folder, words, tmp_path / "small", refit=False)
+    assert results["held_out"]["kl"].keys() == {"own", "svd-llm"}
 
 
 @pytest.mark.parametrize("refit", [False, "auto"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import layershare
@@ -105,6 +106,19 @@ def test_in_memory_from_disk_and_resumed_give_the_same_bytes(folder, tmp_path, t
     run(recipe, tmp_path / "stopped")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "stopped")]
     assert weights[0] == weights[1]
+
+
+def test_a_step_takes_as_many_blocks_as_it_is_told(folder, tmp_path):
+    """However many of them pass through the model at once."""
+    made = {}
+    for a_step, at_once in ((1, 1), (1, 2), (2, 2)):
+        recipe = recipe_for(folder, refine={**SOME, "batch_size": a_step})
+        recipe = replace(recipe, calibration=replace(recipe.calibration, batch_size=at_once))
+        out = tmp_path / f"{a_step}-{at_once}"
+        run(recipe, out, pages=False)
+        made[a_step, at_once] = parameters_to_vector(AutoModelForCausalLM.from_pretrained(out).parameters())
+    same, other = (float((made[1, 1] - made[each]).detach().norm()) for each in ((1, 2), (2, 2)))
+    assert same < 0.1 * other
 
 
 def test_a_block_never_becomes_worse(folder, tmp_path):

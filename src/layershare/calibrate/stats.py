@@ -122,7 +122,9 @@ class Stats:
 
     def write_trial(self, keep: float, predicted: float, kl: float) -> None:
         """Note what a plan of this size was predicted to lose and what it lost, in nats per token."""
-        self._store.write(f"{_TRIAL}{keep}", {}, {"predicted": predicted, "kl": kl})
+        with only_one(self._store.folder, wait=True):
+            self._store = Store(self._store.folder, self._store.identity)  # with what others have added
+            self._store.write(f"{_TRIAL}{keep}", {}, {"predicted": predicted, "kl": kl})
 
     def derived(self, layer: int, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What this version computes from a layer's statistics and weights under a name, kept beside them.
@@ -161,12 +163,18 @@ def calibrate(
     """Measure statistics of the asked `kinds`: the streamed ones in one pass over the text, block after block.
 
     Every finished layer is stored in `folder`; the same call continues where an earlier one was stopped, and waits for
-    another process that measures the same. With `scratch` the hidden states live in files there. Warns if the text has
+    another process that measures the same. In a folder that cannot be written to all of it must be there. With
+    `scratch` the hidden states live in files there. Warns if the text has
     fewer tokens than a site is wide. Raises `LayershareError` if weights or activations contain NaN or infinity, naming
     the place.
     """
     identity = {"model": weights.fingerprint, "text": text.identity}
-    with only_one(Stats.place(folder, identity), wait=True):
+    place = Stats.place(folder, identity)
+    if place.is_dir() and not os.access(place, os.W_OK):
+        stats = Stats(folder, identity)
+        stats.require(kinds, spec.n_layers)
+        return stats
+    with only_one(place, wait=True):
         stats = Stats(folder, identity)
         layers = range(spec.n_layers)
         if "fisher" in kinds and not all(stats.has("fisher", layer) for layer in layers):

@@ -130,7 +130,7 @@ def load_text(
     the model does not know.
     """
     name, documents = read_documents(source, split, tokenizer)
-    text_sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    text_sha256 = text_digest(documents)
     if split == "test":
         documents = ["\n\n".join(documents)]
     # A few documents at a time: as Python integers, tokens take many times the memory that they take in a tensor.
@@ -162,6 +162,11 @@ def load_text(
     if vocabulary is not None:
         text.require_within(vocabulary)
     return text
+
+
+def text_digest(documents: Sequence[str]) -> str:
+    """The SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
 
 def _sha256(tokens: Tensor) -> str:

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from layershare.device import dtype_of
-from layershare.disk import require_disk, writing
+from layershare.disk import require_disk, still_needed, writing
 from layershare.errors import LayershareError
 from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.generate import compare_samples
@@ -55,7 +55,7 @@ def heal_folder(job: HealJob, out: str | Path, *, announce: Announce = silent, s
     say(needs.sentence())
     # What is trained and its optimizer states, in three checkpoints before the oldest one is deleted, and the result.
     room = 3 * (needs.gradients + needs.states) + needs.weights
-    require_disk({out: room})
+    require_disk({out: still_needed(room, out / WORK)})
     with work_folder(out, healing.to_yaml(), HEAL, room) if main else writing(out, needed=room):
         state.wait_for_everyone()
         return _carry_out(job, out, out / WORK, needs, Clock(announce), say)
@@ -132,7 +132,7 @@ def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
     model.to(job.stored_dtype)  # pyright: ignore[reportArgumentType]
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
-        write_folder(model, staging, job.tokenizer)
+        write_folder(model, staging, job.tokenizer, job.healing.max_shard_size)
     else:
         model.save_pretrained(staging, max_shard_size=job.healing.max_shard_size)
         job.tokenizer.save_pretrained(staging)

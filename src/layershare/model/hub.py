@@ -234,9 +234,11 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         write_folder(model, staging, tokenizer)
 
 
-def write_folder(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def write_folder(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: str = "5GB"
+) -> None:
     """What `save` writes but the manifest."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     if not model.is_remote_code():

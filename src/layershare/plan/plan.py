@@ -66,7 +66,9 @@ class Plan:
                 f"The plan '{path}' is for a '{plan.model_type}' model, this is a '{spec.model_type}'; make another."
             )
         check(spec, plan.edits)
-        return replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))
+        measured = replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))
+        # What is foretold is of the edits as they were.
+        return measured if measured.after == plan.after else replace(measured, predicted_loss=None, expected_kl=None)
 
 
 def parse_plan(text: str) -> Plan:

@@ -10,6 +10,8 @@ the block's error by the Gram of the loss's gradients made the sample model wors
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ def refine_blocks(
     """
     spec = factored.spec
     require_factors(factored.plan.edits)
+    evidence = replace(evidence, batch_size=gcd(options.batch_size, evidence.batch_size))
     targets, inputs = (evidence.stream(evidence.text, evidence.held_out) for _ in range(2))
     facts = {}
     for (layer, block), (_, same) in zip(targets, inputs, strict=True):
@@ -131,7 +134,7 @@ def _fit(
         return {name: tensor.detach().to(parameters[name].dtype, copy=True) for name, tensor in wide.items()}
 
     whole, spare = norm(train), norm(held_out)
-    together = max(1, options.batch_size // inputs.batches.size)
+    together = options.batch_size // inputs.batches.size
     groups = [{"params": [each], "lr": options.lr * root_mean_square(each)} for each in wide.values()]
     optimizer = torch.optim.AdamW(groups, eps=_EPS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * -(-len(train) // together))
