@@ -85,7 +85,7 @@ def compress(
     require_model(model)
     recipe = make_recipe(
         {
-            "model": source_of(model) or model.name_or_path or model.config.model_type,
+            "model": _name_of(model),
             "method": method,
             "options": options,
             "keep": keep,
@@ -148,7 +148,7 @@ def heal(
         require_model(teacher, what="teacher")
     given = {key: settings.pop(key) for key in [*settings] if "." in key}
     given |= {
-        "model": source_of(model) or model.name_or_path or model.config.model_type,
+        "model": _name_of(model),
         "teacher": str(teacher) if isinstance(teacher, str | Path) else None,
         "train": train,
         "loss.kind": loss,
@@ -359,3 +359,10 @@ def bench_folder(
         original_memory=None if original is None else memory[1],
         **vars(Environment.here()),
     )
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    """What stands for a model in a recipe: where it comes from, or its type if that is a folder that has gone."""
+    name = source_of(model) or model.name_or_path
+    gone = Path(name).is_absolute() and not Path(name).exists()
+    return model.config.model_type if gone or not name else name
