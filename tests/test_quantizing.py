@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import layershare
 from layershare.errors import LayershareError
+from layershare.job import prepare
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.layers import QuantizedLinear
@@ -122,6 +123,17 @@ def test_a_recipe_may_say_that_the_result_is_quantized(method, options, small):
     assert done.after.targets.bytes == stored_bytes("integers", ours=True)
     assert done.after.targets.parameters == results("floats")["after"]["targets"]["parameters"]
     assert {edit["bits"] for edit in json.loads(Path("integers/plan.json").read_text())["edits"][-1:]} == {3}
+
+
+@pytest.mark.parametrize(("bits", "basis_bits"), [(4, 2), (8, 4), (4, 8), (3, 5)])
+@pytest.mark.parametrize("method", ["svd-llm", "basis-sharing"])
+def test_a_size_is_used_up_where_bases_have_other_bits(method, bits, basis_bits):
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+    config = LlamaConfig(**shape, num_attention_heads=8, vocab_size=4000, dtype="bfloat16")
+    how = {"bits": bits, "basis_bits": basis_bits}
+    plan = prepare(make_recipe({"model": "none", "method": method, "keep": "10MB", "quantize": how}), config).plan
+    assert plan is not None
+    assert 0.99 * 10e6 <= plan.after.all.bytes <= 10e6
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "auto"])

@@ -363,6 +363,6 @@ def bench_folder(
 
 def _name_of(model: PreTrainedModel) -> str:
     """What stands for a model in a recipe: where it comes from, or its type if that is a folder that has gone."""
-    name = source_of(model) or model.name_or_path
+    name = source_of(model) or model.name_or_path or ""
     gone = Path(name).is_absolute() and not Path(name).exists()
     return model.config.model_type if gone or not name else name

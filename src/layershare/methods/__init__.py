@@ -56,6 +56,10 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+GROWTHS = 4
+"""How often a budget is raised that leaves bytes over, where bases have other bits than the rest."""
+
+
 def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
     """The method of this name with these options. Raises `LayershareError` for unknown names and wrong values."""
     if name not in METHODS:
@@ -106,14 +110,19 @@ def plan_with(
 
     wanted, before, whole = parse_keep(keep), measure(spec, ()), measure(spec, stored)
     budget = allowed(spec, wanted, of, stored)
+    tries = GROWTHS if any(edit.basis_bits != edit.bits for edit in stored) else 0
     if method.searches and wanted.bytes is not None:  # so that the search need not be repeated
-        groups = private_groups(spec.linears)
-        budget, *_ = _fitting(spec, whole, budget, wanted.bytes, lambda less: (*uniform(spec, groups, less), *stored))
+
+        def evenly(less: Budget) -> tuple[Edit, ...]:
+            return *uniform(spec, private_groups(spec.linears), less), *stored
+
+        budget, *_ = _fitting(spec, whole, budget, wanted.bytes, evenly, tries)
+        tries = 0
     size = wanted.bytes
     if size is None and method.offered_bits:
         others = before.all.bytes - before.targets.bytes if of == "all" else 0
         size = others + floor(budget.fraction * before.targets.bytes)
-    _, edits, after = _fitting(spec, whole, budget, size, choose)
+    _, edits, after = _fitting(spec, whole, budget, size, choose, tries)
     check(spec, edits)
     loss = None if stored else method.predicted(edits, evidence)
     kl = None if loss is None else evidence.expected(loss)
@@ -121,14 +130,20 @@ def plan_with(
 
 
 def _fitting(
-    spec: Spec, whole: Sizes, budget: Budget, size: int | None, choose: Callable[[Budget], tuple[Edit, ...]]
+    spec: Spec,
+    whole: Sizes,
+    budget: Budget,
+    size: int | None,
+    choose: Callable[[Budget], tuple[Edit, ...]],
+    tries: int,
 ) -> tuple[Budget, tuple[Edit, ...], Sizes]:
     """The largest budget found whose edits need no more than `size` bytes, if given, and multiply as often as allowed.
 
     `whole`: the sizes of the model with all its parameters. The file's header depends on the edits, too, and so do the
-    products of what is shared. With the edits, and the sizes after them.
+    products of what is shared. `tries`: so often a larger budget is tried where there is room, for edits of which a
+    parameter takes other bytes than one of `whole`. With the edits, and the sizes after them.
     """
-    first, targets = budget, whole.targets
+    first, targets, found = budget, whole.targets, None
     while True:
         edits = choose(budget)
         after, parameters = measure(spec, edits), budget.parameters
@@ -138,5 +153,10 @@ def _fitting(
         elif budget.of == "multiplications" and (more := excess(first, spec, after)) > 0:
             parameters = min(parameters - 1, parameters * first.parameters // (first.parameters + more))
         if parameters >= budget.parameters:
-            return budget, edits, after
-        budget = replace(budget, fraction=budget.fraction * parameters / budget.parameters, parameters=parameters)
+            if found is None or after.all.bytes > found[2].all.bytes:
+                found = budget, edits, after
+            if not tries or parameters < 1.005 * budget.parameters or budget.fraction == 1:
+                return found
+            tries, parameters = tries - 1, min(parameters, floor(first.parameters / first.fraction))
+        fraction = min(1.0, budget.fraction * parameters / budget.parameters)
+        budget = replace(budget, fraction=fraction, parameters=parameters)
