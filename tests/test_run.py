@@ -174,6 +174,7 @@ def test_what_a_plan_foretells_is_not_told_of_an_edited_one(folder, tmp_path):
     assert plan.predicted_loss is not None
     first, *others = plan.edits
     assert isinstance(first, Share)
+    assert Plan.read(file, spec.stored_as({}, torch.float64)).predicted_loss == plan.predicted_loss
     file.write_text(replace(plan, edits=(replace(first, rank=1), *others)).to_json())
     assert Plan.read(file, spec).predicted_loss is None
 

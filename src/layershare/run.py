@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import STREAMED, Statistic, calibrate
-from layershare.calibrate.text import Source, Text, read_documents, text_digest
+from layershare.calibrate.text import NAMED, Source, Text, read_documents, text_digest
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, still_needed, writing
 from layershare.errors import LayershareError
@@ -116,7 +116,7 @@ def _finished(
     if _fingerprint(recipe, model) not in (None, results.model_fingerprint):
         raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
     source, calibrated = recipe.calibration.text, results.calibration
-    if calibrated is not None and Path(source).exists():
+    if calibrated is not None and source not in NAMED and Path(source).exists():
         tokenizer = tokenizer or _tokenizer(recipe, model)
         if text_digest(read_documents(source, "train", tokenizer)[1]) != calibrated.text_sha256:
             raise LayershareError(f"'{source}' has changed since the finished run in '{out}'; name another folder.")

@@ -11,7 +11,7 @@ from layershare.errors import LayershareError
 from layershare.foreign import parse_json, read_text, reading
 from layershare.model.arch import Spec
 from layershare.plan.budget import Sizes, measure, parse_keep
-from layershare.plan.edits import Edit, check, in_floats
+from layershare.plan.edits import Edit, check, in_floats, quantized
 from layershare.values import STRICT, Counted, Dial, Word, checked, first_fault
 
 
@@ -67,8 +67,11 @@ class Plan:
             )
         check(spec, plan.edits)
         measured = replace(plan, before=measure(spec, ()), after=measure(spec, plan.edits))
+        told, found = plan.after.all, measured.after.all
+        if not quantized(plan.edits):  # the same edits may be stored in another type
+            told = replace(told, bytes=found.bytes)
         # What is foretold is of the edits as they were.
-        return measured if measured.after == plan.after else replace(measured, predicted_loss=None, expected_kl=None)
+        return measured if found == told else replace(measured, predicted_loss=None, expected_kl=None)
 
 
 def parse_plan(text: str) -> Plan:
