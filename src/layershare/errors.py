@@ -20,6 +20,10 @@ class LayershareError(Exception):
         super().__init__(_TOO_LONG.sub(r"\1…\2", message))
 
 
+class NotFinite(LayershareError):
+    """What was computed overflows the type that it is computed or stored in."""
+
+
 class UnsupportedModelError(LayershareError):
     """The model is of a kind that cannot be compressed; the message names the reason."""
 

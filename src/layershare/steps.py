@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layershare.calibrate.stats import calibrate
 from layershare.calibrate.text import Text
 from layershare.device import device_of
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, NotFinite
 from layershare.evaluate.evaluator import Evaluator
 from layershare.job import Job, refits
 from layershare.methods import name_of, plan_with
@@ -186,10 +186,13 @@ def nearest(
             planning, solving, measuring = islice(parts, 3)
             try:
                 rival = _planned(run, name, method, replace(run.evidence, progress=planning))
-                if rival.plan.edits == own.plan.edits:
-                    continue
+            except LayershareError:  # it has no plan of this size
+                continue
+            if rival.plan.edits == own.plan.edits:
+                continue
+            try:
                 kl = divergence(run, rival, partial(rival.solved, run, solving), name, held_out, measuring)
-            except LayershareError:  # it has no plan of this size, or its solution overflows
+            except NotFinite:
                 continue
             loser = best if kl < least else rival
             if kl < least:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layershare.errors import LayershareError
+from layershare.errors import LayershareError, NotFinite
 from layershare.evaluate.divergence import evaluate
 from layershare.job import load_and_hold_out
 from layershare.methods.auto import Auto
@@ -59,11 +59,17 @@ def test_the_nearest_plan_is_kept_and_its_options_are_told(multiple, rival, fold
     assert not (tmp_path / "small" / ".run").exists()
 
 
-def test_a_rival_whose_solution_fails_is_none(folder, words, tmp_path, monkeypatch):
+def test_a_rival_whose_solution_overflows_is_none(folder, words, tmp_path, monkeypatch):
+    """Another failure, such as a full disk, ends the run: what is compared must not depend on it."""
+    error: LayershareError = LayershareError("The disk is full.")
+
     def fail(self, *args):
-        raise LayershareError("The logits overflow.")
+        raise error
 
     monkeypatch.setattr(BasisSharing, "carry_out", fail)
+    with pytest.raises(LayershareError, match="The disk is full"):
+        compressed(folder, words, tmp_path / "small", refit=False)
+    error = NotFinite("The logits overflow.")
     results = compressed(folder, words, tmp_path / "small", refit=False)
     assert results["held_out"]["kl"].keys() == {"own", "svd-llm"}
 

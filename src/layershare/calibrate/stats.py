@@ -164,9 +164,9 @@ def calibrate(
 
     Every finished layer is stored in `folder`; the same call continues where an earlier one was stopped, and waits for
     another process that measures the same. In a folder that cannot be written to all of it must be there. With
-    `scratch` the hidden states live in files there. Warns if the text has
-    fewer tokens than a site is wide. Raises `LayershareError` if weights or activations contain NaN or infinity, naming
-    the place.
+    `scratch` the hidden states live in files there. Warns if the text has fewer tokens than a site is wide. Raises
+    `LayershareError` if weights or activations contain NaN or infinity, naming the place, and for what is missing where
+    nothing can be written.
     """
     identity = {"model": weights.fingerprint, "text": text.identity}
     place = Stats.place(folder, identity)

@@ -211,7 +211,7 @@ def as_source(source: Source) -> str | Path | list[str]:
 def name_of(source: str | Path | list[str]) -> str:
     """What stands for a source in a recipe: its name, or a digest of its strings."""
     if isinstance(source, list):
-        return f"strings {hashlib.sha256(chr(0).join(source).encode()).hexdigest()[:16]}"
+        return f"strings {text_digest(source)[:16]}"
     return str(source)
 
 

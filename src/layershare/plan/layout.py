@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layershare.errors import LayershareError
+from layershare.errors import NotFinite
 from layershare.model.arch import Spec
 from layershare.model.checkpoint import Tensors
 from layershare.model.composition import Composition, alone
@@ -113,7 +113,7 @@ def named_tensors(
     """The tensors of an edit as layers hold them, by full name, from its matrices in row convention.
 
     `own`: linear's name -> the factors that are its own, the one that meets the input first. `order`: of the shared
-    one, if it is pivoted. Raises `LayershareError` if one does not fit the dtype.
+    one, if it is pivoted. Raises `NotFinite` if one does not fit the dtype.
     """
     composed = composition(spec, edit)
     rest = {name: iter(matrices) for name, matrices in own.items()}
@@ -128,7 +128,7 @@ def named_tensors(
 
 
 def require_fitting(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `LayershareError` for a made tensor that its dtype cannot hold."""
+    """Raise `NotFinite` for a made tensor that its dtype cannot hold."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise LayershareError(f"'{name}' does not fit {tensor.dtype} when it is made; use a wider dtype.")
+            raise NotFinite(f"'{name}' does not fit {tensor.dtype} when it is made; use a wider dtype.")

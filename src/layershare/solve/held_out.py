@@ -11,7 +11,7 @@ from torch import Tensor
 from layershare.calibrate.backward import Head
 from layershare.calibrate.drivers.calls import hidden_output, with_hidden_output
 from layershare.calibrate.text import Text
-from layershare.errors import LayershareError
+from layershare.errors import NotFinite
 from layershare.formulas.divergence import divergence
 from layershare.model.modes import evaluating
 from layershare.plan.evidence import Evidence
@@ -44,7 +44,7 @@ class HeldOut:
     def divergence(self, label: str, made: Callable[[], Factored], progress: Progress) -> float:
         """KL(original ‖ compressed) in nats per token of what `made` gives, unless what has this label is known.
 
-        Raises `LayershareError` if it is no number.
+        Raises `NotFinite` if it is no number.
         """
         if label not in self._store:
             self._store.write(label, {}, {"kl": self._measure(made(), progress)})
@@ -76,9 +76,7 @@ class HeldOut:
             break  # or the stream would run the last block, too, which is no longer as it was
         progress(n_layers, n_layers)
         if not math.isfinite(total):
-            raise LayershareError(
-                "The logits overflow or contain NaN on held-out text; run the model in a wider dtype."
-            )
+            raise NotFinite("The logits overflow or contain NaN on held-out text; run the model in a wider dtype.")
         return total / predicted
 
     @cached_property
