@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import layershare as api
-from layershare.disk import still_needed, writing
+from layershare.disk import require_disk, still_needed, writing
 from layershare.errors import LayershareError
 from layershare.folders import WORK
 from layershare.run import run
@@ -56,6 +56,13 @@ def test_what_an_earlier_run_has_left_is_not_asked_of_the_disk_again(tmp_path):
     (tmp_path / "unit" / "a").write_bytes(bytes(30))
     assert still_needed(100, tmp_path) == 70
     assert still_needed(20, tmp_path) == 0
+
+
+def test_what_several_folders_need_of_one_disk_is_added_up(tmp_path):
+    half = shutil.disk_usage(tmp_path).free * 3 // 5
+    require_disk({tmp_path / "a": half, tmp_path / "b": 0})
+    with pytest.raises(LayershareError, match=r"disk in '.*/a' and '.*/b', where .* are free; free some or name"):
+        require_disk({tmp_path / "a": half, tmp_path / "b": half})
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system")

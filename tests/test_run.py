@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layershare
@@ -379,6 +380,27 @@ def test_the_model_is_stored_in_the_dtype_that_is_asked_for(folder, tmp_path, dt
     assert size == pytest.approx(results.after.all.bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_a_run_leaves_alone_is_not_rounded(tokenizer, tmp_path, dtype, stored):
+    model = tiny_model("llama", dtype=stored)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(2.0**-20)  # which float16 holds with fewer digits
+        model.model.norm.weight[0] *= 1 + 2**-7
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    run(recipe_for(tmp_path / "dense", method="svd", dtype=dtype), tmp_path / "out")
+    before, after = (
+        {name: tensor for path in (tmp_path / where).glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for where in ("dense", "out")
+    )
+    same = {name for name in before.keys() & after.keys() if len(after[name])}  # but for the guard
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= same
+    for name in same:
+        assert after[name].dtype == stored
+        assert torch.equal(after[name], before[name])
+
+
 def test_tensors_keep_the_dtypes_that_they_really_have(tokenizer, words):
     model = tiny_model("llama", dtype=torch.bfloat16)
     model.model.norm.float()
@@ -423,13 +445,18 @@ def test_values_of_other_kinds_in_python(tokenizer, words):
 def test_a_plan_is_carried_out_with_the_method_that_it_names(folder, tmp_path):
     plan = layershare.make_plan(tiny_model("llama"), method="svd", keep=0.7, of="targets")
     (tmp_path / "plan.json").write_text(plan.to_json())
-    recipe = recipe_for(folder, plan=str(tmp_path / "plan.json"))
+    said = {"method": "svd", "keep": 0.7, "plan": str(tmp_path / "plan.json")}
+    recipe = recipe_for(folder, **said)
     results = run(recipe, tmp_path / "out")
     assert (results.method, results.keep, results.calibration) == ("svd", 0.7, None)
     with pytest.warns(UserWarning, match="nothing was done"):
         run(recipe, tmp_path / "out")
     with pytest.raises(LayershareError, match="carried out with the options that it names"):
-        run(recipe_for(folder, plan=str(tmp_path / "plan.json"), options={"group_size": 3}), tmp_path / "other")
+        run(recipe_for(folder, **said, options={"pivot": True}), tmp_path / "other")
+    for name, other in (("method", "welore"), ("keep", 0.5)):
+        with pytest.raises(LayershareError, match=f"plan.json' is made with {name}=.*; leave {name}={other} out"):
+            run(recipe_for(folder, **said | {name: other}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     (tmp_path / "plan.json").write_text(replace(plan, edits=plan.edits[1:]).to_json())
     with pytest.raises(LayershareError, match="has changed since the finished run"):
         run(recipe, tmp_path / "out")

@@ -14,9 +14,9 @@ from benchmarks.peers.driver import Factors, factors_in
 
 TOGETHER = 2048
 """Tokens of a batch: of twice as many its hooks and SmolLM2-135M's activations do not fit into 24 GB."""
-SEARCHED = 8
-"""Sequences of 512 tokens that ranks are searched on. It leaves out the first 256 tokens of each, so it needs longer
-ones than our blocks, and at least 8."""
+SEARCHED, LENGTH = 8, 512
+"""Sequences, and the tokens of each, that ranks are searched on. It needs at least 8, and leaves out the first 256
+tokens of each."""
 
 
 def compress(model: PreTrainedModel, tokens: Tensor, keep: float, *, search: str) -> Factors:
@@ -39,7 +39,7 @@ def compress(model: PreTrainedModel, tokens: Tensor, keep: float, *, search: str
             "solver": "cbc",
         },
     )
-    searched = tokens[: 2 * SEARCHED].reshape(SEARCHED, 1, -1)
+    searched = tokens.flatten()[: SEARCHED * LENGTH].view(SEARCHED, 1, LENGTH)
     batches = tokens.split(max(1, TOGETHER // tokens.shape[1]))
     calibration, searching = ([{"input_ids": each} for each in part] for part in (batches, searched))
     names = ["norm", "patch_embed", "head", "downsample", "decoder.project_", "dt_proj"]  # its config's name_omit

@@ -21,12 +21,16 @@ _TORCH = ("inline_container", "PytorchStreamWriter")
 
 
 def require_disk(needs: dict[Path, int]) -> None:
-    """Raise `LayershareError` if there are fewer bytes free than needed for one of these folders."""
-    for folder, needed in needs.items():
-        free = _free(folder)
+    """Raise `LayershareError` if a disk has fewer bytes free than those of these folders need that are on it."""
+    disks: dict[int, list[Path]] = {}
+    for folder in needs:
+        disks.setdefault(_existing(folder).stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        needed, free = sum(needs[folder] for folder in folders), _free(folders[0])
         if needed > free:
+            where = " and ".join(f"'{folder}'" for folder in folders if needs[folder])
             raise LayershareError(
-                f"The run needs about {size(needed)} of disk in '{folder}', where {size(free)} are free; "
+                f"The run needs about {size(needed)} of disk in {where}, where {size(free)} are free; "
                 "free some or name another folder."
             )
 
@@ -95,5 +99,9 @@ def _said(error: BaseException) -> tuple[int | None, str, str | None] | None:
 
 def _free(folder: Path) -> int:
     """Bytes that are free where a folder is, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -166,6 +166,7 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         plan = Plan.read(recipe.plan, spec)
         if not plan.edits:
             raise LayershareError(f"The plan '{recipe.plan}' has no edits: there is nothing to carry out.")
+        _require_agreement(recipe, plan)
         name, method = plan.method, make_method(plan.method, plan.options)
     elif not method.adaptive:
         plan = plan_with(spec, name, method, recipe.keep, recipe.of, stored=stored)
@@ -178,6 +179,14 @@ def prepare(recipe: Recipe, model: PreTrainedModel | PreTrainedConfig | Weights 
         if recipe.refit is True and not any(isinstance(edit, Share) for edit in plan.edits):
             raise LayershareError("The plan has no low-rank factors that could be fitted again; leave refit out.")
     return Job(recipe, spec, computed, method, name, plan, config)
+
+
+def _require_agreement(recipe: Recipe, plan: Plan) -> None:
+    """Raise `LayershareError` for what a recipe says otherwise than its plan: it would have no effect."""
+    for name in ("method", "keep", "of"):
+        said, planned = getattr(recipe, name), getattr(plan, name)
+        if said not in (planned, getattr(Recipe, name)):
+            raise LayershareError(f"The plan '{recipe.plan}' is made with {name}={planned}; leave {name}={said} out.")
 
 
 def _require_trainable(recipe: Recipe, method: Method, plan: Plan | None) -> None:

@@ -157,13 +157,13 @@ class Recipe:
     of: Counted = "all"
     """What `keep` counts: all parameters, those of the compressed linears as the papers do, or products per token."""
     plan: Word | None = None
-    """A plan file to carry out in place of the method's own plan."""
+    """A plan file to carry out, with its own method, options and size, in place of one that is made."""
     refit: Literal["auto"] | Flag = "auto"
     """Fit coefficients again to what the compressed layers before really give; `auto` for what the method does."""
     dtype: Dtype = "auto"
     """In which the model is run; `auto` for what its config or checkpoint says, where the machine is fast at it."""
     store_dtype: Dtype = "auto"
-    """In which the result is stored; `auto` for each tensor as in the original."""
+    """In which the result is stored; `auto` for each tensor as in the original. Sizes before are told in it, too."""
     device: Word = "auto"
     """`cpu`, `cuda`, `cuda:1` …; `auto` for the accelerator if there is one."""
     trust_remote_code: Flag = False

@@ -2,7 +2,11 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -10,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from layershare.errors import LayershareError
-from layershare.model.checked import main_dtype
+from layershare.model.checked import FLOATS, main_dtype
 from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, write_shim
 from layershare.model.original import copy_side_files, located
 from layershare.model.source import read_config
-from layershare.model.weights import require_finite
+from layershare.model.weights import Weights, require_finite
 from layershare.plan.edits import kept_layers
 from layershare.plan.layout import checkpoint_tensors, listed
 from layershare.recipe import Recipe
@@ -35,7 +39,8 @@ def write_model(
 
     What belongs to the model beside them is copied from the `original`'s folder.
     """
-    write_weights(factored, folder, recipe.max_shard_size)
+    with _unrounded(factored, recipe, folder) as exact:
+        write_weights(exact, folder, recipe.max_shard_size)
     model, plan = factored.weights.model, factored.plan
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -74,6 +79,22 @@ def write_model(
         copy_side_files(original, folder, vocabulary=same)
     write_atomically(folder / "plan.json", plan.to_json().encode())
     write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
+
+
+@contextmanager
+def _unrounded(factored: Factored, recipe: Recipe, scratch: Path) -> Iterator[Factored]:
+    """The same, with what it leaves alone as the checkpoint has it where the model is run in a type that rounds it."""
+    weights = factored.weights
+    stored = [each.dtype for each in (weights.checkpoint or {}).values() if each.dtype in FLOATS]
+    dtype = reduce(torch.promote_types, stored, weights.model.dtype)
+    if dtype == weights.model.dtype:
+        yield factored
+        return
+    with TemporaryDirectory(prefix="scratch-", dir=scratch) as folder:
+        exact = factored.branch()
+        trust = recipe.trust_remote_code
+        exact.weights = Weights.open(recipe.model, Path(folder), dtype=dtype, trust_remote_code=trust)
+        yield exact
 
 
 def _stored_dtype(factored: Factored, recipe: Recipe) -> torch.dtype:
