@@ -8,28 +8,28 @@ def size(count: int) -> str:
     """Bytes for people: `3.2 GB`."""
     value, unit = float(count), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
+        if float(_plain(value)) < 1000:
             break
         value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
+    return f"{_plain(value)} {unit}"
 
 
 def count(number: float) -> str:
     """A count to three digits: `7.61 million`."""
     word, factor = _scale(number)
-    return f"{number / factor:.3g} {word}".rstrip()
+    return f"{_plain(number / factor)} {word}".rstrip()
 
 
 def count_of(part: float, whole: float) -> str:
     """A part of a count in the whole's unit: `6.3 of 7.6 million`."""
     word, factor = _scale(whole)
-    return f"{part / factor:.2g} of {whole / factor:.2g} {word}".rstrip()
+    return f"{_plain(part / factor, 2)} of {_plain(whole / factor, 2)} {word}".rstrip()
 
 
 def brief_count(number: float) -> str:
     """A count to three digits, as `keep` takes it: `7.61M`."""
     word, factor = _scale(number)
-    return f"{number / factor:.3g}{_LETTERS[word]}"
+    return f"{_plain(number / factor)}{_LETTERS[word]}"
 
 
 def percent(fraction: float, digits: int = 0) -> str:
@@ -53,5 +53,10 @@ def clock_time(seconds: float) -> str:
 
 
 def _scale(number: float) -> tuple[str, int]:
-    """The largest unit of counts that a number reaches, and what it stands for."""
-    return next(((word, factor) for word, factor in _WORDS if number >= factor), ("", 1))
+    """The largest unit of counts that a number reaches when it is rounded, and what it stands for."""
+    return next(((word, factor) for word, factor in _WORDS if float(_plain(number / factor)) >= 1), ("", 1))
+
+
+def _plain(value: float, digits: int = 3) -> str:
+    """A number to so many digits, or to a whole one, without an exponent."""
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -7,6 +8,8 @@ from layershare.calibrate.text import load_text
 from layershare.errors import LayershareError
 from layershare.evaluate.generate import PROMPT_TOKENS, SAMPLE_TOKENS, compare_samples, continue_text
 from tests.families import tiny_model
+
+ODD = {"num_beams": 2, "num_return_sequences": 2, "return_dict_in_generate": True, "repetition_penalty": 3.0}
 
 
 @torch.no_grad()
@@ -23,6 +26,24 @@ def test_samples_continue_test_blocks_with_the_likeliest_token(tokenizer, words)
             tokens = torch.cat([tokens, each(tokens).logits[:, -1:].argmax(-1)], dim=1)
         assert samples[1][key] == tokenizer.decode(tokens[0, PROMPT_TOKENS:], skip_special_tokens=True)
     assert any(sample["model"] != sample["original"] for sample in samples)
+
+
+def test_settings_of_generation_do_not_change_what_samples_are(tokenizer, words):
+    text = load_text(words, tokenizer, split="test", blocks=9, length=80)
+    model, other = tiny_model("llama"), tiny_model("llama")
+    for name, value in ODD.items():
+        setattr(other.generation_config, name, value)
+    for sample in compare_samples(model, other, text, tokenizer):
+        assert sample["model"] == sample["original"]
+    assert other.generation_config.num_beams == ODD["num_beams"]
+
+
+def test_a_text_comes_out_whatever_the_settings_of_generation(tokenizer, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = continue_text(tmp_path, "a b", tokens=4)
+    (tmp_path / "generation_config.json").write_text(json.dumps({**ODD, "repetition_penalty": 1.0}))
+    assert continue_text(tmp_path, "a b", tokens=4) == plain
 
 
 def test_short_blocks_give_short_samples(tokenizer, words):

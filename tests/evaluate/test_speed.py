@@ -2,6 +2,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from layershare.errors import LayershareError
 from layershare.evaluate.speed import Rate, Workload, generate_seconds, measure_speed, weight_bytes
@@ -48,6 +49,15 @@ def test_the_work_is_what_it_says():
     assert decode.model * decode.latency == pytest.approx(2)
     one_round = [(2, 6), (2, 1), (2, 1), (2, 1)]
     assert calls == one_round * 4  # one of them warms up
+
+
+def test_settings_of_generation_do_not_change_the_work():
+    calls, model = [], tiny_model("llama")
+    for name, value in {"num_beams": 3, "stop_strings": ["x"], "max_time": 1e-6}.items():
+        setattr(model.generation_config, name, value)
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:2]))
+    generate_seconds(model, torch.ones(2, 6, dtype=torch.long), 3)
+    assert calls == [(2, 6), (2, 1), (2, 1)]
 
 
 def test_an_end_token_does_not_end_the_measurement():

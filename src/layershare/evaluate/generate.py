@@ -12,7 +12,7 @@ from layershare.device import dtype_of
 from layershare.errors import LayershareError, unknown
 from layershare.foreign import reading
 from layershare.model.hub import load
-from layershare.model.modes import evaluating
+from layershare.model.modes import evaluating, greedy
 from layershare.model.source import read_config, read_tokenizer
 from layershare.recipe import Dtype
 
@@ -68,9 +68,11 @@ def compare_samples(
     begin = min(PROMPT_TOKENS, length // 2)
     prompts = text.tokens[sorted({i * (blocks - 1) // (SAMPLES - 1) for i in range(SAMPLES)}), :begin]
     new = min(SAMPLE_TOKENS, length - begin)
-    ours, theirs = (
-        continue_tokens(each, prompts, new, tokenizer, do_sample=False)[:, begin:].cpu() for each in (model, original)
-    )
+    continued = []
+    for each in (model, original):
+        with greedy(each):
+            continued.append(continue_tokens(each, prompts, new, tokenizer)[:, begin:].cpu())
+    ours, theirs = continued
     columns = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (prompts, ours, theirs))
     return [dict(zip(("prompt", "model", "original"), row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -98,5 +100,8 @@ def continue_tokens(
             max_new_tokens=new,
             pad_token_id=tokenizer.eos_token_id,
             tokenizer=tokenizer,  # where the model's settings have stop strings
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             **sampling,
         )

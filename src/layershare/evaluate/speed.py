@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 
 from layershare.errors import LayershareError
-from layershare.model.modes import evaluating
+from layershare.model.modes import greedy
 from layershare.progress import Progress, no_progress
 
 WARM_UP = 1
@@ -93,14 +93,13 @@ def measure_speed(
 def generate_seconds(model: PreTrainedModel, prompts: Tensor, new: int) -> dict[str, float]:
     """What a `Timer` tells, of transformers' `generate`, greedy, with its cache."""
     clock, prompts = _Stopwatch(), prompts.to(model.device)
-    with evaluating(model):
+    with greedy(model):
         model.generate(  # pyright: ignore[reportCallIssue]
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new,
             min_new_tokens=new,
             pad_token_id=0,
-            do_sample=False,
             logits_processor=[clock],
         )
     begin, first, *_, last = clock.times
