@@ -305,6 +305,40 @@ def test_calibrate_once_run_a_recipe_with_it(layershare, here):
     assert "keep: 0.7" in (here / "small" / "recipe.yaml").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:The text 'text.txt' has")
+def test_methods_share_the_statistics_of_a_text_that_is_too_short(layershare, here):
+    text = ("--text", "text.txt", "--blocks", "3000", "--length", "64")
+    assert layershare("calibrate", "dense", "-o", "stats", *text)[0] == 0
+    measured = {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")}
+    assert len(measured) == 14
+    for method in ("svd-llm", "auto"):
+        code, _, err = layershare("compress", "dense", "-o", method, "-m", method, "--stats", "stats", *text)
+        assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in (here / "stats").rglob("*.safetensors")} == measured
+
+
+def test_the_sample_is_not_a_folder_of_that_name(layershare, here):
+    (here / "dense").rename(here / "sample")
+    code, _, err = layershare("eval", "sample", "--text", "text.txt")
+    assert code == 2
+    assert "a folder here, too: write ./sample for that" in " ".join(err.split())
+    assert layershare("eval", "./sample", "--text", "text.txt", "--length", "32")[0] == 0
+
+
+def test_a_model_and_its_original_are_measured_in_one_type(layershare, here, monkeypatch):
+    AutoModelForCausalLM.from_pretrained("dense", dtype=torch.bfloat16).save_pretrained(here / "half")
+    AutoTokenizer.from_pretrained("dense").save_pretrained(here / "half")
+    monkeypatch.setattr("layershare.device.multiplies_halves", lambda: True)
+    code, out, err = layershare("eval", "half", "--original", "dense", "--text", "text.txt", "--length", "32", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["dtype"], found["kl"]) == ("bfloat16", pytest.approx(0, abs=1e-6))
+    code, _, err = layershare("bench", "half", "--original", "dense", "--prompt", "4", "--new", "2", "--rounds", "1")
+    assert code == 0, err
+    speed = json.loads((here / "half" / "speed.json").read_text())
+    assert speed["memory"] == speed["original_memory"]
+
+
 def test_plans_by_weights_and_by_measured_statistics(layershare, here):
     code, out, err = layershare("plan", "dense", "-m", "welore")
     assert code == 0, err

@@ -162,6 +162,17 @@ def test_a_manifest_that_is_damaged_foreign_or_absent(small):
         api.verify(small.parent)
 
 
+def test_figures_of_a_changed_folder_are_not_told(layershare, here, small):  # noqa: F811
+    results = json.loads((small / "results.json").read_text())
+    results["after"]["all"]["bytes"] = 12345
+    (small / "results.json").write_text(json.dumps(results))
+    for command in (("ls", "."), ("report", "small", "-o", "page.html")):
+        _, out, err = layershare(*command)
+        assert "is not as it was written: 'results.json'" in " ".join((out + err).split())
+        assert "12.3 kB" not in out
+    assert not (here / "page.html").exists()
+
+
 def test_a_manifest_names_no_file_outside_its_folder(small):
     manifest = json.loads((small / MANIFEST).read_text())
     manifest["files"]["../text.txt"] = {"bytes": 1, "sha256": "0"}

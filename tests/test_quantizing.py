@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import layershare
 from layershare.errors import LayershareError
+from layershare.exporting import export
 from layershare.job import prepare
 from layershare.model.describe import describe
 from layershare.model.hub import load
@@ -18,7 +20,7 @@ from layershare.model.source import read_config, read_tokenizer
 from layershare.plan.budget import measure as sizes_of
 from layershare.plan.edits import Place, Quantize
 from layershare.quantizing import quantize_folder
-from layershare.recipe import make_recipe
+from layershare.recipe import Calibration, make_recipe
 from layershare.report.listing import listing
 from layershare.run import run as layershare_run
 from tests.families import tokens
@@ -166,6 +168,44 @@ def test_what_a_recipe_cannot_quantize_is_refused(changes, message, small):
     with pytest.raises(LayershareError, match=message):
         layershare_run(make_recipe(values), "never")
     assert not Path("never").exists()
+
+
+@pytest.mark.parametrize("text", [None, "text.txt"])
+def test_what_is_not_quantized_keeps_its_type_and_its_numbers(text, small):
+    model = AutoModelForCausalLM.from_pretrained("dense", dtype=torch.bfloat16)
+    model.model.norm.float()
+    with torch.no_grad():
+        model.model.norm.weight += torch.linspace(0, 1e-3, 32)
+    model.save_pretrained("mixed")
+    read_tokenizer("dense").save_pretrained("mixed")
+    calibration = None if text is None else Calibration(text=text, blocks=4, length=16)
+    layershare_run(make_recipe({"model": "mixed", "method": "svd", "keep": 0.8}), "few")
+    quantize_folder("few", "out", bits=8, calibration=calibration)
+    export("few", "whole", to="dense")
+    for folder in ("few", "out", "whole"):
+        state = load_file(Path(folder) / "model.safetensors")
+        assert torch.equal(state["model.norm.weight"], model.model.norm.weight)
+        assert state["model.embed_tokens.weight"].dtype == torch.bfloat16
+        assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").config.dtype == torch.bfloat16
+
+
+def test_two_commands_do_not_write_into_one_folder(small, monkeypatch):
+    def other(needs):
+        monkeypatch.undo()
+        monkeypatch.chdir(small.parent)
+        export("small", "out", to="dense")
+
+    monkeypatch.setattr("layershare.quantizing.require_disk", other)
+    with pytest.raises(LayershareError, match="Another command has written to 'out' meanwhile; name another folder"):
+        quantize_folder("small", "out", bits=4)
+    assert not (Path("out") / "quantize.yaml").exists()
+    assert layershare.verify("out").files
+
+
+def test_a_dense_model_of_integers_trains(small):
+    quantize_folder("small", "out", bits=8)
+    model = layershare.load("out").dequantize()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_same_input_gives_the_same_bytes(small):

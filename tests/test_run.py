@@ -24,7 +24,7 @@ from layershare.model.layers import ComposedLinear
 from layershare.plan.edits import Place, Quantize, Share, quantized
 from layershare.plan.plan import Plan
 from layershare.progress import no_progress
-from layershare.recipe import Recipe, make_recipe
+from layershare.recipe import Calibration, Recipe, make_recipe
 from layershare.report.results import Results, read_as
 from layershare.run import run
 from layershare.store import MANIFEST, Store, as_json
@@ -144,6 +144,38 @@ def test_a_finished_run_of_another_model_in_memory_is_not_taken_for_ours(tmp_pat
         layershare.compress(tiny_model("llama"), **options)
     with pytest.raises(LayershareError, match="a finished run of another model"):
         layershare.compress(tiny_model("llama", seed=1), **options)
+
+
+def test_a_finished_run_measured_on_a_text_that_has_changed_is_refused(folder, tmp_path, words):
+    test = tmp_path / "test.txt"
+    test.write_text("\n".join(words))
+    recipe = recipe_for(folder, method="svd", evaluation={"text": str(test), "length": 32, "blocks": 4})
+    run(recipe, tmp_path / "out")
+    with pytest.warns(UserWarning, match="nothing was done"):
+        run(recipe, tmp_path / "out")
+    test.write_text("\n".join(reversed(words)))
+    with pytest.raises(LayershareError, match=r"test.txt' has changed since the finished run"):
+        run(recipe, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:The text 'strings' has")
+@pytest.mark.parametrize(
+    ("wanted", "held_out", "found"),
+    [
+        (20, 4, (20, 4)),
+        (100, 4, (96, 4)),
+        (100, 16, (88, 12)),
+        (98, 16, (88, 12)),
+        (90, 16, (88, 12)),
+        (86, 16, (86, 14)),
+    ],
+)
+def test_blocks_that_are_held_out(wanted, held_out, found, tokenizer):
+    """Of a text of 100 blocks: as many as are asked for, of one that is too short for all at most an eighth, or more
+    where calibration leaves more."""
+    options = Calibration(blocks=wanted, length=12, held_out=held_out)
+    calibration, spare = load_and_hold_out(options, tokenizer, tiny_model("llama").config, ["ab" * 600])
+    assert (len(calibration.tokens), len(spare.tokens)) == found
 
 
 def test_a_finished_run_is_not_taken_for_that_of_what_has_changed_since(folder, tmp_path, words):

@@ -300,7 +300,7 @@ def evaluate_folder(folder: str, original: str | None, recipe: Recipe, announce:
     evaluator = load_evaluator(options, tokenizer, config)
     dtype = dtype_of(options.dtype, device, config)
     model = load(folder, dtype=dtype, device_map=device, **trust)
-    reference = None if original is None else load(original, dtype=dtype, device_map=device, **trust)
+    reference = None if original is None else load(original, dtype=model.dtype, device_map=device, **trust)
     measured = evaluator.measure(model, reference, announce("evaluate"))
     place = vars(Environment.here(*evaluator.packages))
     return Evaluated(model=folder, original=original, evaluation=measured, **place)
@@ -336,12 +336,16 @@ def bench_folder(
         if engine == "vllm":
             room = {"rows": max(workload.batches), "length": workload.prompt + workload.new}
             announce("start")
-            start = partial(vllm_engine, **room, dtype=recipe.dtype, **trust)
-            engines = [running.enter_context(start(resolve(name))) for name in names]
+            start = partial(vllm_engine, **room, **trust)
+            for name in names:
+                dtype = engines[0].dtype if engines else recipe.dtype
+                engines.append(running.enter_context(start(resolve(name), dtype=dtype)))
             timers, dtype, device = [each.seconds for each in engines], engines[0].dtype, engines[0].device
         else:
             device = device_of(recipe.device)
-            models = [load(name, dtype=recipe.dtype, device_map=device, **trust) for name in names]
+            for name in names:
+                dtype = models[0].dtype if models else recipe.dtype
+                models.append(load(name, dtype=dtype, device_map=device, **trust))
             timers = [partial(generate_seconds, model) for model in models]
             dtype = str(models[0].dtype).removeprefix("torch.")
         vocabulary = min(config.get_text_config().vocab_size for config in configs)

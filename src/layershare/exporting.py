@@ -21,10 +21,11 @@ from layershare.bars import alone
 from layershare.disk import require_disk
 from layershare.errors import LayershareError, how_to_install, short, unknown
 from layershare.folders import require_new, staged
-from layershare.model.hub import load
+from layershare.model.checked import exact_dtype, stored_tensors
+from layershare.model.hub import load, store_as
 from layershare.model.layers import QuantizedLinear
 from layershare.model.original import copy_side_files, files_of
-from layershare.model.source import read_tokenizer
+from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype, values_of
 from layershare.model.weights import require_finite
 from layershare.progress import Announce, silent
 
@@ -61,7 +62,10 @@ def export(
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer = read_tokenizer(folder, **trust)
     if to == "dense":
-        model = load(folder, dense=True, **trust)
+        source = resolve(folder)
+        dtype, stored = stored_dtype(source, read_config(folder, **trust)), stored_tensors(source, values_of(source))
+        model = load(folder, dense=True, dtype=exact_dtype(stored, dtype), **trust)
+        store_as(model, stored, dtype)
     else:
         _require_packages(to)
         # Half precision is slow on many CPUs, and rounds otherwise in every program.
@@ -71,7 +75,7 @@ def export(
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_disk({out: needed})
     exported: Any = model if to == "dense" else _graph(model, folder, to, announce)
-    with staged(out, needed) as staging:
+    with staged(out, needed, new=True) as staging:
         exported.save_pretrained(staging)
         if to != "dense":
             announce("check")

@@ -24,14 +24,22 @@ HEAL = "heal.yaml"
 """The recipe of a healing, beside which that of the compression lies."""
 QUANTIZE = "quantize.yaml"
 """How a finished folder was quantized; beside it may lie how that was made."""
+_RECORDS = (PLAN, RECIPE, HEAL)
+_STAGING = ".new-"
+"""How the names begin of folders in which files wait until all are there."""
 MEND = "mend that, or name another folder"
 AGAIN = "delete the folder, so that the command can make it again, or name another one"
 """What to do about a finished folder that is damaged."""
 
 
+def has_records(folder: Path) -> bool:
+    """Whether a folder tells how it was made, and its `results.json` is ours."""
+    return any((folder / name).is_file() for name in _RECORDS)
+
+
 def copy_records(folder: Path, staging: Path) -> None:
     """Copy what tells how a finished folder was made, as far as it is there."""
-    for name in (PLAN, RECIPE, HEAL):
+    for name in _RECORDS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
 
@@ -123,17 +131,20 @@ def work_folder(out: Path, recipe: str, name: str = RECIPE, needed: int = 0) -> 
 
 
 @contextmanager
-def staged(out: Path, needed: int = 0) -> Iterator[Path]:
+def staged(out: Path, needed: int = 0, *, new: bool = False) -> Iterator[Path]:
     """A folder for the files of a model that then come into `out` together, or not at all.
 
-    Raises `LayershareError` if they cannot be written; `needed` bytes will be.
+    Raises `LayershareError` if they cannot be written (`needed` bytes will be), and, for one that is to be `new`, if
+    something else has come to `out` in the meantime.
     """
     with writing(out, MEND, needed):
         made = _missing(out)
         try:
             make_folder(out)
-            with TemporaryDirectory(prefix=".new-", dir=out) as temporary:
+            with TemporaryDirectory(prefix=_STAGING, dir=out) as temporary:
                 yield Path(temporary)
+                if new and any(not path.name.startswith(_STAGING) for path in out.iterdir()):
+                    raise LayershareError(f"Another command has written to '{out}' meanwhile; name another folder.")
                 publish(Path(temporary), out)
         except BaseException:
             _remove_empty(made)

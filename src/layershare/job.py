@@ -285,35 +285,36 @@ def planned(job: Job, folder: Path | None, announce: Announce = silent) -> Job:
 def load_calibration(
     options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> Text:
-    """The calibration text, or `text` in its place, for a model of that config. Raises as `load_text`."""
+    """All of a calibration text, or of `text` in its place, for a model of that config. Raises as `load_text`."""
     return _load(options, tokenizer, config, text, 0)
 
 
 def load_with_spare(
     options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> tuple[Text, Text | None]:
-    """The calibration text, and the blocks beside it that are held out; none of a short text. Raises as `load_text`."""
+    """The calibration text, and the blocks beside it that are held out: of a short text an eighth, of one block none.
+
+    Every method calibrates on the same blocks, whether it tries choices or not, so that all share statistics. Raises as
+    `load_text`.
+    """
     whole = _load(options, tokenizer, config, text, options.held_out)
-    return whole.split(options.blocks) if len(whole.tokens) > options.blocks else (whole, None)
+    count = len(whole.tokens)
+    if count < 2:
+        return whole, None
+    return whole.split(count - max(count - options.blocks, min(options.held_out, max(1, count // 8))))
 
 
 def load_and_hold_out(
     options: Calibration, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: Source | None = None
 ) -> tuple[Text, Text]:
-    """The same, and blocks beside it that are held out; of a short text some of its own.
-
-    Raises `LayershareError` as `load_text`, and if there is no more than one block.
-    """
-    whole, spare = load_with_spare(options, tokenizer, config, text)
-    if spare is not None:
-        return whole, spare
-    count = len(whole.tokens)
-    if count < 2:
+    """The same. Raises `LayershareError`, too, if there is no more than one block."""
+    calibration, held_out = load_with_spare(options, tokenizer, config, text)
+    if held_out is None:
         raise LayershareError(
-            f"The text '{whole.source}' is one block of {whole.tokens.shape[1]} tokens, and choices are tried on "
-            "another one; give a longer text or a smaller length."
+            f"The text '{calibration.source}' is one block of {calibration.tokens.shape[1]} tokens, and choices are "
+            "tried on another one; give a longer text or a smaller length."
         )
-    return whole.split(count - max(1, count // 8))
+    return calibration, held_out
 
 
 def _load(

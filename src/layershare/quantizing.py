@@ -11,14 +11,14 @@ from layershare.calibrate.text import Source
 from layershare.device import device_of
 from layershare.disk import require_disk
 from layershare.errors import LayershareError
-from layershare.folders import QUANTIZE, copy_records, require_new, staged, was_compressed
+from layershare.folders import QUANTIZE, copy_records, has_records, require_new, staged, was_compressed
 from layershare.foreign import write_yaml
 from layershare.job import load_calibration
 from layershare.model.arch import find_blocks
-from layershare.model.checked import quantized_by
+from layershare.model.checked import exact_dtype, quantized_by, stored_tensors
 from layershare.model.composition import Storage
 from layershare.model.describe import describe, role_of
-from layershare.model.hub import QUANT_METHOD, LayershareConfig, adopt, load, write_folder
+from layershare.model.hub import QUANT_METHOD, LayershareConfig, adopt, load, store_as, write_folder
 from layershare.model.original import copy_side_files, files_of, located
 from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype, values_of
 from layershare.progress import Announce, Clock, silent
@@ -61,12 +61,14 @@ def quantize_folder(
     edits = _edits_of(folder, **trust)
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
     blocks = None if calibration is None else load_calibration(calibration, tokenizer, config, text)
-    dtype = stored_dtype(resolve(folder), config)
-    before = results_of(Path(resolve(folder)))
+    source = resolve(folder)
+    dtype, stored = stored_dtype(source, config), stored_tensors(source, values_of(source))
+    before = results_of(Path(source)) if has_records(Path(source)) else {}
     clock = Clock(announce)
 
     # Half precision multiplies slowly on many CPUs, and the text's Grams want better.
-    model = load(folder, dtype=dtype if blocks is None else torch.float32, device_map=place, **trust)
+    run_in = exact_dtype(stored, dtype if blocks is None else torch.float32)
+    model = load(folder, dtype=run_in, device_map=place, **trust)
     matrices = _bytes_of_matrices(model, dtype)
     with clock.step("quantize") as progress, TemporaryDirectory(prefix="layershare-") as scratch:
         compositions, errors = quantize_factors(
@@ -79,7 +81,7 @@ def quantize_folder(
             progress=progress,
             scratch=Path(scratch),
         )
-    model.to(dtype)  # pyright: ignore[reportArgumentType]
+    store_as(model, stored, dtype)
     notes = {"model": located(folder), **edits.compression, "bits": bits}
     adopt(model, LayershareConfig(**{**edits.to_dict(), "compositions": compositions, "compression": notes}))
     seed = Calibration.seed if calibration is None else calibration.seed
@@ -98,7 +100,7 @@ def quantize_folder(
     )
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_disk({out: needed})
-    with staged(out, needed) as staging:
+    with staged(out, needed, new=True) as staging:
         write_folder(model, staging, tokenizer)
         if (files := files_of(folder)) is not None:
             copy_side_files(files, staging)
@@ -108,7 +110,7 @@ def quantize_folder(
         write_atomically(staging / QUANTIZE, write_yaml(how).encode())
         write_json(staging / RESULTS, _results(before, done, staging))
         if was_compressed(staging):
-            write_pages(staging, out.name)
+            write_pages(staging, out.absolute().name)
     return done
 
 

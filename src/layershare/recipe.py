@@ -66,7 +66,7 @@ class EvaluationSettings:
     blocks: Count | None = None
     """How many blocks of the text are used; without, all."""
     length: Length | None = None
-    """Tokens per block; without, as for calibration or training."""
+    """Tokens per block; without, the model's context, up to 2048."""
     tasks: Names = ()
     """Zero-shot tasks of lm-eval, or `papers` for the seven of the papers."""
     tasks_data: Word | None = None
@@ -79,9 +79,11 @@ class EvaluationSettings:
     """In which the models are run to be measured; `auto` for the checkpoint's, where the machine is fast at it."""
 
     def __post_init__(self) -> None:
-        """Raise `LayershareError` if there is nothing to measure, or settings of tasks without tasks."""
+        """Raise `LayershareError` if there is nothing to measure, or settings without the text or tasks they are of."""
         if self.text is None and not self.tasks:
             raise LayershareError("The evaluation has neither a text nor tasks; name one of them.")
+        if self.text is None and (self.blocks is not None or self.length is not None):
+            raise LayershareError("The evaluation has blocks or length but no text; name one, or leave them out.")
         if not self.tasks and (self.tasks_data is not None or self.limit is not None):
             raise LayershareError("The evaluation has tasks_data or limit but no tasks; name some, or `papers`.")
 

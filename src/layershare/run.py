@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layershare.calibrate.stats import STREAMED, Statistic, calibrate
-from layershare.calibrate.text import NAMED, Source, Text, read_documents, text_digest
+from layershare.calibrate.text import NAMED, Source, Split, Text, read_documents, text_digest
 from layershare.device import device_of, dtype_of
 from layershare.disk import require_disk, still_needed, writing
 from layershare.errors import LayershareError
@@ -20,7 +20,7 @@ from layershare.evaluate.generate import compare_samples
 from layershare.folders import AGAIN, WORK, is_finished, publish, require_stats_folder, work_folder
 from layershare.foreign import reading
 from layershare.formulas.linalg import REFIT_RIDGE, RIDGE
-from layershare.job import Job, load_and_hold_out, load_calibration, load_with_spare, open_weights, prepare
+from layershare.job import Job, load_and_hold_out, load_with_spare, open_weights, prepare
 from layershare.methods import make_method
 from layershare.model.describe import describe
 from layershare.model.hub import load
@@ -98,7 +98,7 @@ def run(
         context = Context(job, work, weights, model, tokenizer, calibration, held_out, training, evaluator, clock)
         results = _carry_out(context)
         if pages:
-            write_pages(context.staging, out.name)
+            write_pages(context.staging, out.absolute().name)
         publish(context.staging, out)
         return results
 
@@ -115,11 +115,16 @@ def _finished(
         results = read_as(Results, out / RESULTS)
     if _fingerprint(recipe, model) not in (None, results.model_fingerprint):
         raise LayershareError(f"The folder '{out}' holds a finished run of another model; name another folder.")
-    source, calibrated = recipe.calibration.text, results.calibration
-    if calibrated is not None and source not in NAMED and Path(source).exists():
-        tokenizer = tokenizer or _tokenizer(recipe, model)
-        if text_digest(read_documents(source, "train", tokenizer)[1]) != calibrated.text_sha256:
-            raise LayershareError(f"'{source}' has changed since the finished run in '{out}'; name another folder.")
+    texts: list[tuple[str | None, Split, str | None]] = []
+    if results.calibration is not None:
+        texts.append((recipe.calibration.text, "train", results.calibration.text_sha256))
+    if recipe.evaluation is not None and results.evaluation is not None and results.evaluation.text is not None:
+        texts.append((recipe.evaluation.text, "test", results.evaluation.text.text_sha256))
+    for source, split, known in texts:
+        if source is not None and source not in NAMED and Path(source).exists():
+            tokenizer = tokenizer or _tokenizer(recipe, model)
+            if text_digest(read_documents(source, split, tokenizer)[1]) != known:
+                raise LayershareError(f"'{source}' has changed since the finished run in '{out}'; name another folder.")
     if recipe.plan is not None and Plan.from_file(recipe.plan).edits != Plan.from_file(out / "plan.json").edits:
         raise LayershareError(
             f"'{recipe.plan}' has changed since the finished run in '{out}'; delete that or name another folder."
@@ -157,10 +162,11 @@ def _texts(
     calibration = held_out = training = evaluator = None
     if job.calibrated:
         assert tokenizer is not None
+        source = recipe.calibration, tokenizer, config, text
         if job.holds_out:
-            calibration, held_out = load_and_hold_out(recipe.calibration, tokenizer, config, text)
+            calibration, held_out = load_and_hold_out(*source)
         else:
-            calibration = load_calibration(recipe.calibration, tokenizer, config, text)
+            calibration, _ = load_with_spare(*source)
         if job.plan is None:
             job.method.require_blocks(len(calibration.tokens))
     if recipe.distill is not None:

@@ -275,3 +275,10 @@ def test_a_joint_basis_is_that_of_the_matrices_side_by_side():
     joint, both = share_input([gate, up], [x.T @ x] * 2, 9), share_input([torch.cat((gate, up), 1)], [x.T @ x], 9)
     torch.testing.assert_close(torch.cat(products(joint, "input"), 1), *products(both, "input"))
     assert joint.error == pytest.approx(both.error)
+
+
+@pytest.mark.parametrize("dead", ["weights", "grams"])
+def test_shared_and_private_directions_of_nothing(dead):
+    weights = [torch.zeros(6, 5) if dead == "weights" else torch.randn(6, 5) for _ in range(2)]
+    grams = [torch.zeros(6, 6) if dead == "grams" else torch.eye(6) for _ in range(2)]
+    assert share_and_own(weights, grams, 2, 2, "input").error == 0

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layershare.errors import LayershareError
 from layershare.healing.job import prepare_healing
@@ -18,8 +18,8 @@ from layershare.healing.watch import held_out_loss
 from layershare.model.hub import load
 from layershare.model.layers import ComposedLinear
 from layershare.store import MANIFEST
-from tests.families import tokens
-from tests.healing.tiny import changed, compress_tiny, heal, job, results_of, settings, weights
+from tests.families import tiny_model, tokens
+from tests.healing.tiny import changed, compress_tiny, heal, job, results_of, settings, text_for, weights
 
 FACTORS = (".coef.weight", ".basis.weight")
 NORMS = ("norm.weight",)
@@ -263,6 +263,45 @@ def test_other_compressions_heal_too(tmp_path, tokenizer, words, method, keep):
     assert held_out[-1] < held_out[0]
     assert changed(folder, tmp_path / "out")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_other_weights_of_model_or_teacher_are_another_healing(suffix, small, tmp_path):
+    shutil.copytree(small, tmp_path / "small")
+    shutil.copyfile(small.parent / "text.txt", tmp_path / "text.txt")
+    teacher = tmp_path / "teacher"
+
+    def write(seed: int) -> None:
+        model = tiny_model("llama", seed=seed)
+        model.save_pretrained(teacher)
+        if suffix == "bin":
+            (teacher / "model.safetensors").unlink()
+            torch.save(model.state_dict(), teacher / "pytorch_model.bin")
+        AutoTokenizer.from_pretrained(small).save_pretrained(teacher)
+
+    def prints() -> tuple[str, str]:
+        taught = job(tmp_path / "small", teacher=str(teacher), loss={"kind": "distill"})
+        return taught.fingerprint, job(teacher, text=text_for(small, 8)).fingerprint
+
+    write(0)
+    first = prints()
+    assert prints() == first
+    write(1)
+    assert all(old != new for old, new in zip(first, prints(), strict=True))
+
+
+def test_tensors_keep_their_own_types(small, tmp_path):
+    shutil.copytree(small, tmp_path / "small")
+    state = load_file(tmp_path / "small" / "model.safetensors")
+    state = {name: each if "norm" in name else each.to(torch.bfloat16) for name, each in state.items() if len(each)}
+    guard = {name: each for name, each in load_file(small / "model.safetensors").items() if not len(each)}
+    save_file(state | guard, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "small" / MANIFEST).unlink()
+    heal(tmp_path / "small", tmp_path / "out", train="norms", text=text_for(small, 8))
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: each.dtype for name, each in new.items()} == {
+        name: each.dtype for name, each in (state | guard).items()
+    }
 
 
 def test_an_ordinary_model_heals_without_results(small, tmp_path):

@@ -18,7 +18,7 @@ from layershare.methods.auto import Auto
 from layershare.model.describe import describe
 from layershare.model.source import read_model, read_tokenizer
 from layershare.model.weights import Weights
-from layershare.plan.edits import Share
+from layershare.plan.edits import Place, Share
 from layershare.plan.evidence import Evidence
 from layershare.plan.ranks import Group
 from tests.families import CONFIGS, tiny_model
@@ -108,6 +108,15 @@ def test_roles_share_a_basis_where_that_costs_less(tmp_path, tokenizer, words):
         assert not any("+" in name for name in names_of(planned(other, 0.5)))
 
 
+@pytest.mark.parametrize("option", ["plain", "shared"])
+def test_roles_that_a_model_does_not_have_are_refused(option, tmp_path, tokenizer, words):
+    other = measured(tiny_model("gpt2"), tmp_path, tokenizer, words, "inputs", "gradients")
+    with pytest.raises(LayershareError, match="A 'gpt2' model has no role 'gate'; it has qkv, o, up, down"):
+        planned(other, 0.5, **{option: ["gate"]})
+    with pytest.raises(LayershareError, match=f"Unknown role in {option} 'gates'"):
+        planned(other, 0.5, **{option: ["gates"]})
+
+
 @pytest.mark.parametrize("option", ["gate+nothing", "gate", "gate+o", "q+q"])
 def test_roles_that_cannot_share_are_refused(option, evidence):
     with pytest.raises(LayershareError, match="joint"):
@@ -145,9 +154,21 @@ def test_layers_share_a_basis_where_that_costs_less(two_sided, tmp_path, tokeniz
         assert plan.predicted_loss is not None
         assert private.predicted_loss is not None
         assert 0 < plan.predicted_loss < private.predicted_loss
-    linears = [evidence.spec.linear("up", layer) for layer in (1, 2)]
-    weights = [evidence.weight(linear) for linear in linears]
-    seen, roots = method.weighed(evidence, linears, weights)
+    require_loses_what_is_predicted(method, share, evidence)
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("roles", ["gate+up", "q+k+v"])
+def test_roles_that_share_a_basis_lose_what_is_predicted(roles, two_sided, evidence):
+    places = tuple(Place(role, 1) for role in roles.split("+"))
+    share = Group(places, "input", True).share(6)
+    require_loses_what_is_predicted(Auto(two_sided=two_sided), share, evidence)
+
+
+def require_loses_what_is_predicted(method: Auto, share: Share, evidence: Evidence) -> None:
+    """The factors of a group lose what its plan is chosen by, each linear under the Gram of its own inputs."""
+    linears = [evidence.spec.linear(*place) for place in share.places]
+    seen, roots = method.weighed(evidence, linears, [evidence.weight(linear) for linear in linears])
     grams = [evidence.gram(linear) for linear in linears]
     made = method.factors(share, seen, grams)
     lost = whole = relative = 0.0

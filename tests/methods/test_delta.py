@@ -145,6 +145,27 @@ def test_heads_that_their_attention_ties_together_stay_in_their_places(compress)
     torch.testing.assert_close(logits(small), logits(model), rtol=1e-3, atol=1e-4)
 
 
+def test_heads_with_norms_of_their_own_stay_in_their_places(compress):
+    config = CONFIGS["stablelm"]()
+    config.qk_layernorm = True
+    model = tiny_model("stablelm", config=config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm.norms" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 2)
+    small, _ = compress(model, full_rank(model), unit="attention")
+    torch.testing.assert_close(logits(small), logits(model), rtol=1e-3, atol=1e-4)
+
+
+def test_a_matrix_of_zeros_can_be_measured(tokenizer, words):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data.zero_()
+    small = layershare.compress(
+        model, tokenizer, method="delta", layout="measured", protect=0, keep=0.9, text=words, **TEXT
+    )
+    assert logits(small).isfinite().all()
+
+
 def test_a_plan_by_hand_for_one_matrix_is_carried_out_without_alignment(compress):
     model = tiny_model("llama")
 

@@ -69,9 +69,11 @@ def test_families(family, tmp_path, tokenizer, words):
     torch.testing.assert_close(small.dequantize()(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_private_directions_take_off_error(tmp_path, tokenizer, words):
+@pytest.mark.parametrize("method", ["svd-llm", "auto"])
+def test_private_directions_take_off_error(method, tmp_path, tokenizer, words):
     model = tiny_model("llama")
     plan = json.loads(layershare.make_plan(model, method="svd-llm", keep=0.5, of="targets").to_json())
+    plan.update(method=method, options={})
     errors = {}
     for private in (0, 4):
         plan["edits"] = [

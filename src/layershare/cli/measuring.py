@@ -114,7 +114,7 @@ def bench(
     from layershare.report.runs import SPEED
     from layershare.store import to_json
 
-    read_config(folder)
+    read_config(folder, trust_remote_code=trust)
     if output is None and not Path(folder).is_dir():
         raise LayershareError(f"'{folder}' is no folder to put {SPEED} into; name a file with -o.")
     file = Path(folder) / SPEED if output is None else output

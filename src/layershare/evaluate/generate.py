@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from layershare.calibrate.text import Text
+from layershare.calibrate.text import Text, require_known
 from layershare.device import dtype_of
 from layershare.errors import LayershareError, unknown
 from layershare.foreign import reading
@@ -50,6 +50,7 @@ def continue_text(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise LayershareError("The prompt has no tokens; give the beginning of a text.")
+    require_known(int(ids.max()), model.config.get_text_config().vocab_size)
     require_context(model.config, ids.shape[1], tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     set_seed(seed)

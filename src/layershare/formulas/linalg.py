@@ -6,7 +6,7 @@ no second copy of a large matrix is made. Eigenproblems are of the shared side's
 products only the lower triangle is computed, which is all that Cholesky and `eigh` read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -50,8 +50,8 @@ def share_input(weights: Sequence[Tensor], grams: Sequence[Tensor | None], rank:
     """One basis on the input side, for matrices that read a common space (Basis Sharing, §3.1).
 
     With G = ΣGᵢ = SᵀS, U_k are the top eigenvectors of S(ΣWᵢWᵢᵀ)Sᵀ, B = S⁻¹U_k and Cᵢ = U_kᵀSWᵢ: what an SVD of the
-    d_in × n·d_out matrix S[W₁ … W_n] gives, by a d_in × d_in problem. The error is the sum of dropped eigenvalues.
-    `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or all `None` for G = 1.
+    d_in × n·d_out matrix S[W₁ … W_n] gives, by a d_in × d_in problem. The error is the sum of dropped eigenvalues, that
+    under the pooled Gram G. `weights`: n of d_in × d_out; `grams`: n of d_in × d_in, or all `None` for G = 1.
     """
     moment, root = _input_moment(weights, grams)
     values, vectors = _top(moment, rank)
@@ -125,7 +125,7 @@ def share_and_own(
             own.append((down, up))
             lost += error * energy(rest, gram)
         now = replace(made, error=lost / whole if whole else 0.0, spectrum=None, own=tuple(own))
-        if best is not None and now.error > best.error * (1 - SETTLED):
+        if best is not None and now.error >= best.error * (1 - SETTLED):
             return min(best, now, key=lambda each: each.error)
         best = now
         left = [weight.double() - down @ up for weight, (down, up) in zip(weights, own, strict=True)]
@@ -252,6 +252,12 @@ def energy(weight: Tensor, gram: Tensor | None) -> float:
         return float(wide.square().sum())
     panels = zip(wide.split(_PANEL), _row_panels(gram), strict=True)
     return float(sum((rows * (panel @ wide)).sum() for rows, panel in panels))
+
+
+def relative_error(rests: Iterable[Tensor], weights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> float:
+    """Σ‖XᵢRᵢ‖² / Σ‖XᵢWᵢ‖² of what is left of weights, Rᵢ = Wᵢ − Ŵᵢ; 0 where there is nothing to lose."""
+    lost, whole = (sum(map(energy, some, grams)) for some in (rests, weights))
+    return lost / whole if whole else 0.0
 
 
 def principal_axes(gram: Tensor, width: int, near: Tensor | None = None) -> tuple[Tensor, float]:

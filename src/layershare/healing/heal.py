@@ -20,8 +20,10 @@ from layershare.healing.job import HealJob
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import train
-from layershare.model.hub import QUANT_METHOD, load, write_folder
+from layershare.model.checked import stored_tensors
+from layershare.model.hub import QUANT_METHOD, load, store_as, write_folder
 from layershare.model.original import copy_side_files
+from layershare.model.source import stored_dtype, values_of
 from layershare.progress import Announce, Clock, Progress, Say, no_progress, say_nothing, silent
 from layershare.report.page import write_pages
 from layershare.report.results import RESULTS, Environment, Healed, Stages, TrainingText, parsed_as, read_as, results_of
@@ -117,7 +119,7 @@ def _carry_out(job: HealJob, out: Path, work: Path, needs: HealNeeds, clock: Clo
     )
     write_json(staging / RESULTS, results)
     if was_compressed(staging):
-        write_pages(staging, out.name)
+        write_pages(staging, out.absolute().name)
     publish(staging, out)
     state.wait_for_everyone()
     return healed
@@ -130,7 +132,8 @@ def _healed(folder: Path) -> Healed:
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
-    model.to(job.stored_dtype)  # pyright: ignore[reportArgumentType]
+    source = str(job.folder)
+    store_as(model, stored_tensors(source, values_of(source)), stored_dtype(source, job.config))
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
         write_folder(model, staging, job.tokenizer, job.healing.max_shard_size)
     else:

@@ -28,7 +28,7 @@ from layershare.healing.settings import Healing
 from layershare.model.describe import describe
 from layershare.model.hub import load
 from layershare.model.original import located
-from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype
+from layershare.model.source import read_config, read_tokenizer, resolve
 from layershare.model.vocabulary import require_same_vocabulary
 from layershare.model.weights import Weights
 from layershare.progress import Progress
@@ -71,11 +71,14 @@ class HealJob:
     @cached_property
     def fingerprint(self) -> str:
         """What tells one healing's work from another's: the compressed weights, the text and the teacher."""
-        files = {path.name: checksum(path) for path in sorted(self.folder.glob("*.safetensors"))}
-        teacher = Weights.of(self.teacher).fingerprint if isinstance(self.teacher, PreTrainedModel) else self.teacher
+        teacher: Any = self.teacher
+        if isinstance(teacher, PreTrainedModel):
+            teacher = Weights.of(teacher).fingerprint
+        elif teacher is not None and (there := Path(resolve(teacher))).is_dir():
+            teacher = checksums(there)
         # Without the folder's name: a model in memory is saved to another one each time.
         config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
-        identity = json.dumps([files, self.text.tokens_sha256, teacher, str(config)])
+        identity = json.dumps([checksums(self.folder), self.text.tokens_sha256, teacher, str(config)])
         return hashlib.sha256(identity.encode()).hexdigest()
 
     def with_settings(self, healing: Healing, steps: int) -> "HealJob":
@@ -86,11 +89,6 @@ class HealJob:
         """The compressed model in float32, all frozen but what is to train, adapters attached."""
         torch.manual_seed(self.healing.seed)  # adapters are drawn at random
         return choose(load(self.folder, dtype=torch.float32, **self.trust), self.healing)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """In which the compressed model is stored."""
-        return stored_dtype(str(self.folder), self.config)
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -216,6 +214,11 @@ def prepare_healing(
             "processes; change batch_size or micro_batch."
         )
     return HealJob(healing, folder, device, config, tokenizer, master, blocks, evaluator, steps, micro, processes)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Those of the weight files in a folder, by their names."""
+    return {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")}
 
 
 def require_blocks(text: Text, held_out: int, batch_size: int, steps: int, keys: tuple[str, str, str]) -> None:

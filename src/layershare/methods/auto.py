@@ -40,7 +40,16 @@ from torch import Tensor
 
 from layershare.calibrate.stats import Statistic
 from layershare.errors import LayershareError, unknown
-from layershare.formulas.linalg import Factors, balanced, energy, refit, shared_spectra, spectrum, square_root
+from layershare.formulas.linalg import (
+    Factors,
+    balanced,
+    energy,
+    refit,
+    relative_error,
+    shared_spectra,
+    spectrum,
+    square_root,
+)
 from layershare.formulas.two_sided import seen_through, shrunk
 from layershare.methods.basis_sharing import BasisSharing
 from layershare.methods.low_rank import LowRank
@@ -128,19 +137,24 @@ class Auto(LowRank):
             raise LayershareError("bits are planned for matrices on their own: leave joint and shared out, or bits.")
         if self.bits and budget.of == "multiplications":
             raise LayershareError("Fewer bits do not save multiplications: leave bits out, or count bytes.")
+        joined = [role for together in self.joint for role in together.split("+")]
+        for where, roles, known in (
+            ("joint", joined, ROLES),
+            ("shared", self.shared, READERS),
+            ("plain", self.plain, ROLES),
+        ):
+            for role in roles:
+                if role not in known:
+                    raise unknown(f"role in {where}", role, known)
+                spec.require_role(role)
         for together in self.joint:
             roles = together.split("+")
-            for role in roles:
-                if role not in ROLES:
-                    raise unknown("role in joint", role, ROLES)
             if len(set(roles)) < max(2, len(roles)):
                 raise LayershareError(f"'{together}' in joint must name two or more roles, such as gate+up.")
-            if set(roles) <= set(spec.roles) and len({spec.linear(role, 0).site for role in roles}) > 1:
+            if len({spec.linear(role, 0).site for role in roles}) > 1:
                 raise LayershareError(f"'{together}' in joint: these roles do not read the same input in this model.")
         for role in self.shared:
-            if role not in READERS:
-                raise unknown("role in shared", role, READERS)
-            if any(role in together.split("+") for together in self.joint):
+            if role in joined:
                 raise LayershareError(f"'{role}' is in joint and in shared; leave it out of one of them.")
 
     def metric(self, evidence: Evidence, linear: Linear) -> Tensor:
@@ -201,9 +215,8 @@ class Auto(LowRank):
         if len(share.layers) == 1 or share.side == "output" or share.private_rank:
             return made
         coefs = tuple(refit(made.basis, gram, weight) for gram, weight in zip(grams, weights, strict=True))
-        rests = [weight.double() - made.basis @ coef for weight, coef in zip(weights, coefs, strict=True)]
-        lost, whole = (sum(map(energy, some, grams)) for some in (rests, weights))
-        return balanced(replace(made, coefs=coefs, error=lost / whole if whole else 0.0), share.side)
+        rests = (weight.double() - made.basis @ coef for weight, coef in zip(weights, coefs, strict=True))
+        return balanced(replace(made, coefs=coefs, error=relative_error(rests, weights, grams)), share.side)
 
     def _windows(self, spec: Spec, linears: Sequence[Linear], evidence: Evidence) -> Iterator[Window]:
         """What may stand in the place of linears that read the same input."""
@@ -312,7 +325,7 @@ class Auto(LowRank):
             linears = [evidence.spec.linear(*place) for place in group.places]
             seen, roots = self.weighed(evidence, linears, [evidence.weight(linear) for linear in linears])
             metrics = [self.metric(evidence, linear) for linear in linears]
-            if (layers := len({linear.layer for linear in linears})) > 1:
+            if len(linears) > 1:
                 spectra = shared_spectra(seen, metrics)
                 scales = [1.0 if roots else float(each.sum()) or 1.0 for each in spectra]
                 values = torch.stack([each / scale for each, scale in zip(spectra, scales, strict=True)]).sum(0).cpu()
@@ -322,7 +335,7 @@ class Auto(LowRank):
             values *= 0.5 / evidence.stats.tokens if roots else len(linears) / whole
             tails = (values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])).clamp(min=0)
             # Ranks above what a matrix could have for itself are not offered.
-            return tails[: min(linears[0].d_in, linears[0].d_out) + 1] if layers > 1 else tails
+            return tails[: min(linears[0].d_in, linears[0].d_out) + 1]
 
         plain = tuple(place.role in self.plain for place in group.places)
         return evidence.once((group, self.two_sided, self.shrink_inputs, self.shrink_gradients, plain), compute)

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layershare.errors import LayershareError, unknown
+from layershare.errors import unknown
 from layershare.methods.low_rank import LowRank
 from layershare.model.arch import READERS, ROLES, Spec
 from layershare.plan.budget import Budget
@@ -80,8 +80,7 @@ def sharing_groups(
     for role in shared or ():
         if role not in ROLES:
             raise unknown("role", role, ROLES)
-        if role not in spec.roles:
-            raise LayershareError(f"A '{spec.model_type}' model has no role '{role}'; it has {', '.join(spec.roles)}.")
+        spec.require_role(role)
     chosen = default_shared_roles(spec, joint) if shared is None else shared
     groups = []
     for roles in _reading_together(spec, chosen if joint else ()):

@@ -2,14 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from layershare.formulas.linalg import Factors, low_rank, pivot_factors, share_and_own, share_input, share_output
+from layershare.formulas.linalg import (
+    Factors,
+    low_rank,
+    pivot_factors,
+    relative_error,
+    share_and_own,
+    share_input,
+    share_output,
+)
 from layershare.formulas.two_sided import seen_plainly, seen_through
 from layershare.model.arch import Linear, Spec
 from layershare.plan.budget import Budget
@@ -45,9 +53,12 @@ class LowRank(Method):
         """
         if share.private_rank:
             return share_and_own(weights, metrics, share.rank, share.private_rank, share.side)
+        if len(weights) > 1 and share.side == "output":
+            return share_output(weights, metrics, share.rank)
         if len(weights) > 1:
-            best = share_input if share.side == "input" else share_output
-            return best(weights, metrics, share.rank)
+            made = share_input(weights, metrics, share.rank)  # whose error is that under the pooled Gram
+            rests = (weight.double() - made.basis @ coef for weight, coef in zip(weights, made.coefs, strict=True))
+            return replace(made, error=relative_error(rests, weights, metrics))
         return as_factors(share, *low_rank(weights[0], metrics[0], share.rank))
 
     def solve(self, unit: Unit, evidence: Evidence) -> Solution:
@@ -57,7 +68,10 @@ class LowRank(Method):
         linears = [evidence.spec.linear(*place) for place in share.places]
         weights = [evidence.weight(linear) for linear in linears]
         metrics = [self.metric(evidence, linear) for linear in linears]
-        factors = self.weighed_factors(share, *self.weighed(evidence, linears, weights), metrics)
+        # A basis on the output side would stand on the right of several different roots.
+        one_root = share.side == "input" or len(linears) == 1
+        seen, roots = self.weighed(evidence, linears, weights) if one_root else (weights, [])
+        factors = self.weighed_factors(share, seen, roots, metrics)
         return solution(evidence.spec, share, factors, weights[0].dtype)
 
     def weighed_factors(

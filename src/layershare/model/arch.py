@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layershare.errors import UnsupportedModelError
+from layershare.errors import LayershareError, UnsupportedModelError
 from layershare.model.checked import FLOATS
 from layershare.model.composition import Member
 from layershare.model.prenorm import PreNorm
@@ -118,6 +118,11 @@ class Spec:
     def linear(self, role: str, layer: int) -> Linear:
         """The linear of one role in one layer. Raises `KeyError` if that layer has none."""
         return self.by_place[role, layer]
+
+    def require_role(self, role: str) -> None:
+        """Raise `LayershareError` if the model does not have a role."""
+        if role not in self.roles:
+            raise LayershareError(f"A '{self.model_type}' model has no role '{role}'; it has {', '.join(self.roles)}.")
 
     @cached_property
     def by_place(self) -> dict[tuple[str, int], Linear]:

@@ -7,6 +7,7 @@ one is the same sentence everywhere. Of weight files only headers are read.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from math import isfinite, isnan
 from pathlib import Path
 from pickle import UnpicklingError
@@ -351,6 +352,11 @@ def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
         if tensor.dtype in FLOATS:
             counts[tensor.dtype] += tensor.numel()
     return counts.most_common(1)[0][0] if counts else None
+
+
+def exact_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The narrowest floating type that holds what `dtype` holds, and all numbers of a checkpoint as they are."""
+    return reduce(torch.promote_types, (each.dtype for each in tensors.values() if each.dtype in FLOATS), dtype)
 
 
 def require_all_used(source: str, unexpected: set[str]) -> None:

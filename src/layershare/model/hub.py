@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version as installed
 from itertools import chain
@@ -32,7 +32,7 @@ from layershare.folders import staged
 from layershare.foreign import reading
 from layershare.formulas.quantize import read_scales
 from layershare.model import adapters
-from layershare.model.checked import AGAIN
+from layershare.model.checked import AGAIN, FLOATS, main_dtype
 from layershare.model.composition import Composition
 from layershare.model.dropped import DroppedAttention, DroppedLinear
 from layershare.model.given import require_model
@@ -234,6 +234,15 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         write_folder(model, staging, tokenizer)
 
 
+def store_as(model: PreTrainedModel, checkpoint: Mapping[str, torch.Tensor], other: torch.dtype) -> None:
+    """Give what is saved of a model the floating types that a checkpoint has, by name, and `other` to the rest."""
+    prefix = _base_prefix(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = checkpoint.get(name, checkpoint.get(name.removeprefix(prefix)))
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(stored.dtype if stored is not None and stored.dtype in FLOATS else other)
+
+
 def write_folder(
     model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: str = "5GB"
 ) -> None:
@@ -241,6 +250,7 @@ def write_folder(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
+    config["dtype"] = str(main_dtype(model.state_dict()) or model.dtype).removeprefix("torch.")
     if not model.is_remote_code():
         write_shim(folder, config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

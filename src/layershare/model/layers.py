@@ -235,7 +235,8 @@ class ComposedLinear(nn.Module):
             else:
                 dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         matrix = matrix.T.contiguous() if self.member.conv1d else matrix
-        dense.weight = nn.Parameter(matrix.to(own.dtype), requires_grad=own.requires_grad)
+        trains = own.requires_grad or isinstance(self.coefficient, QuantizedLinear)  # which has no parameter to say so
+        dense.weight = nn.Parameter(matrix.to(own.dtype), requires_grad=trains)
         if self.bias is not None:
             dense.bias = self.bias
         return dense.train(self.training)

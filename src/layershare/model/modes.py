@@ -21,7 +21,7 @@ def evaluating(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def greedy(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model, in eval mode, generate the likeliest tokens: of its own settings but those that end a text remain."""
+    """Have a model, in eval mode, generate the likeliest tokens, without settings of its own but what ends a text."""
     own = model.generation_config
     assert own is not None
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id)

@@ -56,6 +56,11 @@ def resolve(name: str | Path) -> str:
     are checked when they are opened), or a path that does not exist.
     """
     if str(name) == SAMPLE:
+        if (Path(SAMPLE) / "config.json").exists():
+            raise LayershareError(
+                f"'{SAMPLE}' is the model that comes with layershare, and a folder here, too: write ./{SAMPLE} for "
+                "that, or go to another folder."
+            )
         return str(files("layershare") / "sample")
     path = Path(name)
     with reading(f"The model's name '{str(name)[:60]}…'", "name a folder or a hub id"):  # too long for a path, say

@@ -92,6 +92,8 @@ def card(run: Run) -> str:
     base = f"[{run.model}](https://huggingface.co/{run.model})" if named else f"`{run.model}`"
     rows = [f"| {name} | {old} | {new} | {percent(kept, 1)} |" for name, old, new, kept in sizes(run)]
     measured = "No quality was measured: the recipe has no evaluation."
+    if run.results.quantization is not None:
+        measured = "No quality was measured since it was quantized; `layershare eval` does."
     if (evaluation := run.evaluation) is not None and (text := evaluation.text) is not None:
         ours, theirs = perplexities(run)
         rows += [

@@ -15,6 +15,7 @@ from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.tasks import TaskResult
 from layershare.folders import WORK, was_compressed
 from layershare.foreign import read_mapping, reading
+from layershare.manifest import require_whole
 from layershare.methods.catalogue import Entry
 from layershare.report.results import RESULTS, Listed, Speed, read_as
 from layershare.report.runs import printable, short
@@ -106,6 +107,7 @@ def listing(folder: Path) -> tuple[Table, list[str]]:
         name = printable(str(place.relative_to(folder)))
         try:
             with reading(f"{name}: its {RESULTS}", "delete it, or make the model again"):
+                require_whole(place, weights=False)
                 table.add_row(*map(Text, (name, *_row(read_as(Listed, place / RESULTS)))))
         except LayershareError as error:
             if _ours(place):

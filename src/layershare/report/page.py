@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from layershare.disk import OTHER_FILE, writing
@@ -106,7 +107,7 @@ def _template() -> Any:
     )
     filters = (
         *(blocks, calibration, citation, count, digits_of, draw, edits, healed, healing, held, in_blocks, loading),
-        *(compared, made_in, options, percent, scores, size, sizes, story),
+        *(compared, made_in, options, percent, quote, scores, size, sizes, story),
     )
     environment.filters |= {words.__name__: words for words in filters}
     return environment.get_template("page.html")

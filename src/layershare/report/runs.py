@@ -11,6 +11,7 @@ from layershare.evaluate.evaluator import Measured
 from layershare.evaluate.tasks import TaskResult
 from layershare.folders import PLAN, RECIPE
 from layershare.foreign import read_text, reading
+from layershare.manifest import require_whole
 from layershare.model.arch import part_of
 from layershare.model.composition import Member
 from layershare.plan.edits import Delta, Drop, Edit, Merge, Place, Share, Slice, composed, quantized, sliced_width
@@ -81,6 +82,7 @@ class Run:
                 raise LayershareError(
                     f"'{folder}' is no finished run, it has no {needed}; name the output folder of compress or run."
                 )
+        require_whole(folder, weights=False)
         speed = None
         with reading(f"The {RESULTS} of '{folder}'", AGAIN):
             results = read_as(Results, folder / RESULTS)

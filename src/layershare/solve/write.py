@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from layershare.errors import LayershareError
-from layershare.model.checked import FLOATS, main_dtype
+from layershare.model.checked import exact_dtype, main_dtype
 from layershare.model.checkpoint import write_checkpoint
 from layershare.model.depth import cut_layers
 from layershare.model.hub import LayershareConfig, write_shim
@@ -85,8 +84,7 @@ def write_model(
 def _unrounded(factored: Factored, recipe: Recipe, scratch: Path) -> Iterator[Factored]:
     """The same, with what it leaves alone as the checkpoint has it where the model is run in a type that rounds it."""
     weights = factored.weights
-    stored = [each.dtype for each in (weights.checkpoint or {}).values() if each.dtype in FLOATS]
-    dtype = reduce(torch.promote_types, stored, weights.model.dtype)
+    dtype = exact_dtype(weights.checkpoint or {}, weights.model.dtype)
     if dtype == weights.model.dtype:
         yield factored
         return

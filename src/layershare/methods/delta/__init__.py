@@ -210,7 +210,9 @@ class DeltaLlm(Method):
             for role in ours.linears:
                 gram, weight = theirs.gram(role), theirs.weight(role)
                 values = spectrum([weight.double() - ours.weight(role)], [gram], "input")
-                residuals.append(float(values[floor_rank(evidence.spec, role, target) :].sum()) / energy(weight, gram))
+                residuals.append(
+                    float(values[floor_rank(evidence.spec, role, target) :].sum()) / (energy(weight, gram) or 1.0)
+                )
         return sum(residuals) / len(residuals)
 
     def _alike(self, spec: Spec, anchor: int, target: int) -> bool:

@@ -136,8 +136,8 @@ def _divided_by_unit(sublayer: Rewritten, size: int) -> bool:
     """Whether something besides weights and biases may belong to single units: a tensor there of another size.
 
     An MLP may have none of its `size` inner neurons; an attention those of modules alone that all its heads share, such
-    as norms over the `size` elements of a head. (Parameters of its own may tie heads together, such as those of
-    DiffLlama, which subtracts the second half of its heads from the first.)
+    as a norm over the `size` elements of a head, not one of a list of them. (Parameters of its own may tie heads
+    together, such as those of DiffLlama, which subtracts the second half of its heads from the first.)
     """
     spec = sublayer.evidence.spec
     linears = [linear.name for linear in sublayer.linears.values()]
@@ -150,7 +150,8 @@ def _divided_by_unit(sublayer: Rewritten, size: int) -> bool:
     }
     if sublayer.part == "mlp":
         return any(size in shape for shape in shapes.values())
-    return any(prod(shape) != size or "." not in name for name, shape in shapes.items())
+    numbered = (any(part.isdigit() for part in name.split(".")) for name in shapes)
+    return any(numbered) or any(prod(shape) != size or "." not in name for name, shape in shapes.items())
 
 
 def _norm_name(evidence: Evidence, layer: int, part: Part) -> str:
