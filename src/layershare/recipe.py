@@ -47,8 +47,8 @@ class Calibration:
     length: Length | None = None
     """Tokens per block; without, the model's context, up to 2048."""
     held_out: Count = 16
-    """Blocks beside these on which choices are tried: plans, a refit's, the best state of what is refined. Of a text that
-    has too few, up to an eighth is held out, whatever the method."""
+    """Blocks beside these on which choices are tried: plans, a refit's, the best state of what is refined. Of a text
+    that has too few, up to an eighth is held out, whatever the method."""
     seed: Seed = 2023
     """Chooses the blocks."""
     batch_size: Count = 4
