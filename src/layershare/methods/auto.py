@@ -4,11 +4,10 @@ The curvature of the loss at a matrix is taken to be G ⊗ Γ (K-FAC), G the Gra
 gradients at its outputs. The truncation that costs least under it is the closed form of every low-rank method, of the
 matrix seen through Γ^½ (`formulas/two_sided`: OBD-LLM, arXiv 2604.00821; KFAC-SVD, arXiv 2610.32878), and half the sum
 of the dropped eigenvalues is the predicted rise of the loss per token. So errors of different matrices can be compared:
-the plan is the choice of rank, or dense, for every matrix that costs least within the budget, and roles that read the
-same input can share a basis where that costs less (`plan/search`; with pivoted bases it cost more in every layer of
-our small models, so that `joint` is empty). Bases are in pivoted form, k² parameters fewer each. Up to three adjacent
-layers can share a basis, too, for the roles in `shared`: it has Basis Sharing's directions, while coefficients, and
-what is lost, are those under each layer's own Gram (docs/sharing.md says where that pays).
+the plan is the choice of rank, or dense, for every matrix that costs least within the budget (`plan/search`). Bases are
+in pivoted form, k² parameters fewer each. Roles that read the same input can share one where that costs less (`joint`),
+and so can up to three adjacent layers, for the roles in `shared`: it has Basis Sharing's directions, while
+coefficients, and what is lost, are those under each layer's own Gram (docs/sharing.md says where that pays).
 
 The plan is a prediction. So two others are solved beside it and measured on text that is held out (`rivals`), and the
 best is kept: it is never worse there than `svd-llm` or `basis-sharing` of the same size and form. What is solved is
