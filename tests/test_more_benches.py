@@ -91,7 +91,8 @@ def test_a_matrix_may_name_what_a_model_has():
             make_as(Healing, {**each.settings, "model": "sample"})
     of_peers = peers_experiments(matrix("peers", "matrix.yaml"))
     labels = {(label, keep) for label, keep, how in of_peers if how["model"] == "SmolLM2-135M"}
-    assert labels == {(label, keep) for label in ("zs-svd, one shot", "kfac-svd, uniform ranks") for keep in (0.8, 0.6)}
+    at_both = {(label, keep) for label in ("zs-svd, one shot", "kfac-svd, uniform ranks") for keep in (0.8, 0.6)}
+    assert labels == {*at_both, ("kfac-svd, LEMS", 0.6)}
 
 
 def test_larger_models_take_longer():
