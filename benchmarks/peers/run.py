@@ -94,7 +94,8 @@ def experiments(matrix: Values) -> Iterator[tuple[str, float, Values]]:
     for label, settings in matrix["peers"].items():
         for model, row in matrix["models"].items():
             if label in row.get("peers", matrix["peers"]):
-                for keep in row.get("keeps", settings.get("keeps", matrix["keeps"])):
+                keeps = row.get("keeps", matrix["keeps"])
+                for keep in (each for each in keeps if each in settings.get("keeps", keeps)):
                     how = {key: value for key, value in (settings | row).items() if key not in ("keeps", "peers")}
                     yield label, keep, {**how, "model": model, "keep": keep}
 
