@@ -1,7 +1,6 @@
 """What calibration finds of whole plans, and what other plans are expected to lose by that."""
 
 import math
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def test_a_trial_leaves_what_others_have_measured_meanwhile(tmp_path):
 def test_without_gradients_or_blocks_to_spare_no_plan_is_tried(folder):
     calibrate_to(settings(folder), ["inputs"])
     assert not [*folder.parent.glob("stats/*/trial-*")]
-    short = settings(folder).calibration
-    with pytest.warns(UserWarning, match="all are taken"):
-        calibrate_to(replace(settings(folder), calibration=replace(short, blocks=10_000)), AUTO)
+    (folder.parent / "text.txt").write_text("a " * 20)
+    with pytest.warns(UserWarning, match="has 1 blocks"):
+        calibrate_to(settings(folder), AUTO)
     assert not [*folder.parent.glob("stats/*/trial-*")]
