@@ -14,7 +14,7 @@ from layershare.errors import LayershareError
 from layershare.exporting import export
 from layershare.job import prepare
 from layershare.model.describe import describe
-from layershare.model.hub import load
+from layershare.model.hub import load, store_as
 from layershare.model.layers import QuantizedLinear
 from layershare.model.source import read_config, read_tokenizer
 from layershare.plan.budget import measure as sizes_of
@@ -23,7 +23,7 @@ from layershare.quantizing import quantize_folder
 from layershare.recipe import Calibration, make_recipe
 from layershare.report.listing import listing
 from layershare.run import run as layershare_run
-from tests.families import tokens
+from tests.families import tiny_model, tokens
 from tests.healing.tiny import compress_tiny, heal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The text has .* tokens, fewer")
@@ -187,6 +187,14 @@ def test_what_is_not_quantized_keeps_its_type_and_its_numbers(text, small):
         assert torch.equal(state["model.norm.weight"], model.model.norm.weight)
         assert state["model.embed_tokens.weight"].dtype == torch.bfloat16
         assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").config.dtype == torch.bfloat16
+
+
+def test_tied_tensors_have_the_type_of_the_one_that_is_stored():
+    model = tiny_model("gemma")
+    for stored in ("model.embed_tokens.weight", "lm_head.weight"):
+        store_as(model, {stored: torch.empty(0, dtype=torch.float32)}, torch.bfloat16)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert {model.lm_head.weight.dtype, model.model.norm.weight.dtype} == {torch.float32, torch.bfloat16}
 
 
 def test_two_commands_do_not_write_into_one_folder(small, monkeypatch):

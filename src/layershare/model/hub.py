@@ -236,11 +236,15 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
 
 def store_as(model: PreTrainedModel, checkpoint: Mapping[str, torch.Tensor], other: torch.dtype) -> None:
     """Give what is saved of a model the floating types that a checkpoint has, by name, and `other` to the rest."""
-    prefix = _base_prefix(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    prefix, tensors = _base_prefix(model), model.state_dict(keep_vars=True)
+    types: dict[int, torch.dtype] = {}  # of tied tensors one may be stored
+    for name, tensor in tensors.items():
         stored = checkpoint.get(name, checkpoint.get(name.removeprefix(prefix)))
+        if stored is not None and stored.dtype in FLOATS:
+            types[id(tensor)] = stored.dtype
+    for tensor in tensors.values():
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(stored.dtype if stored is not None and stored.dtype in FLOATS else other)
+            tensor.data = tensor.data.to(types.get(id(tensor), other))
 
 
 def write_folder(
