@@ -21,11 +21,11 @@ from layershare.bars import alone
 from layershare.disk import require_disk
 from layershare.errors import LayershareError, how_to_install, short, unknown
 from layershare.folders import require_new, staged
-from layershare.model.checked import exact_dtype, stored_tensors
+from layershare.model.checked import exact_dtype
 from layershare.model.hub import load, store_as
 from layershare.model.layers import QuantizedLinear
 from layershare.model.original import copy_side_files, files_of
-from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype, values_of
+from layershare.model.source import read_config, read_tokenizer, resolve, stored_types
 from layershare.model.weights import require_finite
 from layershare.progress import Announce, silent
 
@@ -62,8 +62,7 @@ def export(
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer = read_tokenizer(folder, **trust)
     if to == "dense":
-        source = resolve(folder)
-        dtype, stored = stored_dtype(source, read_config(folder, **trust)), stored_tensors(source, values_of(source))
+        stored, dtype = stored_types(resolve(folder), read_config(folder, **trust))
         model = load(folder, dense=True, dtype=exact_dtype(stored, dtype), **trust)
         store_as(model, stored, dtype)
     else:

@@ -15,12 +15,12 @@ from layershare.folders import QUANTIZE, copy_records, has_records, require_new,
 from layershare.foreign import write_yaml
 from layershare.job import load_calibration
 from layershare.model.arch import find_blocks
-from layershare.model.checked import exact_dtype, quantized_by, stored_tensors
+from layershare.model.checked import exact_dtype, quantized_by
 from layershare.model.composition import Storage
 from layershare.model.describe import describe, role_of
 from layershare.model.hub import QUANT_METHOD, LayershareConfig, adopt, load, store_as, write_folder
 from layershare.model.original import copy_side_files, files_of, located
-from layershare.model.source import read_config, read_tokenizer, resolve, stored_dtype, values_of
+from layershare.model.source import read_config, read_tokenizer, resolve, stored_types, values_of
 from layershare.progress import Announce, Clock, silent
 from layershare.recipe import Calibration
 from layershare.report.page import write_pages
@@ -62,7 +62,7 @@ def quantize_folder(
     config, tokenizer = read_config(folder, **trust), read_tokenizer(folder, **trust)
     blocks = None if calibration is None else load_calibration(calibration, tokenizer, config, text)
     source = resolve(folder)
-    dtype, stored = stored_dtype(source, config), stored_tensors(source, values_of(source))
+    stored, dtype = stored_types(source, config)
     before = results_of(Path(source)) if has_records(Path(source)) else {}
     clock = Clock(announce)
 

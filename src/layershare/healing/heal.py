@@ -20,10 +20,9 @@ from layershare.healing.job import HealJob
 from layershare.healing.needs import HealNeeds
 from layershare.healing.search import search
 from layershare.healing.training import train
-from layershare.model.checked import stored_tensors
 from layershare.model.hub import QUANT_METHOD, load, store_as, write_folder
 from layershare.model.original import copy_side_files
-from layershare.model.source import stored_dtype, values_of
+from layershare.model.source import stored_types
 from layershare.progress import Announce, Clock, Progress, Say, no_progress, say_nothing, silent
 from layershare.report.page import write_pages
 from layershare.report.results import RESULTS, Environment, Healed, Stages, TrainingText, parsed_as, read_as, results_of
@@ -132,8 +131,7 @@ def _healed(folder: Path) -> Healed:
 
 def _write(job: HealJob, model: PreTrainedModel, staging: Path) -> None:
     """The whole folder but results and pages, weights in the dtype of the compressed checkpoint."""
-    source = str(job.folder)
-    store_as(model, stored_tensors(source, values_of(source)), stored_dtype(source, job.config))
+    store_as(model, *stored_types(str(job.folder), job.config))
     if getattr(job.config, "quantization_config", {}).get("quant_method") == QUANT_METHOD:
         write_folder(model, staging, job.tokenizer, job.healing.max_shard_size)
     else:

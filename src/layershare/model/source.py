@@ -91,12 +91,10 @@ def read_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     return config
 
 
-def stored_dtype(source: str, config: PreTrainedConfig) -> torch.dtype:
-    """In which the model of a folder is stored: as its config says, or else most of its files."""
-    own = config.dtype
-    return (
-        own if isinstance(own, torch.dtype) else main_dtype(stored_tensors(source, values_of(source))) or torch.float32
-    )
+def stored_types(source: str, config: PreTrainedConfig) -> tuple[dict[str, Tensor], torch.dtype]:
+    """What a checkpoint stores (on meta), and the floating type of its model: as its config says, or most of it has."""
+    stored, own = stored_tensors(source, values_of(source)), config.dtype
+    return stored, own if isinstance(own, torch.dtype) else main_dtype(stored) or torch.float32
 
 
 def values_of(source: str) -> dict[str, Any]:
